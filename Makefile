@@ -1,0 +1,40 @@
+# Two commands matter: `make demo` shows a stream, `make test` proves the rest. Both set up what they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ONCE ?=
+
+.PHONY: demo test check lint types clean
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The product alone: what `make demo` needs.
+$(VENV)/.product: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+# The product with the runner, the real clients and the real servers it is tested against.
+$(VENV)/.tests: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary xllamacpp --editable '.[test]'
+	touch $@ $(VENV)/.product
+
+# `exec`, so that Ctrl-C reaches the gateway itself and its exit code is ours.
+demo: $(VENV)/.product
+	@exec $(BIN)/canal-trio demo $(if $(ONCE),--once)
+
+lint: $(VENV)/.tests
+	$(BIN)/ruff check canal_trio tests loadtest
+
+types: $(VENV)/.tests
+	$(BIN)/mypy
+
+test: $(VENV)/.tests lint types
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage report --fail-under=100 --include='canal_trio/errors.py,canal_trio/messages.py,canal_trio/settings.py,canal_trio/hooks.py,canal_trio/wire/*,canal_trio/policy/*,canal_trio/relay/*'
+
+check: lint types
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage tests/.cache

@@ -1,0 +1,94 @@
+"""What the pipeline offers to the outside: one frozen record per exchange, and the protocols that receive it.
+
+A hook gets frozen records and returns a value; it never gets a stream, a codec, a flow or a nursery. Hooks are
+synchronous, must not block, and cost once per exchange, never per piece.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Protocol
+
+from canal_trio.errors import Failure, Phase
+from canal_trio.messages import RequestHead
+
+__all__ = ["Authenticator", "ExchangeRecord", "Outcome", "Principal", "Recorder", "Tap"]
+
+
+class Outcome(enum.Enum):
+    """How an exchange ended (design, section 6)."""
+
+    COMPLETED = "completed"
+    REJECTED = "rejected"  # the gateway answered itself: the client's fault or our own limit
+    CLIENT_GONE = "client_gone"
+    CLIENT_STALLED = "client_stalled"
+    UPSTREAM_FAILED = "upstream_failed"
+    UPSTREAM_ERROR = "upstream_error"  # relayed an error that the upstream reported in band
+    DRAINED = "drained"
+    INTERNAL_ERROR = "internal_error"
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Whose key it was. `models` are names or `*`; empty allows nothing."""
+
+    name: str
+    models: tuple[str, ...] = ("*",)
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeRecord:
+    """What an exchange leaves behind: exactly one per request whose first byte was read.
+
+    Times are seconds on Trio's clock except `started_at` (Unix time). `first_byte` counts from the end of the request
+    head to the first response body byte accepted by the client's kernel. `cancel_latency` is from the client's FIN or
+    RST being seen to the upstream's socket being closed. Gaps are between pieces delivered.
+    """
+
+    request_id: str
+    started_at: float
+    client: str  # address of the peer, or of the client behind a trusted proxy
+    method: str
+    path: str  # without the query: a query may hold secrets
+    outcome: Outcome
+    phase: Phase
+    status: int | None = None  # what the client was told, None if nothing
+    failure: Failure | None = None
+    principal: str | None = None
+    model: str | None = None
+    upstream: str | None = None
+    attempts: int = 0
+    streamed: bool = False  # the response was an event stream
+    request_bytes: int = 0  # body bytes read from the client
+    response_bytes: int = 0  # body bytes accepted by the client's kernel
+    events: int = 0  # events delivered
+    first_byte: float | None = None
+    duration: float = 0.0
+    longest_gap: float = 0.0
+    mean_gap: float = 0.0
+    cancel_latency: float | None = None
+    handed_over: int = 0  # pieces that went straight through
+    queued: int = 0  # pieces that took the channel
+    flags: tuple[str, ...] = ()  # no_terminal_event, cut_after_terminal, late_body_end, ...
+
+
+class Recorder(Protocol):
+    """Receives each record once, after its exchange ended."""
+
+    def finished(self, record: ExchangeRecord) -> None:
+        """Note it. Must not block; an exception is logged and goes no further."""
+
+
+class Authenticator(Protocol):
+    """Decides whose request it is, before anything upstream is touched."""
+
+    def check(self, head: RequestHead) -> Principal | Failure:
+        """The principal, or the failure to answer with (UNAUTHENTICATED or FORBIDDEN)."""
+
+
+class Tap(Protocol):
+    """Sees delivered bytes, cannot change them."""
+
+    def piece(self, data: bytes) -> None:
+        """`data` was accepted by the client's kernel."""

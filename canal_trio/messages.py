@@ -1,0 +1,92 @@
+"""Heads and endings: the frozen records that travel between the floors.
+
+Field names keep the casing their sender gave them (the bytes are sacred) and are looked up in lower case (RFC 9110
+5.1). Values are bytes, already stripped of surrounding white space. Nothing here parses or serialises; `wire` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+__all__ = ["End", "Headers", "RequestHead", "ResponseHead"]
+
+
+class Headers:
+    """An immutable, ordered list of fields. Iterating gives `(name, value)` pairs with the sender's casing."""
+
+    __slots__ = ("_fields",)
+
+    def __init__(self, fields: Iterable[tuple[bytes, bytes]] = ()) -> None:
+        self._fields = tuple((name, name.lower(), value) for name, value in fields)
+
+    def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
+        return ((name, value) for name, _, value in self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+    def __contains__(self, name: bytes) -> bool:
+        return any(lower == name for _, lower, _ in self._fields)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Headers) and self._fields == other._fields
+
+    def __hash__(self) -> int:
+        return hash(self._fields)
+
+    def __repr__(self) -> str:
+        return f"Headers({[(name, value) for name, _, value in self._fields]!r})"
+
+    def lowered(self) -> Iterator[tuple[bytes, bytes, bytes]]:
+        """`(name, lower-case name, value)` for each field, in order."""
+        return iter(self._fields)
+
+    def get(self, name: bytes, default: bytes | None = None) -> bytes | None:
+        """The first value of `name` (lower case), or `default`."""
+        for _, lower, value in self._fields:
+            if lower == name:
+                return value
+        return default
+
+    def get_all(self, name: bytes) -> list[bytes]:
+        """Every value of `name` (lower case), in order."""
+        return [value for _, lower, value in self._fields if lower == name]
+
+    def tokens(self, name: bytes) -> list[bytes]:
+        """The lower-cased members of the comma list `name`, all its lines together, empty members dropped
+        (RFC 9110 5.6.1)."""
+        members = (member.strip(b" \t").lower() for value in self.get_all(name) for member in value.split(b","))
+        return [member for member in members if member]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestHead:
+    """A request's start line and fields. `version` is `b"1.1"` or `b"1.0"`."""
+
+    method: bytes
+    target: bytes
+    headers: Headers = field(default_factory=Headers)
+    version: bytes = b"1.1"
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseHead:
+    """A response's start line and fields; informational (1xx) heads use it too."""
+
+    status: int
+    headers: Headers = field(default_factory=Headers)
+    reason: bytes = b""
+    version: bytes = b"1.1"
+
+    @property
+    def informational(self) -> bool:
+        """True for a 1xx head, after which another head follows (RFC 9110 15.2)."""
+        return self.status < 200
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The clean end of a body, with its trailer fields. A flow without it was aborted."""
+
+    trailers: Headers = field(default_factory=Headers)

@@ -1,0 +1,119 @@
+"""Every number and choice of the product, as frozen records with their defaults (design, sections 4, 8 and 9).
+
+Nothing here reads files or the environment; `canal_trio.config` builds these records from TOML, environment and flags,
+and a reload swaps the whole `Settings` value. Sizes are bytes, times are seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+__all__ = ["Bounds", "Deadlines", "Key", "Model", "ServerTLS", "Settings", "Upstream"]
+
+KIB = 1024
+MIB = 1024 * KIB
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What may be held at once. Each is reached by a test."""
+
+    piece_bytes: int = 16 * KIB  # largest piece on the channel path
+    capacity: int = 4  # pieces a flow's channel holds
+    handover_bytes: int = 32 * KIB  # largest read that is handed over on the spot, so its remainder
+    client_unsent_bytes: int = 16 * KIB  # TCP_NOTSENT_LOWAT on the client's socket
+    upstream_receive_bytes: int = 256 * KIB  # SO_RCVBUF of upstream sockets
+    head_bytes: int = 32 * KIB
+    head_fields: int = 100
+    target_bytes: int = 8 * KIB
+    pipelined_bytes: int = 64 * KIB  # read ahead where the hang-up cannot be seen otherwise
+    body_bytes: float = math.inf  # largest request body relayed; beyond: 413
+    held_body_bytes: int = 32 * MIB  # body held for routing or replay, per exchange; beyond: 413 / no replay
+    held_total_bytes: int = 256 * MIB  # the same, all exchanges together; beyond: 503
+    upstream_connections: float = math.inf  # per upstream
+    waiters: int = 1024  # per upstream, waiting for a lease
+    client_connections: int | None = None  # None: from the descriptor limit
+    informational_heads: int = 16  # 1xx heads per response, beyond: malformed
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """How long anything may take. A timer runs only while it is that side's turn."""
+
+    tls_handshake: float = 10.0
+    request_head: float = 15.0  # from its first byte, never extended
+    keep_alive: float = 75.0
+    body_idle: float = 30.0
+    body_rate: float = 500.0  # bytes per second, on average after the first `body_idle` seconds
+    lease: float = 10.0
+    connect: float = 5.0
+    connect_tls: float = 5.0  # added to `connect`
+    first_byte: float = 300.0
+    upstream_idle: float = 120.0  # between upstream bytes
+    client_write: float = 30.0  # the client's kernel took no byte
+    exchange: float = math.inf
+    drain: float = 30.0
+    linger: float = 2.0
+    after_done: float = 1.0  # the upstream's body has to end this long after its terminal event
+    upstream_keep_alive: float = 60.0  # an idle upstream connection is not reused after this
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """One place that answers. `base_url` is what one would give to an OpenAI SDK."""
+
+    name: str
+    base_url: str
+    api_key: str | None = field(default=None, repr=False)
+    http2: bool = False
+    proxy: str | None = None  # http://host:port or socks5://host:port
+    ca_file: str | None = None  # instead of the system's trust store
+    retry_sent: bool = False
+    on_client_eof: str = "abort"  # or "finish"
+    connections: float | None = None  # instead of Bounds.upstream_connections
+    heartbeat: float | None = None  # seconds of silence after which ": ping\n" is sent
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model name and the upstreams that serve it, in order of preference. A name may be `*`."""
+
+    name: str
+    upstreams: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A client's key, by its SHA-256 in lower-case hexadecimal digits."""
+
+    name: str
+    sha256: str
+    models: tuple[str, ...] = ("*",)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerTLS:
+    """Terminate TLS on the gateway's listeners."""
+
+    certificate: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The whole configuration of one gateway; immutable, swapped as one on reload."""
+
+    listen: tuple[tuple[str, int], ...] = (("127.0.0.1", 8080),)
+    admin: tuple[str, int] | None = ("127.0.0.1", 9090)
+    workers: int = 1
+    log: str = "text"  # or "json"
+    tls: ServerTLS | None = None
+    trusted_proxies: tuple[str, ...] = ()  # networks whose Forwarded and X-Forwarded-* are believed
+    pseudonym: str = "canal"  # our name in Via
+    allow_anonymous: bool = False
+    upstreams: tuple[Upstream, ...] = ()
+    models: tuple[Model, ...] = ()
+    keys: tuple[Key, ...] = ()
+    bounds: Bounds = field(default_factory=Bounds)
+    deadlines: Deadlines = field(default_factory=Deadlines)
