@@ -1,0 +1,1 @@
+"""The pipeline of one request: reader, driver, exchange, local answers."""

@@ -1,0 +1,1 @@
+"""Sockets, signals, draining: what turns a gateway into a service."""

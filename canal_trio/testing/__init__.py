@@ -1,0 +1,1 @@
+"""Public test kit: simulated streams and scripted upstreams. The product never imports it."""
