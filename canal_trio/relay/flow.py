@@ -1,0 +1,292 @@
+"""A flow: one direction of a relay. A bounded Trio memory channel of pieces plus its ending.
+
+Invariants:
+
+* *Bounded.* At most `capacity` pieces of at most `piece_bytes` wait in the channel. With a batch being written, the
+  refilled channel and one piece in each hand, a direction holds `(2·capacity + 2) · piece_bytes` at most, plus one
+  remainder of a hand-over (`handover_bytes`, framed).
+* *An end is a message.* `end()` says that everything was put. A sender that goes away without it has aborted, so a
+  producer that dies can never be mistaken for one that finished.
+* *Hand-over on the spot.* While the channel is empty and the receiver is parked in `take(sink)`, a put calls the sink
+  in the same step and no task is woken. The sink takes the whole piece; when it could not pass all of it on it keeps
+  the rest, answers False, and the receiver is woken to deal with it. Cancelling the parked receiver takes the sink
+  away synchronously, inside `cancel()`. Everything else about the flow is the same with and without a sink.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias, final
+
+import trio
+
+__all__ = ["Aborted", "Ended", "Ending", "FlowReceiver", "FlowSender", "FlowStatistics", "Sink", "open_flow"]
+
+Sink: TypeAlias = Callable[[bytes], bool]
+"""Takes a whole piece at once, never blocks. True: all of it was passed on. False: the rest is kept, wake me."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The flow is complete. `trailer` is whatever the sender gave to `end()`; the relay does not look at it."""
+
+    trailer: object = None
+
+
+@dataclass(frozen=True, slots=True)
+class Aborted:
+    """The flow stopped short. `failure` says why; None if the sender just went away."""
+
+    failure: object = None
+
+
+Ending: TypeAlias = Ended | Aborted
+
+
+@dataclass(frozen=True, slots=True)
+class FlowStatistics:
+    """Counts since the flow was opened, and what it holds now."""
+
+    handed_over: int  # pieces that went straight through
+    queued: int  # pieces that took the channel
+    bytes: int
+    waits: int  # puts that had to wait for room
+    held: int  # pieces in the channel now
+    peak: int  # the most pieces the channel ever held
+
+
+class _State:
+    """What the two ends share. Only this module touches it."""
+
+    __slots__ = (
+        "bytes",
+        "capacity",
+        "ending",
+        "handed_over",
+        "handover_bytes",
+        "held",
+        "parked",
+        "peak",
+        "piece_bytes",
+        "queued",
+        "receive",
+        "send",
+        "sink",
+        "waits",
+    )
+
+    def __init__(self, capacity: int, piece_bytes: int, handover_bytes: int) -> None:
+        self.send, self.receive = trio.open_memory_channel[bytes](capacity)
+        self.capacity = capacity
+        self.piece_bytes = piece_bytes
+        self.handover_bytes = handover_bytes
+        self.ending: Ending | None = None
+        self.sink: Sink | None = None
+        self.parked: trio.lowlevel.Task | None = None
+        self.handed_over = self.queued = self.bytes = self.waits = self.held = self.peak = 0
+
+    def wake(self) -> None:
+        """Take the sink away and let the parked receiver run."""
+        task, self.parked, self.sink = self.parked, None, None
+        if task is not None:
+            trio.lowlevel.reschedule(task)
+
+    def enter(self, piece: bytes) -> None:
+        self.queued += 1
+        self.bytes += len(piece)
+        self.held += 1
+        self.peak = max(self.peak, self.held)
+
+    def statistics(self) -> FlowStatistics:
+        return FlowStatistics(self.handed_over, self.queued, self.bytes, self.waits, self.held, self.peak)
+
+
+@final
+class FlowSender:
+    """The end that puts pieces. One task (or the poller, on its behalf) uses it at a time."""
+
+    __slots__ = ("_state",)
+
+    def __init__(self, state: _State) -> None:
+        self._state = state
+
+    def __repr__(self) -> str:
+        return f"<FlowSender holding {self._state.held}/{self._state.capacity}, ending {self._state.ending}>"
+
+    @property
+    def room(self) -> int:
+        """Bytes `put_nowait` takes right now: a hand-over's, a piece's, or 0 when the channel is full."""
+        state = self._state
+        if state.sink is not None:
+            return state.handover_bytes
+        return state.piece_bytes if state.held < state.capacity else 0
+
+    async def put(self, piece: bytes) -> None:
+        """Pass `piece` on, waiting for room; it is cut into pieces of `piece_bytes`. An empty one is a no-op.
+
+        A checkpoint. Cancelled while waiting, the pieces cut off so far have been passed on and the rest has not: after
+        that the flow can only be aborted. Raises `trio.BrokenResourceError` once the receiver has closed and
+        `trio.ClosedResourceError` after `end()` or `abort()`.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        state = self._state
+        limit = state.piece_bytes
+        if len(piece) <= limit or (state.sink is not None and len(piece) <= state.handover_bytes):
+            await self._put_one(piece)
+        else:
+            for start in range(0, len(piece), limit):
+                await self._put_one(piece[start : start + limit])
+        await trio.lowlevel.cancel_shielded_checkpoint()
+
+    async def _put_one(self, piece: bytes) -> None:
+        try:
+            self.put_nowait(piece)
+        except trio.WouldBlock:
+            state = self._state
+            state.waits += 1
+            # Counted as queued only once the channel has it, so that `room` never promises a slot to someone else.
+            await state.send.send(piece)
+            state.enter(piece)
+
+    def put_nowait(self, piece: bytes) -> None:
+        """Pass `piece` on at once: to the parked receiver's sink, or into the channel.
+
+        Raises `trio.WouldBlock` when the channel is full, ValueError for a piece larger than `room`, and otherwise as
+        `put`. Whatever the sink raises (a bug, by its contract) comes out here and takes the sink away.
+        """
+        state = self._state
+        sink = state.sink
+        if sink is not None:
+            state.handed_over += 1
+            state.bytes += len(piece)
+            taken = False
+            try:
+                taken = sink(piece)
+            finally:
+                if not taken:
+                    state.wake()
+            return
+        if not piece:
+            return
+        if len(piece) > state.piece_bytes:
+            raise ValueError(f"a piece of {len(piece)} bytes does not fit a flow of {state.piece_bytes}; see room")
+        state.send.send_nowait(piece)
+        state.enter(piece)
+
+    def end(self, trailer: object = None) -> None:
+        """Everything was put. Not a checkpoint; idempotent, and the first ending wins."""
+        self._finish(Ended(trailer))
+
+    def abort(self, failure: object = None) -> None:
+        """No more will come, and something is missing. Not a checkpoint; idempotent, and the first ending wins.
+
+        Pieces already put are still delivered, then the receiver sees `Aborted(failure)`.
+        """
+        self._finish(Aborted(failure))
+
+    def _finish(self, ending: Ending) -> None:
+        state = self._state
+        if state.ending is None:
+            state.ending = ending
+            state.send.close()
+            state.wake()
+
+    def statistics(self) -> FlowStatistics:
+        """A snapshot of the flow's counters."""
+        return self._state.statistics()
+
+
+@final
+class FlowReceiver:
+    """The end that takes pieces, in batches. `ending` is None until the last piece was taken."""
+
+    __slots__ = ("_state", "ending")
+
+    def __init__(self, state: _State) -> None:
+        self._state = state
+        self.ending: Ending | None = None
+
+    def __repr__(self) -> str:
+        return f"<FlowReceiver holding {self._state.held}/{self._state.capacity}, ending {self.ending}>"
+
+    async def take(self, sink: Sink | None = None) -> list[bytes]:
+        """All the pieces that are ready, at least one; or `[]`.
+
+        `[]` means that the flow is over (`ending` is set then), or that `sink` answered False and holds a rest. What
+        the sink holds was put first, so look at it first, in both cases. A checkpoint; cancelling it loses no piece and
+        disarms the sink in the very step of the `cancel()`. While it is parked with a sink, pieces bypass this call.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        batch = self._drain()
+        if not batch and self.ending is None:
+            if sink is None:
+                await self._wait_piece(batch)
+            elif await self._park(sink):
+                batch = self._drain()
+            return batch
+        await trio.lowlevel.cancel_shielded_checkpoint()
+        return batch
+
+    async def _wait_piece(self, batch: list[bytes]) -> None:
+        state = self._state
+        try:
+            batch.append(await state.receive.receive())
+        except trio.EndOfChannel:
+            self.ending = state.ending
+        else:
+            state.held -= 1
+            batch += self._drain()
+
+    async def _park(self, sink: Sink) -> bool:
+        """Park with the sink armed. True: woken because the flow has something to say; False: because of the sink."""
+        state = self._state
+        state.sink = sink
+        state.parked = trio.lowlevel.current_task()
+
+        def disarm(_raise_cancel: Any) -> trio.lowlevel.Abort:
+            state.sink = state.parked = None
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(disarm)
+        return state.ending is not None and state.held == 0
+
+    def _drain(self) -> list[bytes]:
+        """What the channel holds now. A putter that waits moves up as we take, so at most capacity + 1 pieces."""
+        state = self._state
+        batch: list[bytes] = []
+        try:
+            while True:
+                batch.append(state.receive.receive_nowait())
+        except trio.WouldBlock:
+            pass
+        except trio.EndOfChannel:
+            if not batch:
+                self.ending = state.ending
+        state.held -= len(batch)
+        return batch
+
+    def close(self) -> None:
+        """Take no more. Not a checkpoint; idempotent. What the channel held is dropped and puts raise
+        `trio.BrokenResourceError`."""
+        state = self._state
+        state.receive.close()
+        state.held = 0
+
+    def statistics(self) -> FlowStatistics:
+        """A snapshot of the flow's counters."""
+        return self._state.statistics()
+
+
+def open_flow(
+    capacity: int = 4, *, piece_bytes: int = 16_384, handover_bytes: int = 32_768
+) -> tuple[FlowSender, FlowReceiver]:
+    """The two ends of a new flow.
+
+    `capacity` (pieces, at least 1) and `piece_bytes` bound the channel; `handover_bytes` bounds one hand-over.
+    Raises ValueError for anything smaller than 1.
+    """
+    if min(capacity, piece_bytes, handover_bytes) < 1:
+        raise ValueError("capacity, piece_bytes and handover_bytes are at least 1")
+    state = _State(capacity, piece_bytes, handover_bytes)
+    return FlowSender(state), FlowReceiver(state)

@@ -1,0 +1,60 @@
+"""The seam between the gateway and whatever speaks to an upstream.
+
+A lease holds a `Connection`; one `run()` is one attempt of one exchange on it. The request body comes from a
+`BodySource` and the answer goes into an `Answer`: heads one by one, then the body through a relay flow, whose ending
+tells a finished body from a cut one. Peer trouble is returned as a `Failure`, never raised.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from canal_trio.errors import Failure
+from canal_trio.messages import RequestHead, ResponseHead
+from canal_trio.relay.flow import Ending, FlowSender
+
+__all__ = ["Answer", "BodySource", "Connection"]
+
+
+class BodySource(Protocol):
+    """Where an attempt takes the request body from. A relay `FlowReceiver` fits."""
+
+    @property
+    def ending(self) -> Ending | None:
+        """None until the last piece was taken; `Ended(messages.End)` or `Aborted(Failure)` then."""
+
+    async def take(self) -> list[bytes]:
+        """The pieces that are ready, at least one; `[]` when there are no more (see `ending`). A checkpoint."""
+
+
+class Answer(Protocol):
+    """Where an attempt puts what the upstream said."""
+
+    @property
+    def body(self) -> FlowSender:
+        """The response body. `end(messages.End)` when complete, `abort(Failure)` when cut."""
+
+    async def head(self, head: ResponseHead) -> None:
+        """Pass on an informational head or the final one. A checkpoint; waits until the driver takes it."""
+
+
+class Connection(Protocol):
+    """One connection to one upstream, used by one exchange at a time."""
+
+    @property
+    def reusable(self) -> bool:
+        """After `run()`: the response ended cleanly and both sides keep the connection open."""
+
+    def usable(self) -> bool:
+        """Before a reuse: nothing has arrived and the peer has not hung up. Costs one system call at most."""
+
+    async def run(self, head: RequestHead, body: BodySource | None, answer: Answer) -> Failure | None:
+        """One attempt: send `head` and `body` (None: there is none), pass the answer on.
+
+        `head` is complete and carries its own framing fields (`wire.headers.for_upstream`). Returns None once the whole
+        response was put, otherwise the failure; a failure after the final head has been noted in the body's flow as
+        well. Cancelled or failed, the connection can only be aborted.
+        """
+
+    def abort(self) -> None:
+        """Close the connection to the upstream in this very step. Idempotent, never raises."""
