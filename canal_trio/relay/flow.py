@@ -71,6 +71,7 @@ class _State:
         "piece_bytes",
         "queued",
         "receive",
+        "refused",
         "send",
         "sink",
         "waits",
@@ -84,6 +85,7 @@ class _State:
         self.ending: Ending | None = None
         self.sink: Sink | None = None
         self.parked: trio.lowlevel.Task | None = None
+        self.refused = False  # the sink answered False since the receiver was parked
         self.handed_over = self.queued = self.bytes = self.waits = self.held = self.peak = 0
 
     def wake(self) -> None:
@@ -165,6 +167,7 @@ class FlowSender:
                 taken = sink(piece)
             finally:
                 if not taken:
+                    state.refused = True
                     state.wake()
             return
         if not piece:
@@ -173,6 +176,19 @@ class FlowSender:
             raise ValueError(f"a piece of {len(piece)} bytes does not fit a flow of {state.piece_bytes}; see room")
         state.send.send_nowait(piece)
         state.enter(piece)
+
+    def put_last(self, piece: bytes, trailer: object = None) -> None:
+        """`put_nowait(piece)` and `end(trailer)` as one: the receiver gets both with one `take`, so that it can pass them
+        on with one write. Not a checkpoint; raises as `put_nowait`, and the flow is not ended then."""
+        state = self._state
+        if state.sink is not None and 0 < len(piece) <= state.piece_bytes:
+            # The channel is empty while a sink is armed. Waking the receiver, which the end needs anyway, is cheaper than
+            # a second system call for the end.
+            state.send.send_nowait(piece)
+            state.enter(piece)
+        else:
+            self.put_nowait(piece)
+        self.end(trailer)
 
     def end(self, trailer: object = None) -> None:
         """Everything was put. Not a checkpoint; idempotent, and the first ending wins."""
@@ -211,7 +227,7 @@ class FlowReceiver:
         return f"<FlowReceiver holding {self._state.held}/{self._state.capacity}, ending {self.ending}>"
 
     async def take(self, sink: Sink | None = None) -> list[bytes]:
-        """All the pieces that are ready, at least one; or `[]`.
+        """All the pieces that are ready, at least one; or `[]`. With the last piece `ending` is set at once.
 
         `[]` means that the flow is over (`ending` is set then), or that `sink` answered False and holds a rest. What
         the sink holds was put first, so look at it first, in both cases. A checkpoint; cancelling it loses no piece and
@@ -242,6 +258,7 @@ class FlowReceiver:
         """Park with the sink armed. True: woken because the flow has something to say; False: because of the sink."""
         state = self._state
         state.sink = sink
+        state.refused = False
         state.parked = trio.lowlevel.current_task()
 
         def disarm(_raise_cancel: Any) -> trio.lowlevel.Abort:
@@ -249,7 +266,7 @@ class FlowReceiver:
             return trio.lowlevel.Abort.SUCCEEDED
 
         await trio.lowlevel.wait_task_rescheduled(disarm)
-        return state.ending is not None and state.held == 0
+        return not state.refused
 
     def _drain(self) -> list[bytes]:
         """What the channel holds now. A putter that waits moves up as we take, so at most capacity + 1 pieces."""
@@ -261,8 +278,7 @@ class FlowReceiver:
         except trio.WouldBlock:
             pass
         except trio.EndOfChannel:
-            if not batch:
-                self.ending = state.ending
+            self.ending = state.ending
         state.held -= len(batch)
         return batch
 
