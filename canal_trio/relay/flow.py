@@ -178,12 +178,12 @@ class FlowSender:
         state.enter(piece)
 
     def put_last(self, piece: bytes, trailer: object = None) -> None:
-        """`put_nowait(piece)` and `end(trailer)` as one: the receiver gets both with one `take`, so that it can pass them
-        on with one write. Not a checkpoint; raises as `put_nowait`, and the flow is not ended then."""
+        """`put_nowait(piece)` and `end(trailer)` as one: the receiver gets both with one `take`, so that it can pass
+        them on with one write. Not a checkpoint; raises as `put_nowait`, and the flow is not ended then."""
         state = self._state
         if state.sink is not None and 0 < len(piece) <= state.piece_bytes:
-            # The channel is empty while a sink is armed. Waking the receiver, which the end needs anyway, is cheaper than
-            # a second system call for the end.
+            # The channel is empty while a sink is armed. Waking the receiver, which the end needs anyway, is cheaper
+            # than a second system call for the end.
             state.send.send_nowait(piece)
             state.enter(piece)
         else:
@@ -243,6 +243,10 @@ class FlowReceiver:
             return batch
         await trio.lowlevel.cancel_shielded_checkpoint()
         return batch
+
+    def take_nowait(self) -> list[bytes]:
+        """What is ready now, perhaps nothing; `ending` is set when that was the last. Not a checkpoint."""
+        return self._drain()
 
     async def _wait_piece(self, batch: list[bytes]) -> None:
         state = self._state

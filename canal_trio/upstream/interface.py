@@ -23,6 +23,9 @@ class BodySource(Protocol):
     def ending(self) -> Ending | None:
         """None until the last piece was taken; `Ended(messages.End)` or `Aborted(Failure)` then."""
 
+    def take_nowait(self) -> list[bytes]:
+        """The pieces that are ready now, perhaps none. Not a checkpoint."""
+
     async def take(self) -> list[bytes]:
         """The pieces that are ready, at least one; `[]` when there are no more (see `ending`). A checkpoint."""
 
