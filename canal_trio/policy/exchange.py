@@ -1,0 +1,141 @@
+"""What a failure means: which answer the client gets, who is blamed, and whether another attempt may be made.
+
+This is design, sections 6 and 7, as tables and pure functions. Consulted a handful of times per exchange, never per
+piece.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from canal_trio.errors import Failure, Kind, Phase, Retry, Side
+from canal_trio.hooks import Outcome
+
+__all__ = ["Answer", "Step", "answer_for", "blames_upstream", "next_step", "outcome_of", "retries_status"]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A local answer in OpenAI's shape (gateways.md D1). `retry_after` is in seconds."""
+
+    status: int
+    type: str
+    code: str
+    message: str
+    param: str | None = None
+    retry_after: int | None = None
+    should_retry: bool | None = None  # None: the status speaks for itself
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    status: int
+    type: str
+    code: str
+    message: str
+    param: str | None = None
+    retry_after: int | None = None
+    should_retry: bool | None = None
+
+
+_INVALID = "invalid_request_error"
+
+_CLIENT: dict[Kind, _Row] = {
+    Kind.MALFORMED: _Row(400, _INVALID, "malformed_request", "The request breaks the rules of HTTP/1.1."),
+    Kind.CUT: _Row(400, _INVALID, "malformed_request", "The request ended before it was complete."),
+    Kind.HEAD_TOO_LARGE: _Row(431, _INVALID, "headers_too_large", "The request's header fields are too large."),
+    Kind.TARGET_TOO_LONG: _Row(414, _INVALID, "uri_too_long", "The request target is too long."),
+    Kind.BODY_TOO_LARGE: _Row(413, _INVALID, "body_too_large", "The request body is too large."),
+    Kind.UNSUPPORTED_CODING: _Row(501, _INVALID, "unsupported_transfer_coding", "Only chunked is supported."),
+    Kind.UNSUPPORTED_VERSION: _Row(505, _INVALID, "unsupported_http_version", "Speak HTTP/1.1 or HTTP/1.0."),
+    Kind.METHOD_NOT_ALLOWED: _Row(405, _INVALID, "method_not_allowed", "This method is not relayed."),
+    Kind.EXPECTATION: _Row(417, _INVALID, "expectation_failed", "Only the expectation 100-continue is understood."),
+    Kind.UNAUTHENTICATED: _Row(
+        401, _INVALID, "invalid_api_key", "Incorrect API key provided.", should_retry=False
+    ),
+    Kind.FORBIDDEN: _Row(403, "permission_error", "model_not_allowed", "This key may not use that.", "model"),
+    Kind.LIMITED: _Row(429, "rate_limit_error", "rate_limit_exceeded", "Over the limit.", retry_after=1),
+    Kind.NOT_FOUND: _Row(404, _INVALID, "model_not_found", "There is no such model here.", "model"),
+    Kind.TIMEOUT: _Row(408, _INVALID, "request_timeout", "The request took too long to arrive."),
+}
+
+_GATEWAY: dict[Kind, _Row] = {
+    Kind.BUFFERS_FULL: _Row(503, "server_error", "overloaded", "The gateway holds too much already.", None, 1, True),
+    Kind.UNAVAILABLE: _Row(503, "server_error", "upstream_unavailable", "No upstream is free.", None, 1, True),
+    Kind.DRAINING: _Row(503, "server_error", "gateway_draining", "The gateway is shutting down.", None, 1, True),
+    Kind.TIMEOUT: _Row(504, "server_error", "deadline_exceeded", "The exchange took too long.", None, None, False),
+    Kind.INTERNAL: _Row(500, "server_error", "internal_error", "The gateway failed; its log says more."),
+}
+
+_UPSTREAM: dict[Kind, _Row] = {
+    Kind.TIMEOUT: _Row(504, "upstream_error", "upstream_timeout", "The upstream did not answer in time."),
+    Kind.DNS: _Row(502, "upstream_error", "upstream_unreachable", "The upstream's name cannot be resolved."),
+    Kind.REFUSED: _Row(502, "upstream_error", "upstream_unreachable", "The upstream cannot be reached."),
+    Kind.TLS: _Row(502, "upstream_error", "upstream_tls", "The TLS handshake with the upstream failed."),
+    Kind.MALFORMED: _Row(502, "upstream_error", "upstream_malformed", "The upstream's answer is not valid HTTP."),
+    Kind.STALLED: _Row(504, "upstream_error", "upstream_stalled", "The upstream stopped sending."),
+}
+_UPSTREAM_BROKE = _Row(502, "upstream_error", "upstream_disconnected", "The upstream closed the connection.")
+
+_TABLES = {Side.CLIENT: _CLIENT, Side.GATEWAY: _GATEWAY, Side.UPSTREAM: _UPSTREAM}
+
+
+def answer_for(failure: Failure) -> Answer:
+    """The local answer to `failure` (design, section 7). Total: what no table knows is a broken upstream or a bug."""
+    fallback = _UPSTREAM_BROKE if failure.side is Side.UPSTREAM else _GATEWAY[Kind.INTERNAL]
+    row = _TABLES[failure.side].get(failure.kind, fallback)
+    should_retry = row.should_retry
+    if failure.side is Side.UPSTREAM:
+        # Honest: yes when no generation can have been started, no when a second one might be paid for.
+        should_retry = failure.retry in (Retry.UNSENT, Retry.FRESH)
+    message = f"{row.message} {failure.detail}".rstrip() if failure.detail else row.message
+    return Answer(row.status, row.type, row.code, message, row.param, row.retry_after, should_retry)
+
+
+def blames_upstream(failure: Failure) -> bool:
+    """Does this count against the upstream's health? A reused connection that died idle does not."""
+    return failure.side is Side.UPSTREAM and failure.kind is not Kind.STALE
+
+
+def outcome_of(failure: Failure | None) -> Outcome:
+    """The outcome that an exchange's first failure gives it; None: it completed."""
+    if failure is None:
+        return Outcome.COMPLETED
+    if failure.side is Side.UPSTREAM:
+        return Outcome.UPSTREAM_ERROR if failure.kind is Kind.IN_BAND else Outcome.UPSTREAM_FAILED
+    if failure.kind is Kind.INTERNAL:
+        return Outcome.INTERNAL_ERROR
+    if failure.kind is Kind.DRAINING and failure.phase not in (Phase.HEAD, Phase.ROUTE):
+        return Outcome.DRAINED
+    return {Kind.GONE: Outcome.CLIENT_GONE, Kind.STALLED: Outcome.CLIENT_STALLED}.get(failure.kind, Outcome.REJECTED)
+
+
+class Step(enum.Enum):
+    """What to do after a failed attempt."""
+
+    STOP = "stop"
+    FRESH = "fresh"  # the same upstream, on a connection that was not used before
+    NEXT = "next"  # another upstream
+
+
+def next_step(failure: Failure, *, replayable: bool, fresh_tried: bool, others: bool, retry_sent: bool) -> Step:
+    """May another attempt follow `failure`? Only asked while no byte of an answer has been relayed.
+
+    `replayable`: the request can be sent again whole. `fresh_tried`: a fresh connection was forced once already.
+    `others`: another upstream is left. `retry_sent`: the route allows a second generation.
+    """
+    if not replayable:
+        return Step.STOP
+    if failure.retry is Retry.FRESH:
+        return Step.STOP if fresh_tried else Step.FRESH
+    if not others:
+        return Step.STOP
+    if failure.retry is Retry.UNSENT or (failure.retry is Retry.SENT and retry_sent):
+        return Step.NEXT
+    return Step.STOP
+
+
+def retries_status(status: int, *, retry_sent: bool) -> bool:
+    """Is an answer of this status worth asking another upstream? 429 and 503 say that nothing was generated."""
+    return status in (429, 503) or (retry_sent and status >= 500)
