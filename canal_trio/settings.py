@@ -35,6 +35,8 @@ class Bounds:
     waiters: int = 1024  # per upstream, waiting for a lease
     client_connections: int | None = None  # None: from the descriptor limit
     informational_heads: int = 16  # 1xx heads per response, beyond: malformed
+    admin_connections: int = 64
+    log_lines: int = 4096  # lines that wait for a slow log, beyond: dropped and counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class Deadlines:
     connect_tls: float = 5.0  # added to `connect`
     first_byte: float = 300.0
     upstream_idle: float = 120.0  # between upstream bytes
+    tunnel_idle: float = 300.0  # no byte in either direction after an upgrade
     client_write: float = 30.0  # the client's kernel took no byte
     exchange: float = math.inf
     drain: float = 30.0
@@ -67,7 +70,7 @@ class Upstream:
     base_url: str
     api_key: str | None = field(default=None, repr=False)
     http2: bool = False
-    proxy: str | None = None  # http://host:port or socks5://host:port
+    proxy: str | None = field(default=None, repr=False)  # http://host:port or socks5://host:port, perhaps a password
     ca_file: str | None = None  # instead of the system's trust store
     retry_sent: bool = False
     on_client_eof: str = "abort"  # or "finish"

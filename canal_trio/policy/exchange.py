@@ -7,7 +7,7 @@ piece.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from canal_trio.errors import Failure, Kind, Phase, Retry, Side
 from canal_trio.hooks import Outcome
@@ -28,55 +28,42 @@ class Answer:
     should_retry: bool | None = None  # None: the status speaks for itself
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    status: int
-    type: str
-    code: str
-    message: str
-    param: str | None = None
-    retry_after: int | None = None
-    should_retry: bool | None = None
-
-
 _INVALID = "invalid_request_error"
 
-_CLIENT: dict[Kind, _Row] = {
-    Kind.MALFORMED: _Row(400, _INVALID, "malformed_request", "The request breaks the rules of HTTP/1.1."),
-    Kind.CUT: _Row(400, _INVALID, "malformed_request", "The request ended before it was complete."),
-    Kind.HEAD_TOO_LARGE: _Row(431, _INVALID, "headers_too_large", "The request's header fields are too large."),
-    Kind.TARGET_TOO_LONG: _Row(414, _INVALID, "uri_too_long", "The request target is too long."),
-    Kind.BODY_TOO_LARGE: _Row(413, _INVALID, "body_too_large", "The request body is too large."),
-    Kind.UNSUPPORTED_CODING: _Row(501, _INVALID, "unsupported_transfer_coding", "Only chunked is supported."),
-    Kind.UNSUPPORTED_VERSION: _Row(505, _INVALID, "unsupported_http_version", "Speak HTTP/1.1 or HTTP/1.0."),
-    Kind.METHOD_NOT_ALLOWED: _Row(405, _INVALID, "method_not_allowed", "This method is not relayed."),
-    Kind.EXPECTATION: _Row(417, _INVALID, "expectation_failed", "Only the expectation 100-continue is understood."),
-    Kind.UNAUTHENTICATED: _Row(
-        401, _INVALID, "invalid_api_key", "Incorrect API key provided.", should_retry=False
-    ),
-    Kind.FORBIDDEN: _Row(403, "permission_error", "model_not_allowed", "This key may not use that.", "model"),
-    Kind.LIMITED: _Row(429, "rate_limit_error", "rate_limit_exceeded", "Over the limit.", retry_after=1),
-    Kind.NOT_FOUND: _Row(404, _INVALID, "model_not_found", "There is no such model here.", "model"),
-    Kind.TIMEOUT: _Row(408, _INVALID, "request_timeout", "The request took too long to arrive."),
+_CLIENT: dict[Kind, Answer] = {
+    Kind.MALFORMED: Answer(400, _INVALID, "malformed_request", "The request breaks the rules of HTTP/1.1."),
+    Kind.CUT: Answer(400, _INVALID, "malformed_request", "The request ended before it was complete."),
+    Kind.HEAD_TOO_LARGE: Answer(431, _INVALID, "headers_too_large", "The request's header fields are too large."),
+    Kind.TARGET_TOO_LONG: Answer(414, _INVALID, "uri_too_long", "The request target is too long."),
+    Kind.BODY_TOO_LARGE: Answer(413, _INVALID, "body_too_large", "The request body is too large."),
+    Kind.UNSUPPORTED_CODING: Answer(501, _INVALID, "unsupported_transfer_coding", "Only chunked is supported."),
+    Kind.UNSUPPORTED_VERSION: Answer(505, _INVALID, "unsupported_http_version", "Speak HTTP/1.1 or HTTP/1.0."),
+    Kind.METHOD_NOT_ALLOWED: Answer(405, _INVALID, "method_not_allowed", "This method is not relayed."),
+    Kind.EXPECTATION: Answer(417, _INVALID, "expectation_failed", "Only the expectation 100-continue is understood."),
+    Kind.UNAUTHENTICATED: Answer(401, _INVALID, "invalid_api_key", "Incorrect API key provided.", should_retry=False),
+    Kind.FORBIDDEN: Answer(403, "permission_error", "model_not_allowed", "This key may not use that.", "model"),
+    Kind.LIMITED: Answer(429, "rate_limit_error", "rate_limit_exceeded", "Over the limit.", retry_after=1),
+    Kind.NOT_FOUND: Answer(404, _INVALID, "model_not_found", "There is no such model here.", "model"),
+    Kind.TIMEOUT: Answer(408, _INVALID, "request_timeout", "The request took too long to arrive."),
 }
 
-_GATEWAY: dict[Kind, _Row] = {
-    Kind.BUFFERS_FULL: _Row(503, "server_error", "overloaded", "The gateway holds too much already.", None, 1, True),
-    Kind.UNAVAILABLE: _Row(503, "server_error", "upstream_unavailable", "No upstream is free.", None, 1, True),
-    Kind.DRAINING: _Row(503, "server_error", "gateway_draining", "The gateway is shutting down.", None, 1, True),
-    Kind.TIMEOUT: _Row(504, "server_error", "deadline_exceeded", "The exchange took too long.", None, None, False),
-    Kind.INTERNAL: _Row(500, "server_error", "internal_error", "The gateway failed; its log says more."),
+_GATEWAY: dict[Kind, Answer] = {
+    Kind.BUFFERS_FULL: Answer(503, "server_error", "overloaded", "The gateway holds too much already.", None, 1, True),
+    Kind.UNAVAILABLE: Answer(503, "server_error", "upstream_unavailable", "No upstream is free.", None, 1, True),
+    Kind.DRAINING: Answer(503, "server_error", "gateway_draining", "The gateway is shutting down.", None, 1, True),
+    Kind.TIMEOUT: Answer(504, "server_error", "deadline_exceeded", "The exchange took too long.", None, None, False),
+    Kind.INTERNAL: Answer(500, "server_error", "internal_error", "The gateway failed; its log says more."),
 }
 
-_UPSTREAM: dict[Kind, _Row] = {
-    Kind.TIMEOUT: _Row(504, "upstream_error", "upstream_timeout", "The upstream did not answer in time."),
-    Kind.DNS: _Row(502, "upstream_error", "upstream_unreachable", "The upstream's name cannot be resolved."),
-    Kind.REFUSED: _Row(502, "upstream_error", "upstream_unreachable", "The upstream cannot be reached."),
-    Kind.TLS: _Row(502, "upstream_error", "upstream_tls", "The TLS handshake with the upstream failed."),
-    Kind.MALFORMED: _Row(502, "upstream_error", "upstream_malformed", "The upstream's answer is not valid HTTP."),
-    Kind.STALLED: _Row(504, "upstream_error", "upstream_stalled", "The upstream stopped sending."),
+_UPSTREAM: dict[Kind, Answer] = {
+    Kind.TIMEOUT: Answer(504, "upstream_error", "upstream_timeout", "The upstream did not answer in time."),
+    Kind.DNS: Answer(502, "upstream_error", "upstream_unreachable", "The upstream's name cannot be resolved."),
+    Kind.REFUSED: Answer(502, "upstream_error", "upstream_unreachable", "The upstream cannot be reached."),
+    Kind.TLS: Answer(502, "upstream_error", "upstream_tls", "The TLS handshake with the upstream failed."),
+    Kind.MALFORMED: Answer(502, "upstream_error", "upstream_malformed", "The upstream's answer is not valid HTTP."),
+    Kind.STALLED: Answer(504, "upstream_error", "upstream_stalled", "The upstream stopped sending."),
 }
-_UPSTREAM_BROKE = _Row(502, "upstream_error", "upstream_disconnected", "The upstream closed the connection.")
+_UPSTREAM_BROKE = Answer(502, "upstream_error", "upstream_disconnected", "The upstream closed the connection.")
 
 _TABLES = {Side.CLIENT: _CLIENT, Side.GATEWAY: _GATEWAY, Side.UPSTREAM: _UPSTREAM}
 
@@ -90,7 +77,7 @@ def answer_for(failure: Failure) -> Answer:
         # Honest: yes when no generation can have been started, no when a second one might be paid for.
         should_retry = failure.retry in (Retry.UNSENT, Retry.FRESH)
     message = f"{row.message} {failure.detail}".rstrip() if failure.detail else row.message
-    return Answer(row.status, row.type, row.code, message, row.param, row.retry_after, should_retry)
+    return replace(row, message=message, should_retry=should_retry)
 
 
 def blames_upstream(failure: Failure) -> bool:

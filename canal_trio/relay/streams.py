@@ -23,7 +23,7 @@ from trio.abc import HalfCloseableStream
 
 from canal_trio.relay.poller import HANGUP, Poller
 
-__all__ = ["Armed", "HandoverStream", "TcpStream"]
+__all__ = ["Armed", "HandoverStream", "TcpStream", "handover_end"]
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Armed: TypeAlias = Callable[[], bool]
@@ -347,3 +347,13 @@ class _Claim:
 
     def __exit__(self, *_: object) -> None:
         setattr(self._stream, self._flag, False)
+
+
+def handover_end(stream: object) -> HandoverStream | None:
+    """The stream itself if it can hand over, else the nearest transport below it (TLS) that can, else None.
+
+    That is where a hang-up is seen without reading, and what closes in one step.
+    """
+    while stream is not None and not isinstance(stream, HandoverStream):
+        stream = getattr(stream, "transport_stream", None)
+    return stream

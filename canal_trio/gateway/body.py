@@ -1,0 +1,149 @@
+"""The request body of an exchange: taken once from the client, given to as many attempts as it takes.
+
+Pieces are held while an attempt may still have to be repeated, within a bound per exchange and a budget for the whole
+process. Beyond the bound the body streams on and can no longer be replayed. Everything is freed at the response's head.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+import trio
+
+from canal_trio.errors import Failure, Kind, Phase, Side
+from canal_trio.relay.flow import Ended, Ending, FlowReceiver
+
+__all__ = ["Budget", "HeldBody"]
+
+
+@final
+class Budget:
+    """Bytes of held bodies, all exchanges of this process together."""
+
+    __slots__ = ("held", "limit")
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.held = 0
+
+    def take(self, size: int) -> bool:
+        """Reserve `size` bytes; False if that would pass the limit."""
+        if self.held + size > self.limit:
+            return False
+        self.held += size
+        return True
+
+    def give(self, size: int) -> None:
+        """Return what was taken."""
+        self.held -= size
+
+
+@final
+class HeldBody:
+    """One request body. `source()` starts it from the beginning, for as long as it is `replayable`."""
+
+    def __init__(self, receiver: FlowReceiver, budget: Budget, limit: int) -> None:
+        self._receiver = receiver
+        self._budget = budget
+        self._limit = limit
+        self._pieces: list[bytes] = []
+        self._held = 0
+        self._holding = True
+        self._touched = False  # a source has taken a piece that is no longer held
+
+    @property
+    def replayable(self) -> bool:
+        """Another attempt can have the whole body."""
+        return not self._touched
+
+    @property
+    def ending(self) -> Ending | None:
+        """How the client ended it; None while more may come."""
+        return self._receiver.ending
+
+    def _hold(self, batch: list[bytes]) -> bool:
+        size = sum(map(len, batch))
+        if self._held + size > self._limit or not self._budget.take(size):
+            return False
+        self._held += size
+        self._pieces += batch
+        return True
+
+    async def hold_all(self) -> Failure | None:
+        """Read the body to its end before it is routed. The failure if it is larger than may be held, or was cut."""
+        while self.ending is None:
+            batch = await self._receiver.take()
+            if not self._hold(batch):
+                size = self._held + sum(map(len, batch))
+                if size > self._limit:
+                    detail = f"Bodies that name a model are read whole, up to {self._limit} bytes."
+                    return Failure(Side.CLIENT, Phase.UPLOAD, Kind.BODY_TOO_LARGE, detail)
+                return Failure(Side.GATEWAY, Phase.UPLOAD, Kind.BUFFERS_FULL)
+        if isinstance(self.ending, Ended):
+            return None
+        failure = self.ending.failure
+        return failure if isinstance(failure, Failure) else Failure(Side.CLIENT, Phase.UPLOAD, Kind.CUT)
+
+    def beginning(self, most: int) -> bytes | None:
+        """The whole body if it is here, held and no longer than `most` bytes."""
+        if not self._holding or not isinstance(self.ending, Ended) or self._held > most:
+            return None
+        return b"".join(self._pieces)
+
+    def source(self) -> _Source:
+        """The body from its beginning. Only the newest source may be used."""
+        return _Source(self)
+
+    def stop_holding(self) -> None:
+        """No further attempt will be made: free what is held and what comes. Idempotent."""
+        if self._holding:
+            self._holding = False
+            self._budget.give(self._held)
+            self._held = 0
+            self._pieces = []
+            self._touched = True
+
+    def close(self) -> None:
+        """The exchange is over: free everything and stop the client's upload. Idempotent."""
+        self.stop_holding()
+        self._receiver.close()
+
+
+@final
+class _Source:
+    """A `BodySource` over a held body: what is held first, then what arrives."""
+
+    __slots__ = ("_body", "_next")
+
+    def __init__(self, body: HeldBody) -> None:
+        self._body = body
+        self._next = 0
+
+    @property
+    def ending(self) -> Ending | None:
+        return self._body.ending if self._next >= len(self._body._pieces) else None
+
+    def take_nowait(self) -> list[bytes]:
+        body = self._body
+        held = body._pieces[self._next :]
+        if body.ending is None:
+            held += self._arrived(body._receiver.take_nowait())
+        self._next = len(body._pieces)
+        return held
+
+    async def take(self) -> list[bytes]:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        batch = self.take_nowait()
+        if batch or self.ending is not None:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return batch
+        batch = self._arrived(await self._body._receiver.take())
+        self._next = len(self._body._pieces)
+        return batch
+
+    def _arrived(self, batch: list[bytes]) -> list[bytes]:
+        body = self._body
+        if batch and not (body._holding and body._hold(batch)):
+            body.stop_holding()
+            body._touched = True
+        return batch

@@ -1,0 +1,231 @@
+"""One client connection: the driver, its reader, and the boundary that no exception passes.
+
+The driver is the only writer. It takes one exchange after the other from the reader, runs its pipeline inside the
+exchange's scope, writes what remains to be said outside of it, and leaves exactly one record. Invariant: whatever
+happens in here, the stream is closed at the end and no other connection notices.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import socket
+import struct
+from typing import TYPE_CHECKING, final
+
+import trio
+from trio.abc import HalfCloseableStream, Stream
+
+from canal_trio.errors import Failure, Kind, Phase, Side
+from canal_trio.gateway.body import HeldBody
+from canal_trio.gateway.deliver import Delivery
+from canal_trio.gateway.exchange import Exchange
+from canal_trio.gateway.pipeline import Client, Pipeline
+from canal_trio.gateway.reader import ClientReader
+from canal_trio.gateway.respond import error_response, own_answer
+from canal_trio.gateway.writer import ClientWriter
+from canal_trio.messages import End, RequestHead
+from canal_trio.relay.flow import FlowSender, open_flow
+from canal_trio.wire.bodies import BodyDecoder, LengthDecoder, request_decoder
+from canal_trio.wire.headers import client_address, keep_alive
+
+if TYPE_CHECKING:
+    from canal_trio.gateway.core import Gateway
+
+__all__ = ["ClientConnection"]
+
+_log = logging.getLogger("canal_trio.gateway")
+
+_LINGER_BYTES = 1024 * 1024  # read and dropped at most before closing on unread input
+
+
+@final
+class ClientConnection:
+    """Serves one client until it leaves, misbehaves, or asks for the end. `gateway` owns what connections share."""
+
+    def __init__(self, gateway: Gateway, stream: Stream, *, peer: str, scheme: str) -> None:
+        self._gateway = gateway
+        self._stream = stream
+        self._peer = peer
+        self._scheme = scheme
+        self._writer = ClientWriter(stream, stall=gateway.settings.deadlines.client_write)
+        self._reader: ClientReader | None = None
+        self._reset = False  # close so that the client sees an error
+        self._unread = False  # the client may still be sending
+        self.current: Exchange | None = None
+
+    async def run(self) -> None:
+        """Serve, then close the stream. Raises nothing but `Cancelled`."""
+        try:
+            await self._serve()
+        except* Exception as group:
+            self._gateway.bug(group, self.current)
+        finally:
+            if self._reset:
+                _reset_on_close(self._stream)
+            await trio.aclose_forcefully(self._stream)
+
+    def drain(self) -> None:
+        """Take no new request."""
+        if self._reader is not None:
+            self._reader.stop_if_idle()
+
+    async def _serve(self) -> None:
+        send, receive = trio.open_memory_channel[Exchange](0)
+        settings = self._gateway.settings
+        self._reader = ClientReader(
+            self._stream,
+            send,
+            admit=self._admit,
+            refuse=self._refuse,
+            reaper=self._gateway.reaper,
+            bounds=settings.bounds,
+            deadlines=settings.deadlines,
+        )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._reader.run)
+            await self._exchanges(receive)
+            nursery.cancel_scope.cancel(reason="the connection is over")
+        if self._unread and not self._reset:
+            await self._linger()
+
+    async def _exchanges(self, requests: trio.MemoryReceiveChannel[Exchange]) -> None:
+        with requests:
+            while True:
+                try:
+                    exchange = await requests.receive()
+                except trio.EndOfChannel:
+                    return
+                try:
+                    if not await self._exchange(exchange):
+                        return
+                except Exception as exc:
+                    exchange.note(Failure(Side.GATEWAY, exchange.phase, Kind.INTERNAL, type(exc).__name__))
+                    raise
+                finally:
+                    # Of no effect unless the whole connection was cancelled: then the gateway stops now.
+                    if trio.current_effective_deadline() == -math.inf:
+                        exchange.note(Failure(Side.GATEWAY, exchange.phase, Kind.DRAINING, "The gateway stopped."))
+                    self._finish(exchange)
+
+    # -- the reader's questions ----------------------------------------------------------------------------------------
+
+    def _admit(self, head: RequestHead, started: float) -> tuple[Exchange, BodyDecoder, FlowSender]:
+        """The exchange of a head that was just read, with its body's decoder and flow. Registered from here on."""
+        gateway = self._gateway
+        bounds = gateway.settings.bounds
+        client = client_address(head.headers, self._peer, gateway.trusts)
+        exchange = Exchange(head, client=client, started=started)
+        exchange.scope.deadline = trio.current_time() + gateway.settings.deadlines.exchange
+        self.current = exchange
+        gateway.begin(exchange)
+        sender, receiver = open_flow(
+            bounds.capacity, piece_bytes=bounds.piece_bytes, handover_bytes=bounds.handover_bytes
+        )
+        decoder = request_decoder(head)
+        if isinstance(decoder, Failure):
+            exchange.note(decoder)
+            decoder = LengthDecoder(0)
+        elif isinstance(decoder, LengthDecoder) and decoder.length > bounds.body_bytes:
+            detail = f"The limit is {bounds.body_bytes:.0f} bytes."
+            exchange.note(Failure(Side.CLIENT, Phase.HEAD, Kind.BODY_TOO_LARGE, detail))
+        if decoder.end is not None and exchange.upgrade is None:
+            exchange.received = exchange.failure is None
+            sender.end(End())
+        else:
+            exchange.received = exchange.upgrade is not None
+            exchange.body = HeldBody(receiver, gateway.budget, bounds.held_body_bytes)
+        return exchange, decoder, sender
+
+    def _refuse(self, failure: Failure, started: float) -> Exchange:
+        """The exchange of a head that cannot be one."""
+        exchange = Exchange(None, client=self._peer, started=started)
+        exchange.note(failure)
+        exchange.received = False
+        self.current = exchange
+        self._gateway.begin(exchange)
+        return exchange
+
+    # -- one exchange --------------------------------------------------------------------------------------------------
+
+    async def _exchange(self, exchange: Exchange) -> bool:
+        """Run it to its end. True: the connection can carry another request."""
+        gateway, head = self._gateway, exchange.head
+        generation = gateway.generation
+        delivery = Delivery(exchange, self._writer, generation.settings, gateway.reaper)
+        if head is None or exchange.failure is not None:
+            return await self._conclude(exchange, delivery, keep=False)
+        keep = keep_alive(head.version, head.headers) and not gateway.draining
+        own = own_answer(head, request_id=exchange.id, close=not keep)
+        if own is not None:
+            exchange.status = own[0]
+            return await self._writer.write([own[1]]) and keep and exchange.received
+        client = Client(self._peer, gateway.trusts(self._peer), self._scheme)
+        pipeline = Pipeline(exchange, generation, client, self._writer, delivery)
+        pipeline.close = not keep
+        with exchange.scope:
+            failure = await pipeline.run()
+            if failure is not None:
+                exchange.note(failure)
+        if exchange.scope.cancelled_caught and exchange.failure is None and not exchange.left:
+            exchange.note(Failure(Side.GATEWAY, exchange.phase, Kind.TIMEOUT))
+        return await self._conclude(exchange, delivery, keep=keep and not delivery.close)
+
+    async def _conclude(self, exchange: Exchange, delivery: Delivery, *, keep: bool) -> bool:
+        """Say what remains to be said, outside of the exchange's scope; the message's end is honest by now."""
+        failure = exchange.failure
+        if exchange.left or (failure is not None and failure.kind in (Kind.GONE, Kind.STALLED) and not _ours(failure)):
+            self._reset = failure is not None and failure.kind is Kind.STALLED
+            return False
+        self._unread = not exchange.received
+        if failure is None:
+            return keep and delivery.complete and exchange.received
+        if delivery.begun:
+            await delivery.broken_off(failure)
+            self._break(exchange)
+            return False
+        keep = keep and exchange.received and exchange.head is not None
+        status, response = error_response(failure, request_id=exchange.id, head=exchange.head, close=not keep)
+        exchange.status = status
+        return await self._writer.write([response]) and keep
+
+    def _break(self, exchange: Exchange) -> None:
+        """Close so that the body looks broken: enough for a framed one, a close-delimited one needs a reset."""
+        head = exchange.head
+        if head is not None and head.version == b"1.0":
+            self._reset = True
+
+    def _finish(self, exchange: Exchange) -> None:
+        if exchange.body is not None:
+            exchange.body.close()
+        if exchange.upgraded is not None:
+            exchange.upgraded.set()
+        self._gateway.end(exchange)
+
+    async def _linger(self) -> None:
+        """Close without losing the answer: a close on unread input would reset the connection (RFC 9112 9.6)."""
+        with trio.move_on_after(self._gateway.settings.deadlines.linger, shield=True):
+            try:
+                if isinstance(self._stream, HalfCloseableStream):
+                    await self._stream.send_eof()
+                dropped = 0
+                while dropped < _LINGER_BYTES and (data := await self._stream.receive_some(65_536)):
+                    dropped += len(data)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                pass
+
+
+def _ours(failure: Failure) -> bool:
+    return failure.side is not Side.CLIENT
+
+
+def _reset_on_close(stream: Stream) -> None:
+    """Make the coming close a reset, where the stream has a socket."""
+    sock = getattr(stream, "socket", None)
+    if sock is not None:
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        except OSError:
+            pass  # closed already
+
+

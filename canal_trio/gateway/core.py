@@ -1,0 +1,178 @@
+"""The gateway: what all client connections share, and the door to the floors above.
+
+Settings, router and pools form a `Generation`, swapped as one by `reload`; an exchange keeps the one it began with.
+The gateway counts and lists, drains and stops; the work is done by `ClientConnection`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import math
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import trio
+
+from canal_trio.errors import Failure, Kind, Side
+from canal_trio.gateway.body import Budget
+from canal_trio.gateway.connection import ClientConnection
+from canal_trio.gateway.exchange import Exchange, ExchangeView
+from canal_trio.hooks import Recorder
+from canal_trio.policy.routing import Router
+from canal_trio.relay.idle import Reaper
+from canal_trio.settings import Settings, Upstream
+from canal_trio.upstream.connect import Connector, Dialer
+from canal_trio.upstream.pool import Pool, PoolStatistics
+
+__all__ = ["Gateway", "GatewayStatistics", "Generation"]
+
+_log = logging.getLogger("canal_trio.gateway")
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayStatistics:
+    """A snapshot of what the gateway holds."""
+
+    connections: int
+    in_flight: int
+    held_bytes: int
+    pools: dict[str, PoolStatistics]
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One configuration at work."""
+
+    settings: Settings
+    router: Router
+    pools: dict[str, Pool]
+
+
+@final
+class Gateway:
+    """Relays the requests of every stream given to `handle`. Made inside `trio.run`; `run` must be running meanwhile.
+
+    `recorders` receive each exchange's record. `dialer` reaches upstreams; tests put a simulated network here.
+    """
+
+    def __init__(self, settings: Settings, *, recorders: Sequence[Recorder] = (), dialer: Dialer | None = None) -> None:
+        self._recorders = tuple(recorders)
+        self._dialer = dialer
+        self._connections: set[ClientConnection] = set()
+        self._exchanges: dict[Exchange, None] = {}
+        self._networks = _networks(settings)
+        self.reaper = Reaper()
+        self.budget = Budget(settings.bounds.held_total_bytes)
+        self.draining = False
+        self.generation = self._generation(settings, {})
+
+    @property
+    def settings(self) -> Settings:
+        """What new exchanges use."""
+        return self.generation.settings
+
+    def _generation(self, settings: Settings, before: dict[Upstream, Pool]) -> Generation:
+        connector = Connector(settings, self.reaper, self._dialer)
+        pools: dict[str, Pool] = {}
+        for upstream in settings.upstreams:
+            pools[upstream.name] = before.pop(upstream, None) or Pool(
+                upstream, bounds=settings.bounds, deadlines=settings.deadlines, connect=connector.connect
+            )
+        return Generation(settings, Router(settings), pools)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """The background work: deadlines. Runs until cancelled; idle upstream connections are closed then."""
+        try:
+            await self.reaper.run(task_status=task_status)
+        finally:
+            for pool in self.generation.pools.values():
+                pool.close()
+
+    async def handle(self, stream: trio.abc.Stream, *, peer: str = "", scheme: str = "http") -> None:
+        """Serve one client connection to its end and close it. Raises nothing but `Cancelled`."""
+        connection = ClientConnection(self, stream, peer=peer, scheme=scheme)
+        self._connections.add(connection)
+        try:
+            await connection.run()
+        finally:
+            self._connections.discard(connection)
+
+    def reload(self, settings: Settings) -> None:
+        """New requests use `settings`; exchanges in flight keep what they began with. Not a checkpoint."""
+        unchanged = self.settings.bounds == settings.bounds and self.settings.deadlines == settings.deadlines
+        old = self.generation
+        keep = {u: old.pools[u.name] for u in old.settings.upstreams} if unchanged else {}
+        self.generation = self._generation(settings, keep)
+        self._networks = _networks(settings)
+        self.budget.limit = settings.bounds.held_total_bytes
+        current = set(self.generation.pools.values())
+        for pool in old.pools.values():
+            if pool not in current:
+                pool.close()
+
+    def trusts(self, address: str) -> bool:
+        """Is `address` one of the trusted proxies?"""
+        try:
+            parsed = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        return any(parsed in network for network in self._networks)
+
+    # -- the book of exchanges -----------------------------------------------------------------------------------------
+
+    def begin(self, exchange: Exchange) -> None:
+        """An exchange's first byte was read."""
+        self._exchanges[exchange] = None
+
+    def end(self, exchange: Exchange) -> None:
+        """An exchange is over: make its record and give it to every recorder."""
+        if self._exchanges.pop(exchange, exchange) is exchange:
+            return  # was not in the book: recorded already
+        record = exchange.finish()
+        for recorder in self._recorders:
+            try:
+                recorder.finished(record)
+            except Exception:
+                _log.exception("a recorder failed on the record of %s", record.request_id)
+
+    def bug(self, group: BaseExceptionGroup[Exception], exchange: Exchange | None) -> None:
+        """Something raised that must not: log it with its traceback. The connection's other half goes on."""
+        trace = "".join(traceback.format_exception(group))
+        _log.error("a bug ended a connection, in exchange %s:\n%s", exchange.id if exchange else "-", trace)
+
+    def exchanges(self) -> list[ExchangeView]:
+        """The exchanges in flight, oldest first."""
+        now = trio.current_time()
+        return [exchange.view(now) for exchange in self._exchanges]
+
+    def statistics(self) -> GatewayStatistics:
+        """A snapshot for metrics."""
+        pools = {name: pool.statistics() for name, pool in self.generation.pools.items()}
+        return GatewayStatistics(len(self._connections), len(self._exchanges), self.budget.held, pools)
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def ready(self) -> bool:
+        """Would a request have an upstream to go to?"""
+        return not self.draining and bool(self.generation.pools)
+
+    def drain(self, deadline: float) -> None:
+        """Serve what is in flight until `deadline` (Trio's clock), take no new requests. Not a checkpoint."""
+        self.draining = True
+        for connection in list(self._connections):
+            connection.drain()
+        self.reaper.add(self._expire, deadline)
+
+    def _expire(self, _now: float) -> float:
+        for exchange in list(self._exchanges):
+            exchange.fail(Failure(Side.GATEWAY, exchange.phase, Kind.DRAINING, "The time to finish is over."))
+        return math.inf
+
+
+def _networks(settings: Settings) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+    return [ipaddress.ip_network(network, strict=False) for network in settings.trusted_proxies]
+
+

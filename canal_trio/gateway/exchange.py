@@ -1,0 +1,233 @@
+"""One exchange: who it is, how far it came, what it leaves behind.
+
+The state that reader, driver and upstream task share. Invariants: the first failure wins and is noted before anything
+is cancelled; when the client leaves, the upstream's socket is closed in the very step that noticed it; exactly one
+record is made, at the end, from what is here.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+import trio
+
+from canal_trio.errors import Failure, Kind, Phase, Side
+from canal_trio.hooks import ExchangeRecord, Outcome, Principal
+from canal_trio.messages import Headers
+from canal_trio.policy.exchange import outcome_of
+from canal_trio.wire.headers import request_id, upgrade_of
+from canal_trio.wire.sse import EventScanner
+
+if TYPE_CHECKING:
+    from canal_trio.gateway.body import HeldBody
+    from canal_trio.messages import RequestHead
+    from canal_trio.relay.flow import FlowStatistics
+    from canal_trio.upstream.pool import Lease
+
+__all__ = ["Exchange", "ExchangeView"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeView:
+    """An exchange in flight, for people: a row of `/streams`."""
+
+    id: str
+    client: str
+    method: str
+    path: str
+    principal: str | None
+    model: str | None
+    upstream: str | None
+    phase: str
+    age: float
+    bytes: int
+    events: int
+    deadline: float | None  # seconds from now, None if there is none
+
+
+@final
+class Exchange:
+    """One request and its response. `head` is None when the request's head was refused."""
+
+    def __init__(self, head: RequestHead | None, *, client: str, started: float) -> None:
+        self.head = head
+        self.id = request_id(head.headers if head is not None else Headers()).decode("ascii")
+        self.client = client
+        self.started = started
+        self.started_at = time.time()
+        self.headed = trio.current_time()  # the request's head was complete
+        self.upgrade = upgrade_of(head) if head is not None else None
+        self.phase = Phase.ROUTE if head is not None else Phase.HEAD
+        self.scope = trio.CancelScope()
+        self.finished = trio.Event()
+        self.finished_at = 0.0
+        self.failure: Failure | None = None
+        self.left = False  # the client went away
+        self.eof = False  # the client's side of the connection was shut down
+        self.eof_leaves: bool | None = None  # is that leaving? None until the route is known
+        self.received = head is None  # the request was read to its end
+        self.body: HeldBody | None = None
+        self.lease: Lease | None = None
+        self.upgraded: trio.Event | None = trio.Event() if self.upgrade is not None else None
+        self.tunnel = False
+        # what was decided
+        self.principal: Principal | None = None
+        self.model: str | None = None
+        self.upstream: str | None = None
+        self.attempts = 0
+        # what was delivered
+        self.status: int | None = None
+        self.scanner: EventScanner | None = None
+        self.request_bytes = 0
+        self.response_bytes = 0
+        self.pieces = 0
+        self.first_piece: float | None = None
+        self.last_piece = 0.0
+        self.longest_gap = 0.0
+        self.cancel_latency: float | None = None
+        self.flow: FlowStatistics | None = None
+        self.flags: set[str] = set()
+
+    @property
+    def terminal(self) -> bool:
+        """The response's last event was delivered: what happens now cannot harm it."""
+        return self.scanner is not None and self.scanner.terminal
+
+    # -- trouble -------------------------------------------------------------------------------------------------------
+
+    def note(self, failure: Failure) -> None:
+        """Note why; the first one wins."""
+        if self.failure is None and not self.finished.is_set():
+            self.failure = failure
+
+    def fail(self, failure: Failure) -> None:
+        """Note why, close the upstream's socket, and unwind: in this order, in this step. Not a checkpoint."""
+        if self.finished.is_set():
+            return
+        self.note(failure)
+        if self.lease is not None:
+            self.lease.abort()
+        self.scope.cancel(reason=str(failure))
+
+    def leave(self, detail: str) -> None:
+        """The client is gone: close the upstream and unwind. After the last event that is how SDKs say good-bye."""
+        if self.finished.is_set() or self.left:
+            return
+        self.left = True
+        seen = time.perf_counter()
+        had_lease = self.lease is not None
+        failure = Failure(Side.CLIENT, self.phase, Kind.GONE, detail)
+        if self.terminal and self.failure is None:
+            self.flags.add("left_after_terminal")
+            if self.lease is not None:
+                self.lease.abort()
+            self.scope.cancel(reason="the client left after the last event")
+        else:
+            self.fail(failure)
+        if had_lease:
+            self.cancel_latency = time.perf_counter() - seen
+
+    def hangup_seen(self) -> None:
+        """The client's FIN or reset was seen, perhaps before the bytes in front of it were read."""
+        self.eof = True
+        if self.eof_leaves:
+            self.leave("The client closed the connection.")
+
+    def client_eof(self) -> None:
+        """The client's EOF was read. In the middle of a request that is leaving, else it is the route's choice."""
+        if not self.received:
+            self.leave("The client closed the connection before its request was complete.")
+        else:
+            self.hangup_seen()
+
+    def routed(self, *, eof_leaves: bool) -> None:
+        """The route is known, and with it what a client's EOF means."""
+        self.eof_leaves = eof_leaves
+        if self.eof:
+            self.hangup_seen()
+
+    # -- what was delivered --------------------------------------------------------------------------------------------
+
+    def delivered(self, size: int, now: float) -> None:
+        """A piece of `size` body bytes was accepted by the client's kernel."""
+        self.response_bytes += size
+        self.pieces += 1
+        if self.first_piece is None:
+            self.first_piece = now
+            self.phase = Phase.STREAM
+        elif now - self.last_piece > self.longest_gap:
+            self.longest_gap = now - self.last_piece
+        self.last_piece = now
+
+    def view(self, now: float) -> ExchangeView:
+        """How it looks from outside, just now."""
+        head = self.head
+        left = self.scope.deadline - now
+        return ExchangeView(
+            id=self.id,
+            client=self.client,
+            method=_text(head.method) if head else "",
+            path=_path(head),
+            principal=self.principal.name if self.principal else None,
+            model=self.model,
+            upstream=self.upstream,
+            phase=self.phase.value,
+            age=round(now - self.started, 3),
+            bytes=self.response_bytes,
+            events=self.scanner.events if self.scanner else 0,
+            deadline=round(left, 3) if left < 1e9 else None,
+        )
+
+    def outcome(self) -> Outcome:
+        """How it ended, by its first failure and by what the upstream said in band."""
+        outcome = outcome_of(self.failure)
+        if outcome is Outcome.COMPLETED and self.scanner is not None and self.scanner.error:
+            return Outcome.UPSTREAM_ERROR
+        return outcome
+
+    def finish(self) -> ExchangeRecord:
+        """The exchange is over: its one record. Called once."""
+        now = self.finished_at = trio.current_time()
+        if self.failure is None and self.scanner is not None and not self.scanner.terminal:
+            self.flags.add("no_terminal_event")
+        record = ExchangeRecord(
+            request_id=self.id,
+            started_at=self.started_at,
+            client=self.client,
+            method=_text(self.head.method) if self.head else "",
+            path=_path(self.head),
+            outcome=self.outcome(),
+            phase=self.failure.phase if self.failure else self.phase,
+            status=self.status,
+            failure=self.failure,
+            principal=self.principal.name if self.principal else None,
+            model=self.model,
+            upstream=self.upstream,
+            attempts=self.attempts,
+            streamed=self.scanner is not None,
+            request_bytes=self.request_bytes,
+            response_bytes=self.response_bytes,
+            events=self.scanner.events if self.scanner else 0,
+            first_byte=None if self.first_piece is None else self.first_piece - self.headed,
+            duration=now - self.started,
+            longest_gap=self.longest_gap,
+            mean_gap=(self.last_piece - self.first_piece) / (self.pieces - 1)
+            if self.first_piece is not None and self.pieces > 1
+            else 0.0,
+            cancel_latency=self.cancel_latency,
+            handed_over=self.flow.handed_over if self.flow else 0,
+            queued=self.flow.queued if self.flow else 0,
+            flags=tuple(sorted(self.flags)),
+        )
+        self.finished.set()
+        return record
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("ascii", "backslashreplace")
+
+
+def _path(head: RequestHead | None) -> str:
+    return _text(head.target.partition(b"?")[0]) if head else ""

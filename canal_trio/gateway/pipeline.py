@@ -1,0 +1,270 @@
+"""The pipeline of one request: authenticate, hold what routing needs, route, attempt, deliver.
+
+Each step hands on data or stops with a failure. An attempt runs as a pair: the upstream task puts heads and pieces into
+a `Port`, the driver delivers them. Another attempt is made only before the first byte of an answer was relayed, and
+only if policy says that it may (design, section 6).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+import msgspec
+import trio
+
+from canal_trio.errors import Failure, Kind, Phase, Retry, Side
+from canal_trio.gateway.deliver import Delivery, Port
+from canal_trio.gateway.exchange import Exchange
+from canal_trio.gateway.respond import continue_head
+from canal_trio.gateway.writer import ClientWriter
+from canal_trio.messages import RequestHead, ResponseHead
+from canal_trio.policy.exchange import Step, next_step, retries_status
+from canal_trio.settings import Settings, Upstream
+from canal_trio.upstream.interface import BodySource
+from canal_trio.upstream.pool import Lease, Pool
+from canal_trio.wire.bodies import content_length
+from canal_trio.wire.headers import ForUpstream, for_upstream, wants_continue
+from canal_trio.wire.targets import origin_form, parse_base_url, upstream_target
+
+if TYPE_CHECKING:
+    from canal_trio.gateway.core import Generation
+
+__all__ = ["Client", "Pipeline"]
+
+_PEEK_BYTES = 262_144  # a body up to this is looked into for the log's `model`
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Who is connected: the peer, or the client that a trusted proxy names."""
+
+    peer: str
+    trusted: bool
+    scheme: str
+
+
+class _Named(msgspec.Struct):
+    """The one field of a request body that is read."""
+
+    model: str | None = None
+
+
+@final
+class Pipeline:
+    """Runs one exchange inside its scope. What it leaves in the exchange decides the ending."""
+
+    def __init__(
+        self, exchange: Exchange, generation: Generation, client: Client, writer: ClientWriter, delivery: Delivery
+    ) -> None:
+        assert exchange.head is not None
+        self._exchange = exchange
+        self._head: RequestHead = exchange.head
+        self._generation = generation
+        self._settings: Settings = generation.settings
+        self._client = client
+        self._writer = writer
+        self._delivery = delivery
+        self.close = False  # the request asks for the connection to be closed
+
+    async def run(self) -> Failure | None:
+        """The failure to answer with, or None: an answer was delivered or broke off."""
+        exchange = self._exchange
+        refusal = self._authenticate()
+        if refusal is not None:
+            return refusal
+        refusal = await self._continue()
+        if refusal is not None:
+            return refusal
+        upstreams = await self._route()
+        if isinstance(upstreams, Failure):
+            return upstreams
+        if not upstreams:
+            return Failure(Side.GATEWAY, Phase.ROUTE, Kind.UNAVAILABLE, "No upstream is configured.")
+        exchange.routed(eof_leaves=upstreams[0].on_client_eof == "abort")
+        return await self._attempts(upstreams)
+
+    def _authenticate(self) -> Failure | None:
+        verdict = self._generation.router.authenticate(self._head.headers)
+        if isinstance(verdict, Failure):
+            return verdict
+        self._exchange.principal = verdict
+        return None
+
+    async def _continue(self) -> Failure | None:
+        """Invite the body of a client that waits for it (RFC 9110 10.1.1)."""
+        wanted = wants_continue(self._head)
+        if isinstance(wanted, Failure):
+            return wanted
+        if wanted and not self._exchange.received and not self._exchange.request_bytes:
+            await self._writer.write([continue_head()])
+        return None
+
+    # -- routing -------------------------------------------------------------------------------------------------------
+
+    async def _route(self) -> list[Upstream] | Failure:
+        exchange, router, body = self._exchange, self._generation.router, self._exchange.body
+        if router.needs_model and body is not None and self._is_json():
+            exchange.phase = Phase.UPLOAD
+            failure = self._too_large() or await body.hold_all()
+            if failure is not None:
+                return failure
+            model = self._model(self._settings.bounds.held_body_bytes)
+            if isinstance(model, Failure):
+                return model
+            exchange.model = model
+        exchange.phase = Phase.ROUTE
+        return router.route(exchange.model, exchange.principal)
+
+    def _is_json(self) -> bool:
+        media = (self._head.headers.get(b"content-type") or b"").partition(b";")[0].strip().lower()
+        return media == b"application/json" or media.endswith(b"+json")
+
+    def _too_large(self) -> Failure | None:
+        limit = self._settings.bounds.held_body_bytes
+        length = content_length(self._head.headers)
+        if isinstance(length, int) and length > limit:
+            return Failure(Side.CLIENT, Phase.UPLOAD, Kind.BODY_TOO_LARGE, f"The limit is {limit} bytes.")
+        return None
+
+    def _model(self, most: int) -> str | None | Failure:
+        body = self._exchange.body
+        content = body.beginning(most) if body is not None else None
+        if not content:
+            return None
+        try:
+            return msgspec.json.decode(content, type=_Named).model
+        except msgspec.DecodeError as exc:
+            return Failure(Side.CLIENT, Phase.ROUTE, Kind.MALFORMED, f"The body is not the JSON expected: {exc}.")
+
+    # -- attempts ------------------------------------------------------------------------------------------------------
+
+    async def _attempts(self, upstreams: list[Upstream]) -> Failure | None:
+        exchange = self._exchange
+        index, fresh = 0, False
+        while True:
+            upstream = upstreams[index]
+            others = index + 1 < len(upstreams)
+            failure = await self._attempt(upstream, fresh=fresh, others=others)
+            if failure is None or self._delivery.begun or exchange.failure is not None:
+                return failure
+            step = next_step(
+                failure,
+                replayable=exchange.body is None or exchange.body.replayable,
+                fresh_tried=fresh,
+                others=others,
+                retry_sent=upstream.retry_sent,
+            )
+            if step is Step.STOP:
+                return failure
+            fresh = step is Step.FRESH
+            if step is Step.NEXT:
+                index += 1
+
+    async def _attempt(self, upstream: Upstream, *, fresh: bool, others: bool) -> Failure | None:
+        """One try at one upstream. None: an answer was delivered, or begun."""
+        exchange = self._exchange
+        exchange.attempts += 1
+        exchange.upstream = upstream.name
+        exchange.phase = Phase.LEASE
+        pool = self._generation.pools[upstream.name]
+        head = self._upstream_head(upstream)
+        if isinstance(head, Failure):
+            return head
+        lease = await pool.lease(fresh=fresh)
+        if isinstance(lease, Failure):
+            return lease
+        exchange.lease = lease
+        exchange.phase = Phase.FIRST_BYTE if exchange.received else Phase.UPLOAD
+        port = Port(self._settings)
+        body = exchange.body.source() if exchange.body is not None else None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._upstream_task, lease, head, body, port)
+            failure = await self._answer(port, upstream, others=others)
+            nursery.cancel_scope.cancel(reason="the answer was delivered or given up")
+        return failure
+
+    async def _upstream_task(self, lease: Lease, head: RequestHead, body: BodySource | None, port: Port) -> None:
+        try:
+            failure = await lease.connection.run(head, body, port)
+            if failure is None and lease.connection.reusable:
+                lease.release()
+            port.finish(failure)
+        finally:
+            lease.abort()  # of no effect after release()
+            if self._exchange.lease is lease:
+                self._exchange.lease = None
+
+    async def _answer(self, port: Port, upstream: Upstream, *, others: bool) -> Failure | None:
+        exchange, delivery = self._exchange, self._delivery
+        while True:
+            head = await port.next_head()
+            if isinstance(head, Failure):
+                return head
+            if exchange.phase is Phase.UPLOAD and exchange.received:
+                exchange.phase = Phase.FIRST_BYTE
+            if head.status == 101 or not head.informational:
+                break
+            await delivery.informational(head)
+        replayable = exchange.body is None or exchange.body.replayable
+        if others and replayable and retries_status(head.status, retry_sent=upstream.retry_sent):
+            detail = f"It answered {head.status}."
+            return Failure(Side.UPSTREAM, Phase.FIRST_BYTE, Kind.REFUSED, detail, Retry.UNSENT)
+        self._settle_body()
+        if head.status == 101:
+            await self._tunnel(head, port)
+        else:
+            self._stay_http()
+            await delivery.final(head, close=self.close)
+            await delivery.body(port, upstream.heartbeat)
+        return None
+
+    def _settle_body(self) -> None:
+        """The answer is here: no attempt will follow, so nothing of the body is held any longer."""
+        exchange = self._exchange
+        if exchange.body is None:
+            return
+        if exchange.model is None and self._is_json():
+            model = self._model(_PEEK_BYTES)
+            exchange.model = model if isinstance(model, str) else None
+        exchange.body.stop_holding()
+
+    def _stay_http(self) -> None:
+        if self._exchange.upgraded is not None:
+            self._exchange.upgraded.set()
+
+    async def _tunnel(self, head: ResponseHead, port: Port) -> None:
+        await self._delivery.upgraded(head)
+        self._exchange.tunnel = True
+        self._stay_http()
+        await self._delivery.body(port, None)
+
+    def _upstream_head(self, upstream: Upstream) -> RequestHead | Failure:
+        """The request as this upstream shall see it."""
+        exchange, head = self._exchange, self._head
+        base = parse_base_url(upstream.base_url)
+        origin = origin_form(head)
+        if isinstance(origin, Failure):
+            return origin
+        if isinstance(base, str):
+            return Failure(Side.GATEWAY, Phase.ROUTE, Kind.INTERNAL, base)
+        target = upstream_target(base.path, origin[0])
+        if isinstance(target, Failure):
+            return target
+        length = content_length(head.headers)
+        keyed = self._generation.router.keyed
+        options = ForUpstream(
+            target=target,
+            authority=base.authority,
+            client=self._client.peer,
+            client_trusted=self._client.trusted,
+            scheme=self._client.scheme,
+            request_id=exchange.id.encode("ascii"),
+            pseudonym=self._settings.pseudonym,
+            authorization=b"Bearer " + upstream.api_key.encode() if upstream.api_key else None,
+            strip_credentials=keyed,
+            body=length if isinstance(length, int) else (None if exchange.body is not None else 0),
+            upgrade=exchange.upgrade,
+        )
+        return for_upstream(head, options)
+

@@ -1,0 +1,307 @@
+"""The reader: the only task that reads a client's connection, and it lives as long as the connection.
+
+It cuts the bytes into request heads and bodies, puts bodies into request flows (a full flow stops the reading: that is
+the backpressure of uploads) and, once a request is complete, reads on only to see the client leave. A client's EOF or
+reset reaches the exchange in the step that sees it; where the socket can tell a hang-up without being read, that holds
+while bytes wait unread, too.
+
+Invariants: one exchange at a time; of a pipelined request at most one read is held where the hang-up can be watched,
+and `pipelined_bytes` where it cannot. The head's deadline counts from its first byte and is never extended; the body's
+deadlines run only while the client's bytes are awaited.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable
+from typing import final
+
+import trio
+
+from canal_trio.errors import Failure, Kind, Phase, Side
+from canal_trio.gateway.exchange import Exchange
+from canal_trio.messages import RequestHead
+from canal_trio.relay.flow import FlowSender
+from canal_trio.relay.idle import Reaper
+from canal_trio.relay.streams import handover_end
+from canal_trio.settings import Bounds, Deadlines
+from canal_trio.wire.bodies import BodyDecoder
+from canal_trio.wire.heads import RequestHeadReader
+
+__all__ = ["Admission", "ClientReader"]
+
+Admission = Callable[[RequestHead, float], tuple[Exchange, BodyDecoder, FlowSender]]
+"""Makes the exchange of a head that started to arrive at the given time, with its body's decoder and flow."""
+
+
+class _Mode(enum.Enum):
+    IDLE = enum.auto()  # between requests, nothing has arrived
+    HEAD = enum.auto()  # a request head has begun
+    BODY = enum.auto()  # body bytes are awaited
+    WAIT = enum.auto()  # the client has no turn: flow full, response running
+
+
+@final
+class ClientReader:
+    """Reads one client connection and sends an `Exchange` for each request to `out`, which it closes at the end."""
+
+    def __init__(
+        self,
+        stream: trio.abc.Stream,
+        out: trio.MemorySendChannel[Exchange],
+        *,
+        admit: Admission,
+        refuse: Callable[[Failure, float], Exchange],
+        reaper: Reaper,
+        bounds: Bounds,
+        deadlines: Deadlines,
+    ) -> None:
+        self._stream = stream
+        self._socket = handover_end(stream)
+        self._out = out
+        self._admit = admit
+        self._refuse = refuse
+        self._reaper = reaper
+        self._bounds = bounds
+        self._deadlines = deadlines
+        self._heads = RequestHeadReader(
+            head_bytes=bounds.head_bytes, head_fields=bounds.head_fields, target_bytes=bounds.target_bytes
+        )
+        self._scope = trio.CancelScope()
+        self._mode = _Mode.IDLE
+        self._since = trio.current_time()  # when the mode began, or when a body byte last arrived
+        self._body_bytes = 0
+        self._body_waited = 0.0
+        self._active: Exchange | None = None
+        self._held = b""  # read, not parsed yet
+        self.timed_out: Failure | None = None
+
+    async def run(self) -> None:
+        """Read until the client leaves, breaks the rules or takes too long, or until cancelled."""
+        period = self._period()
+        watch = self._reaper.add(self._check, trio.current_time() + period)
+        try:
+            with self._scope:
+                await self._requests()
+            if self.timed_out is not None and self._active is None:
+                await self._out.send(self._refuse(self.timed_out, self._since))
+        except trio.BrokenResourceError:
+            pass  # the driver stopped taking requests
+        finally:
+            watch.cancel()
+            self._out.close()
+
+    def stop_if_idle(self) -> None:
+        """Draining: no new request on this connection."""
+        if self._mode is _Mode.IDLE and (self._active is None or self._active.finished.is_set()):
+            self._scope.cancel(reason="draining")
+
+    # -- deadlines -----------------------------------------------------------------------------------------------------
+
+    def _period(self) -> float:
+        """How often to look: no deadline is shorter, so none is ever seen late."""
+        return min(self._deadlines.keep_alive, self._deadlines.request_head, self._deadlines.body_idle)
+
+    def _check(self, now: float) -> float:
+        deadlines = self._deadlines
+        due = math.inf
+        if self._mode is _Mode.IDLE:
+            active = self._active
+            if active is None or active.finished.is_set():
+                due = max(self._since, active.finished_at if active else 0.0) + deadlines.keep_alive
+        elif self._mode is _Mode.HEAD:
+            due = self._since + deadlines.request_head
+        elif self._mode is _Mode.BODY:
+            due = self._since + deadlines.body_idle
+            waited = self._body_waited + now - self._since
+            if waited >= deadlines.body_idle and self._body_bytes < waited * deadlines.body_rate:
+                due = now
+        if now < due:
+            return min(due, now + self._period())
+        self._expire()
+        return math.inf
+
+    def _expire(self) -> None:
+        if self._mode is _Mode.IDLE:
+            self._scope.cancel(reason="keep-alive idle")
+            return
+        phase = Phase.HEAD if self._mode is _Mode.HEAD else Phase.UPLOAD
+        failure = Failure(Side.CLIENT, phase, Kind.TIMEOUT, f"The request {phase.value} stopped arriving.")
+        if self._mode is _Mode.BODY and self._active is not None:
+            self._active.fail(failure)
+        else:
+            self.timed_out = failure
+            self._active = None
+        self._scope.cancel(reason=failure.detail)
+
+    def _enter(self, mode: _Mode) -> None:
+        self._mode = mode
+        self._since = trio.current_time()
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    async def _requests(self) -> None:
+        while True:
+            exchange = await self._next()
+            if exchange is None:
+                return
+            await self._out.send(exchange)
+            if exchange.failure is not None:
+                return
+
+    async def _next(self) -> Exchange | None:
+        """The next request, its body still to come; None when there is none."""
+        if self._active is not None and not await self._rest_of(self._active):
+            return None
+        self._enter(_Mode.IDLE)
+        data, self._held = self._held, b""
+        while True:
+            if data:
+                if self._mode is _Mode.IDLE:
+                    self._enter(_Mode.HEAD)
+                verdict = self._heads.feed(data)
+                if isinstance(verdict, Failure):
+                    return self._refuse(verdict, self._since)
+                if isinstance(verdict, RequestHead):
+                    return self._accept(verdict)
+            data = await self._receive()
+            if data and self._active is not None and not self._active.finished.is_set():
+                if not await self._pipelined(self._active, data):
+                    return None
+                data, self._held = self._held, b""
+            if not data:
+                cut = self._heads.close()
+                return self._refuse(cut, self._since) if cut is not None else None
+
+    def _accept(self, head: RequestHead) -> Exchange:
+        exchange, self._decoder, self._upload = self._admit(head, self._since)
+        self._active = exchange
+        self._held = self._heads.rest()
+        self._body_bytes, self._body_waited = 0, 0.0
+        if self._socket is not None and exchange.failure is None:
+            self._socket.watch(exchange.hangup_seen)
+            if self._socket.hangup:
+                exchange.hangup_seen()
+        self._enter(_Mode.WAIT)
+        return exchange
+
+    async def _receive(self) -> bytes:
+        """The next bytes; `b""` when the client's side has ended, of which the exchange knows by then."""
+        try:
+            data = await self._stream.receive_some(self._bounds.piece_bytes)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            if self._active is not None:
+                self._active.leave("The connection to the client broke.")
+            return b""
+        if not data and self._active is not None:
+            self._active.client_eof()
+            if self._socket is not None:
+                self._socket.watch(self._reset_after_eof)
+        return bytes(data)
+
+    def _reset_after_eof(self) -> None:
+        if self._active is not None:
+            self._active.leave("The connection to the client broke.")
+
+    async def _pipelined(self, active: Exchange, data: bytes) -> bool:
+        """Hold `data` until the response before it is done. False: nothing more is to be read."""
+        self._held = data
+        self._enter(_Mode.WAIT)
+        if self._socket is None:
+            return await self._read_ahead(active)
+        await active.finished.wait()
+        self._enter(_Mode.IDLE)
+        return True
+
+    async def _read_ahead(self, active: Exchange) -> bool:
+        """No hang-up can be watched here: read on, within a bound, to see the end."""
+        async with trio.open_nursery() as nursery:
+
+            async def read() -> None:
+                while data := await self._receive():
+                    self._held += data
+                    if len(self._held) > self._bounds.pipelined_bytes:
+                        active.leave("The client pipelined more than is read ahead.")
+                        return
+
+            nursery.start_soon(read)
+            await active.finished.wait()
+            nursery.cancel_scope.cancel(reason="the response is done")
+        self._enter(_Mode.IDLE)
+        return not active.left
+
+    # -- the body ------------------------------------------------------------------------------------------------------
+
+    async def _rest_of(self, exchange: Exchange) -> bool:
+        """Read the request's body to its end. False: the connection cannot carry another request."""
+        if exchange.failure is not None:
+            return False
+        if exchange.upgraded is not None:
+            await exchange.upgraded.wait()
+            if exchange.tunnel:
+                await self._tunnel(exchange)
+                return False
+        if exchange.received:
+            return True
+        return await self._body(exchange)
+
+    async def _body(self, exchange: Exchange) -> bool:
+        decoder, upload = self._decoder, self._upload
+        data, self._held = self._held, b""
+        while True:
+            payload = decoder.feed(data)
+            exchange.request_bytes += len(payload)
+            if not await self._put(upload, payload):
+                return False
+            if decoder.end is not None:
+                exchange.received = True
+                upload.end(decoder.end)
+                self._held = decoder.rest
+                return True
+            failure = self._objection(exchange, decoder)
+            if failure is not None:
+                upload.abort(failure)
+                exchange.fail(failure)
+                return False
+            self._enter(_Mode.BODY)
+            started = self._since
+            data = await self._receive()
+            self._enter(_Mode.WAIT)
+            self._body_waited += self._since - started
+            self._body_bytes += len(data)
+            if not data:
+                upload.abort(exchange.failure)
+                return False
+
+    def _objection(self, exchange: Exchange, decoder: BodyDecoder) -> Failure | None:
+        if decoder.fault is not None:
+            return Failure(Side.CLIENT, Phase.UPLOAD, Kind.MALFORMED, decoder.fault)
+        if exchange.request_bytes > self._bounds.body_bytes:
+            detail = f"The limit is {self._bounds.body_bytes:.0f} bytes."
+            return Failure(Side.CLIENT, Phase.UPLOAD, Kind.BODY_TOO_LARGE, detail)
+        return None
+
+    async def _put(self, upload: FlowSender, payload: bytes) -> bool:
+        try:
+            await upload.put(payload)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return False  # the exchange is over and wants no more of its body
+        return True
+
+    async def _tunnel(self, exchange: Exchange) -> None:
+        """After 101: raw bytes, half-close included."""
+        data, self._held = self._held, b""
+        while True:
+            if data and not await self._put(self._upload, data):
+                return
+            try:
+                data = bytes(await self._stream.receive_some(self._bounds.piece_bytes))
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                exchange.leave("The connection to the client broke.")
+                return
+            exchange.request_bytes += len(data)
+            if not data:
+                self._upload.end()
+                return
+
