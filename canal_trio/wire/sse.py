@@ -1,0 +1,205 @@
+"""Event streams: a full parser for tests and tools, and a scanner for the hot path.
+
+Both follow the WHATWG rules (HTML, "Server-sent events"): a line ends with LF, CR or CRLF, one byte order mark may come
+first, an empty line dispatches the event if it has data. The scanner never alters, keeps or copies what passes: it
+counts, and knows whether the stream stands between two events. Both are invariant under how the bytes are split.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final, final
+
+__all__ = ["Event", "EventParser", "EventScanner"]
+
+_BOM: Final = b"\xef\xbb\xbf"
+_LINE_END: Final = re.compile(rb"\r\n?|\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One dispatched event. `retry` is the reconnection time in milliseconds that holds after it, if one was sent."""
+
+    event: str
+    data: str
+    id: str
+    retry: int | None = None
+
+
+@final
+class EventParser:
+    """Turns the bytes of an event stream into events. Keeps one event at most, however large."""
+
+    def __init__(self) -> None:
+        self.last_event_id = ""
+        self.retry: int | None = None
+        self._held = bytearray()  # the present line
+        self._after_cr = False
+        self._first = True
+        self._data: list[str] = []
+        self._event = ""
+        self._id = ""
+
+    def feed(self, piece: bytes) -> list[Event]:
+        """The events that `piece` completes."""
+        if not piece:
+            return []
+        if self._after_cr:
+            piece = piece.removeprefix(b"\n")
+        events: list[Event] = []
+        start = 0
+        for match in _LINE_END.finditer(piece):
+            self._held += piece[start : match.start()]
+            start = match.end()
+            line, self._held = bytes(self._held), bytearray()
+            event = self._line(line)
+            if event is not None:
+                events.append(event)
+        self._held += piece[start:]
+        self._after_cr = piece.endswith(b"\r")
+        return events
+
+    def _line(self, line: bytes) -> Event | None:
+        if self._first:
+            line = line.removeprefix(_BOM)
+            self._first = False
+        if not line:
+            return self._dispatch()
+        name, _, raw = line.partition(b":")
+        value = raw.removeprefix(b" ").decode("utf-8", "replace")
+        if name == b"data":
+            self._data.append(value)
+        elif name == b"event":
+            self._event = value
+        elif name == b"id" and "\0" not in value:
+            self._id = value
+        elif name == b"retry" and value.isascii() and value.isdigit() and len(value) <= 15:
+            self.retry = int(value)
+        return None
+
+    def _dispatch(self) -> Event | None:
+        self.last_event_id = self._id
+        data, self._data = self._data, []
+        name, self._event = self._event, ""
+        if not data:
+            return None
+        return Event(name or "message", "\n".join(data), self.last_event_id, self.retry)
+
+
+# The usual piece: whole LF events, each a `data:` line with an optional `event:` line before it, nothing in them that
+# the scanner reports. Anything else is looked at line by line.
+_LAST: Final = frozenset({b"response.completed", b"response.failed", b"response.incomplete"})
+_NOTABLE: Final = rb"error\n|response\.(?:completed|failed|incomplete)\n"
+_ERROR_TEXT: Final = rb'[ \t]*\{[ \t]*"error"[ \t]*:[ \t]*[{"]'
+_USUAL: Final = re.compile(rb"(?:(?:event: (?!%b)[^\n]*\n)?data: (?!\[DONE\]|%b)[^\n]*\n\n)+" % (_NOTABLE, _ERROR_TEXT))
+_ERROR: Final = re.compile(_ERROR_TEXT)
+_KEPT: Final = 96  # bytes kept of the present line: more than any line that is looked into needs
+
+
+@final
+class EventScanner:
+    """The tap on a relayed event stream. Memory is a few bytes however long a line is."""
+
+    __slots__ = (
+        "_after_cr",
+        "_bom",
+        "_has_data",
+        "_in_block",
+        "_kept",
+        "_length",
+        "_plain",
+        "at_boundary",
+        "error",
+        "events",
+        "terminal",
+    )
+
+    def __init__(self) -> None:
+        self.events = 0  # dispatched, as a client counts them
+        self.at_boundary = True  # nothing of an event has passed since the last one ended
+        self.terminal = False  # the last event passed: `[DONE]`, response.completed, .failed or .incomplete
+        self.error = False  # the upstream reported an error in band
+        self._plain = False  # at a boundary with nothing pending: the straight line may be taken
+        self._bom: bytes | None = b""  # what may be the beginning of a byte order mark; None: past it
+        self._after_cr = False
+        self._kept = b""  # the beginning of the present line
+        self._length = 0  # of the present line
+        self._in_block = False
+        self._has_data = False
+
+    def feed(self, piece: bytes) -> None:
+        """Take note of `piece`, which has passed."""
+        if self._plain and b"\r" not in piece and _USUAL.fullmatch(piece):
+            self.events += piece.count(b"\n\n")
+            return
+        if self._bom is not None:
+            piece = self._skip_bom(piece)
+        self._lines(piece)
+        self.at_boundary = not self._in_block and not self._length
+        self._plain = self.at_boundary and not self._after_cr and self._bom is None
+        if self._bom:
+            self.at_boundary = False
+
+    def _skip_bom(self, piece: bytes) -> bytes:
+        begin = (self._bom or b"") + piece
+        if len(begin) < 3 and _BOM.startswith(begin):
+            self._bom = begin
+            return b""
+        self._bom = None
+        return begin.removeprefix(_BOM)
+
+    def _lines(self, piece: bytes) -> None:
+        size = len(piece)
+        start = 0
+        if self._after_cr and size:
+            self._after_cr = False
+            start = piece.startswith(b"\n")
+        lf, cr = piece.find(b"\n", start), piece.find(b"\r", start)
+        while lf >= 0 or cr >= 0:
+            end = lf if cr < 0 or 0 <= lf < cr else cr
+            self._extend(piece, start, end)
+            self._end_line()
+            start = end + 1
+            if end == cr:
+                if lf == start:
+                    start += 1
+                elif start == size:
+                    self._after_cr = True
+                cr = piece.find(b"\r", start)
+            if 0 <= lf < start:
+                lf = piece.find(b"\n", start)
+        self._extend(piece, start, size)
+
+    def _extend(self, piece: bytes, start: int, end: int) -> None:
+        if end > start:
+            room = _KEPT - len(self._kept)
+            if room > 0:
+                self._kept += piece[start : min(end, start + room)]
+            self._length += end - start
+
+    def _end_line(self) -> None:
+        line, length = self._kept, self._length
+        self._kept, self._length = b"", 0
+        if not length:
+            self.events += self._has_data
+            self._in_block = self._has_data = False
+        elif not line.startswith(b":"):
+            self._in_block = True
+            name, colon, value = line.partition(b":")
+            self._field(name, bool(colon), value.removeprefix(b" "), whole=length == len(line))
+
+    def _field(self, name: bytes, colon: bool, value: bytes, *, whole: bool) -> None:
+        if name == b"data":
+            self._has_data = True
+            if whole and value.rstrip(b" \t") == b"[DONE]":
+                self.terminal = True
+            elif _ERROR.match(value):
+                self.error = True
+        elif name == b"event":
+            if whole and value in _LAST:
+                self.terminal = True
+            elif whole and value == b"error":
+                self.error = True
+        elif name == b"error" and colon:
+            self.error = True  # llama.cpp before 2025 sent the object in a field of this name
