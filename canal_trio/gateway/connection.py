@@ -7,6 +7,7 @@ happens in here, the stream is closed at the end and no other connection notices
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import socket
@@ -26,7 +27,7 @@ from canal_trio.gateway.respond import error_response, own_answer
 from canal_trio.gateway.writer import ClientWriter
 from canal_trio.messages import End, RequestHead
 from canal_trio.relay.flow import FlowSender, open_flow
-from canal_trio.wire.bodies import BodyDecoder, LengthDecoder, request_decoder
+from canal_trio.wire.bodies import BodyDecoder, NoBody, content_length, request_decoder
 from canal_trio.wire.headers import client_address, keep_alive
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ __all__ = ["ClientConnection"]
 
 _log = logging.getLogger("canal_trio.gateway")
 
+_NOBODY_THERE = (Kind.GONE, Kind.STALLED)
 _LINGER_BYTES = 1024 * 1024  # read and dropped at most before closing on unread input
 
 
@@ -122,11 +124,12 @@ class ClientConnection:
         sender, receiver = open_flow(
             bounds.capacity, piece_bytes=bounds.piece_bytes, handover_bytes=bounds.handover_bytes
         )
-        decoder = request_decoder(head)
-        if isinstance(decoder, Failure):
-            exchange.note(decoder)
-            decoder = LengthDecoder(0)
-        elif isinstance(decoder, LengthDecoder) and decoder.length > bounds.body_bytes:
+        length = content_length(head.headers)
+        verdict = request_decoder(head)
+        decoder: BodyDecoder = NoBody() if isinstance(verdict, Failure) else verdict
+        if isinstance(verdict, Failure):
+            exchange.note(verdict)
+        elif isinstance(length, int) and length > bounds.body_bytes:
             detail = f"The limit is {bounds.body_bytes:.0f} bytes."
             exchange.note(Failure(Side.CLIENT, Phase.HEAD, Kind.BODY_TOO_LARGE, detail))
         if decoder.end is not None and exchange.upgrade is None:
@@ -172,9 +175,9 @@ class ClientConnection:
         return await self._conclude(exchange, delivery, keep=keep and not delivery.close)
 
     async def _conclude(self, exchange: Exchange, delivery: Delivery, *, keep: bool) -> bool:
-        """Say what remains to be said, outside of the exchange's scope; the message's end is honest by now."""
+        """Say what remains to be said, outside of the exchange's scope. True: the connection can go on."""
         failure = exchange.failure
-        if exchange.left or (failure is not None and failure.kind in (Kind.GONE, Kind.STALLED) and not _ours(failure)):
+        if exchange.left or (failure is not None and failure.side is Side.CLIENT and failure.kind in _NOBODY_THERE):
             self._reset = failure is not None and failure.kind is Kind.STALLED
             return False
         self._unread = not exchange.received
@@ -187,7 +190,11 @@ class ClientConnection:
         keep = keep and exchange.received and exchange.head is not None
         status, response = error_response(failure, request_id=exchange.id, head=exchange.head, close=not keep)
         exchange.status = status
-        return await self._writer.write([response]) and keep
+
+        def accepted() -> None:
+            exchange.answered = True
+
+        return await self._writer.write([response], accepted) and keep
 
     def _break(self, exchange: Exchange) -> None:
         """Close so that the body looks broken: enough for a framed one, a close-delimited one needs a reset."""
@@ -215,17 +222,11 @@ class ClientConnection:
                 pass
 
 
-def _ours(failure: Failure) -> bool:
-    return failure.side is not Side.CLIENT
-
-
 def _reset_on_close(stream: Stream) -> None:
     """Make the coming close a reset, where the stream has a socket."""
     sock = getattr(stream, "socket", None)
     if sock is not None:
-        try:
+        with contextlib.suppress(OSError):  # closed already
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        except OSError:
-            pass  # closed already
 
 

@@ -9,6 +9,7 @@ without `Ended` no terminator is ever written.
 from __future__ import annotations
 
 import math
+from email.utils import formatdate
 from typing import final
 
 import trio
@@ -64,7 +65,7 @@ class Port:
 
 @final
 class Delivery:
-    """One exchange's answer on its way to the client. `begun`: the final head was written, no other answer is possible."""
+    """One exchange's answer on its way to the client. `begun`: the final head was written, there is no other answer."""
 
     def __init__(self, exchange: Exchange, writer: ClientWriter, settings: Settings, reaper: Reaper) -> None:
         self._exchange = exchange
@@ -128,6 +129,7 @@ class Delivery:
             close=close,
             event_stream=exchange.scanner is not None,
             upgrade=exchange.upgrade if head.status == 101 else None,
+            date=formatdate(usegmt=True).encode("ascii"),
         )
         if not await self._writer.write([write_response_head(for_client(head, options))]):
             exchange.fail(self._trouble())

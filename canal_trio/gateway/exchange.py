@@ -64,6 +64,7 @@ class Exchange:
         self.finished = trio.Event()
         self.finished_at = 0.0
         self.failure: Failure | None = None
+        self.answered = False  # the kernel took the answer's last byte
         self.left = False  # the client went away
         self.eof = False  # the client's side of the connection was shut down
         self.eof_leaves: bool | None = None  # is that leaving? None until the route is known
@@ -116,6 +117,8 @@ class Exchange:
         if self.finished.is_set() or self.left:
             return
         self.left = True
+        if self.answered:
+            return
         seen = time.perf_counter()
         had_lease = self.lease is not None
         failure = Failure(Side.CLIENT, self.phase, Kind.GONE, detail)

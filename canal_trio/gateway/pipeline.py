@@ -22,7 +22,7 @@ from canal_trio.messages import RequestHead, ResponseHead
 from canal_trio.policy.exchange import Step, next_step, retries_status
 from canal_trio.settings import Settings, Upstream
 from canal_trio.upstream.interface import BodySource
-from canal_trio.upstream.pool import Lease, Pool
+from canal_trio.upstream.pool import Lease
 from canal_trio.wire.bodies import content_length
 from canal_trio.wire.headers import ForUpstream, for_upstream, wants_continue
 from canal_trio.wire.targets import origin_form, parse_base_url, upstream_target
@@ -127,7 +127,7 @@ class Pipeline:
             return Failure(Side.CLIENT, Phase.UPLOAD, Kind.BODY_TOO_LARGE, f"The limit is {limit} bytes.")
         return None
 
-    def _model(self, most: int) -> str | None | Failure:
+    def _model(self, most: int) -> str | Failure | None:
         body = self._exchange.body
         content = body.beginning(most) if body is not None else None
         if not content:

@@ -1,10 +1,12 @@
 """The gateway's own answers: errors in OpenAI's shape, and the few requests it answers itself.
 
-Never status 200 for an error, always `x-request-id`, `retry-after` on 429 and 503, `x-should-retry` where we know better
-than the status (gateways.md D2).
+Never status 200 for an error, always `x-request-id`, `retry-after` on 429 and 503, `x-should-retry` where we know
+better than the status: the official SDKs obey it.
 """
 
 from __future__ import annotations
+
+from email.utils import formatdate
 
 from canal_trio.errors import Failure, Kind
 from canal_trio.messages import Headers, RequestHead, ResponseHead
@@ -25,6 +27,7 @@ def error_response(failure: Failure, *, request_id: str, head: RequestHead | Non
     answer = answer_for(failure)
     body = error_body(answer.message, answer.type, answer.code, answer.param)
     fields = [
+        (b"date", formatdate(usegmt=True).encode("ascii")),
         (b"content-type", b"application/json"),
         (b"content-length", b"%d" % len(body)),
         (b"x-request-id", request_id.encode("ascii")),

@@ -9,7 +9,7 @@ anything else.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import final
+from typing import Protocol, cast, final
 
 import trio
 from trio.abc import Stream
@@ -17,12 +17,19 @@ from trio.abc import Stream
 from canal_trio.errors import Kind
 from canal_trio.gateway.exchange import Exchange
 from canal_trio.messages import End
-from canal_trio.relay.streams import TcpStream
+from canal_trio.relay.streams import HandoverStream
 from canal_trio.wire.bodies import encode_chunk, encode_last_chunk
 
 __all__ = ["BodyWriter", "ClientWriter"]
 
-_GATHER = 256 * 1024  # bytes per write where progress cannot be seen, so that a slow client is not taken for a stalled one
+_GATHER = 256 * 1024  # bytes per write where progress cannot be seen, lest a slow client be taken for a stalled one
+
+
+class DirectStream(HandoverStream, Protocol):
+    """A stream that takes bytes at once, or can be waited for."""
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """As `trio.abc.SendStream.wait_send_all_might_not_block`."""
 
 
 @final
@@ -32,23 +39,25 @@ class ClientWriter:
     def __init__(self, stream: Stream, *, stall: float) -> None:
         self._stream = stream
         self._stall = stall
-        self._direct = stream if _is_direct(stream) else None
+        self._direct = cast("DirectStream", stream) if isinstance(stream, HandoverStream) else None
         self.trouble: Kind | None = None
         self.unsent: list[memoryview] = []  # begun and not finished: nothing may be written after it but itself
 
     @property
-    def direct(self) -> TcpStream | None:
+    def direct(self) -> DirectStream | None:
         """The stream, where it takes bytes without waiting."""
         return self._direct
 
-    async def write(self, pieces: Sequence[bytes]) -> bool:
+    async def write(self, pieces: Sequence[bytes], accepted: Callable[[], None] | None = None) -> bool:
         """Pass `pieces` to the client's kernel, after what is unsent. False: see `trouble`.
 
-        A checkpoint. Cancelled, what was not taken is left in `unsent`.
+        `accepted` is called in the step in which the kernel took the last byte: a client that has read it may be seen
+        to leave before the caller runs again. A checkpoint. Cancelled, what was not taken is left in `unsent`.
         """
         if self.trouble is not None:
             return False
         self.unsent += [memoryview(piece) for piece in pieces]
+        await trio.lowlevel.checkpoint_if_cancelled()
         try:
             if self._direct is not None:
                 await self._write_direct(self._direct)
@@ -56,20 +65,20 @@ class ClientWriter:
                 await self._write_plain()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self.trouble = Kind.GONE
+        if self.trouble is None and accepted is not None:
+            accepted()
+        await trio.lowlevel.cancel_shielded_checkpoint()
         return self.trouble is None
 
-    async def _write_direct(self, stream: TcpStream) -> None:
-        await trio.lowlevel.checkpoint_if_cancelled()
-        self.unsent = stream.try_send_batch(self.unsent)
-        if not self.unsent:
-            await trio.lowlevel.cancel_shielded_checkpoint()
+    async def _write_direct(self, stream: DirectStream) -> None:
+        self.unsent = _send_now(stream, self.unsent)
         while self.unsent:
             with trio.move_on_after(self._stall) as patience:
                 await stream.wait_send_all_might_not_block()
             if patience.cancelled_caught:
                 self.trouble = Kind.STALLED
                 return
-            self.unsent = stream.try_send_batch(self.unsent)
+            self.unsent = _send_now(stream, self.unsent)
 
     async def _write_plain(self) -> None:
         data = b"".join(self.unsent)
@@ -82,8 +91,19 @@ class ClientWriter:
         self.unsent = []
 
 
-def _is_direct(stream: Stream) -> bool:
-    return hasattr(stream, "try_send_batch") and hasattr(stream, "try_send")
+def _send_now(stream: DirectStream, pieces: list[memoryview]) -> list[memoryview]:
+    """Pass on as much of `pieces` as the stream takes now; what it did not take."""
+    gathered = getattr(stream, "try_send_batch", None)
+    if gathered is not None:
+        return cast("list[memoryview]", gathered(pieces))
+    rest = list(pieces)
+    while rest:
+        sent = stream.try_send(rest[0])
+        if sent < len(rest[0]):
+            rest[0] = rest[0][sent:]
+            return rest
+        del rest[0]
+    return rest
 
 
 @final
@@ -144,12 +164,14 @@ class BodyWriter:
         framed = [encode_chunk(piece) for piece in batch] if self._chunked else list(batch)
         if end is not None and self._chunked:
             framed.append(encode_last_chunk(end.trailers))
-        if framed and not await self._writer.write(framed):
-            return False
-        now = trio.current_time()
-        for piece in batch:
-            self._delivered(piece, now)
-        return True
+
+        def accepted() -> None:
+            now = trio.current_time()
+            for piece in batch:
+                self._delivered(piece, now)
+            self._exchange.answered = end is not None
+
+        return await self._writer.write(framed, accepted)
 
     async def inject(self, event: bytes) -> bool:
         """Pass on an event of the gateway's own: an error or a heartbeat. Not counted as the upstream's."""

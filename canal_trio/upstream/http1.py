@@ -183,10 +183,10 @@ class Http1Connection:
 
     async def _upload(self, body: BodySource, chunked: bool) -> None:
         try:
-            while body.ending is None:
+            while not _over(body):
                 self._upload_turn(_Turn.CLIENT)
                 framed = _frame(await body.take(), chunked)
-                if body.ending is not None:
+                if _over(body):
                     framed += self._last(body, chunked)
                 self._upload_turn(_Turn.SEND)
                 await self._send(framed)
@@ -260,7 +260,7 @@ class Http1Connection:
                 self._note(verdict)
                 return None
             if verdict is None:
-                data = await self._stream.receive_some(self._bounds.piece_bytes)
+                data = bytes(await self._stream.receive_some(self._bounds.piece_bytes))
                 if not data:
                     self._note(self._broken("The connection was closed before a response."))
                     return None
@@ -289,7 +289,7 @@ class Http1Connection:
                 if await self._hand_over(handover, decoder, sender):
                     return
             # The flow is full (or the stream cannot hand over): one more piece in this hand, then wait for room.
-            data = await self._stream.receive_some(self._bounds.piece_bytes)
+            data = bytes(await self._stream.receive_some(self._bounds.piece_bytes))
             self._moved = trio.current_time()
             if not data:
                 self._eof(decoder, sender)
@@ -377,7 +377,7 @@ class Http1Connection:
         try:
             if data:
                 await sender.put(data)
-            while data := await self._stream.receive_some(self._bounds.piece_bytes):
+            while data := bytes(await self._stream.receive_some(self._bounds.piece_bytes)):
                 self._moved = trio.current_time()
                 await sender.put(data)
                 self._moved = trio.current_time()
@@ -397,6 +397,10 @@ class Http1Connection:
         except _PEER_TROUBLE as exc:
             self._note(Failure(Side.UPSTREAM, Phase.STREAM, Kind.RESET, str(exc)))
             self.abort()
+
+
+def _over(body: BodySource) -> bool:
+    return body.ending is not None
 
 
 def _frame(pieces: list[bytes], chunked: bool) -> list[bytes]:
