@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-__all__ = ["Bounds", "Deadlines", "Key", "Model", "ServerTLS", "Settings", "Upstream"]
+__all__ = ["Bounds", "Deadlines", "Key", "Model", "ServerTLS", "Settings", "Upstream", "address_text"]
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -120,3 +120,9 @@ class Settings:
     keys: tuple[Key, ...] = ()
     bounds: Bounds = field(default_factory=Bounds)
     deadlines: Deadlines = field(default_factory=Deadlines)
+
+
+def address_text(address: tuple[str, int]) -> str:
+    """`HOST:PORT`, an IPv6 address in brackets."""
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,155 @@
+"""The command line: thin wrappers that read what was said, call one function, and choose the exit code.
+
+Exit codes: 0 clean, 2 bad usage or configuration, 1 failure. No traceback reaches a user who did not ask for one: what
+nobody expected is one line with the way to see more. Nothing else in the package imports this module.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NoReturn
+
+import click
+import trio
+
+from canal_trio import __version__
+from canal_trio.config import Flags, load, strange_variables
+from canal_trio.config.values import name as checked_name
+from canal_trio.errors import CanalError, ConfigError
+from canal_trio.observe.log import TRACEBACK_VARIABLE, describe, leaves
+
+__all__ = ["cli", "main"]
+
+PROGRAM = "canal-trio"
+_EPILOG = "Flags beat the environment (CANAL_LISTEN, CANAL_UPSTREAM, …), which beats the file."
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and leave the process with its exit code."""
+    sys.exit(_guarded(lambda: cli.main(arguments, prog_name=PROGRAM, standalone_mode=False)))
+
+
+def _guarded(command: Callable[[], object]) -> int:
+    """Every way a command can end, as an exit code and lines on stderr."""
+    try:
+        code = command()
+        sys.stdout.flush()
+    except click.ClickException as exc:
+        exc.show()
+        return exc.exit_code
+    except ConfigError as exc:
+        click.echo(exc, err=True)  # its lines begin with file:line, which editors and CI understand
+        return 2
+    except CanalError as exc:
+        _tell(str(exc))
+        return 1
+    except (click.Abort, KeyboardInterrupt):
+        _tell("interrupted")
+        return 1
+    except BrokenPipeError:
+        # Whoever read our output has gone. Python would complain once more when it flushes at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as exc:
+        if (ours := _canal_errors(exc)) is not None:
+            _tell("\n".join(ours))
+            return 1
+        if os.environ.get(TRACEBACK_VARIABLE):
+            traceback.print_exc()
+        _tell(f"unexpected: {describe(exc)}")
+        _tell(f"this is a bug; set {TRACEBACK_VARIABLE}=1 to see where it comes from")
+        return 1
+    return code if isinstance(code, int) else 0
+
+
+def _canal_errors(exc: Exception) -> list[str] | None:
+    """The texts of a group (a nursery's) that holds errors of ours only."""
+    if isinstance(exc, ExceptionGroup):
+        ours, others = exc.split(CanalError)
+        if ours is not None and others is None:
+            return [str(leaf) for leaf in leaves(ours)]
+    return None
+
+
+def _tell(text: str) -> None:
+    for line in text.splitlines():
+        click.echo(f"{PROGRAM}: {line}", err=True)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name=PROGRAM)
+def cli() -> None:
+    """A streaming gateway for OpenAI-compatible APIs."""
+
+
+@cli.command(epilog=_EPILOG)
+@click.option("--config", "-c", metavar="FILE", help="The configuration, in TOML.")
+@click.option("--listen", multiple=True, metavar="HOST:PORT", help="Where clients connect. [default: 127.0.0.1:8080]")
+@click.option("--upstream", multiple=True, metavar="URL", help="Base URL of an upstream; instead of the file's.")
+@click.option("--workers", metavar="N", help="Worker processes; 1 in this version.")
+@click.option("--admin", metavar="HOST:PORT|off", help="Health, metrics, streams. [default: 127.0.0.1:9090]")
+@click.option("--log", metavar="text|json", help="For people or for machines. [default: text]")
+def serve(
+    config: str | None,
+    listen: tuple[str, ...],
+    upstream: tuple[str, ...],
+    workers: str | None,
+    admin: str | None,
+    log: str | None,
+) -> int:
+    """Relay requests to the upstreams until SIGTERM or Ctrl-C; SIGHUP reads the configuration again."""
+    loader = partial(load, Flags(config, listen, upstream, workers, admin, log), os.environ)
+    settings = loader()
+    for remark in strange_variables(os.environ):
+        _tell(f"warning: {remark}")
+    from canal_trio.serve import run  # late: `check` and `keys` need no sockets
+
+    return run(settings, config_loader=loader)
+
+
+@cli.command()
+@click.option("--once", is_flag=True, help="Ask for one haiku, show the stream, and leave.")
+def demo(once: bool) -> int:
+    """Start a gateway and a built-in upstream that streams haiku; prints a curl line to try."""
+    from canal_trio.demo import run_demo  # late: only this command needs it
+
+    return trio.run(run_demo, once)
+
+
+@cli.command()
+@click.argument("file", metavar="FILE")
+def check(file: str) -> None:
+    """Validate a configuration: would `serve --config FILE` start here and now?"""
+    settings = load(Flags(config=file), os.environ)
+    for remark in strange_variables(os.environ):
+        _tell(f"warning: {remark}")
+    counts = (("upstream", settings.upstreams), ("model", settings.models), ("key", settings.keys))
+    words = [f"{len(items)} {word}{'' if len(items) == 1 else 's'}" for word, items in counts]
+    click.echo(f"{file}: ok: {', '.join(words)}")
+
+
+@cli.group()
+def keys() -> None:
+    """Clients' keys."""
+
+
+@keys.command("new")
+@click.argument("name", metavar="NAME")
+def new_key(name: str) -> None:
+    """Make a key for NAME: print it once, and the TOML to keep, which holds only its SHA-256."""
+    try:
+        checked_name(name)
+    except ValueError as exc:
+        raise click.BadParameter(str(exc), param_hint="NAME") from None
+    key = f"sk-canal-{secrets.token_urlsafe(32)}"
+    quoted = name.replace("\\", "\\\\").replace('"', '\\"')
+    click.echo("The key, shown only this once:", err=True)
+    click.echo(key)
+    click.echo("Keep this in the configuration file:", err=True)
+    click.echo(f'\n[[key]]\nname = "{quoted}"\nsha256 = "{hashlib.sha256(key.encode()).hexdigest()}"\nmodels = ["*"]')

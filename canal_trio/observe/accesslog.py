@@ -1,0 +1,141 @@
+"""The access log: one line per exchange, text for people, JSON for machines.
+
+Everything in it that a stranger chose (path, model, request id, address) is escaped, so that a line is always one line.
+Keys are not in the record at all, and neither is the query, which may hold some. Rendering happens in the writer's
+thread.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, final
+
+import msgspec
+
+from canal_trio.hooks import ExchangeRecord
+from canal_trio.observe.lines import LineWriter
+from canal_trio.observe.log import printable, timestamp
+
+__all__ = ["AccessLog", "json_line", "text_line"]
+
+
+def _duration(seconds: float) -> str:
+    """Three digits that matter: `820us`, `35ms`, `1.2s`, `75s`."""
+    if seconds < 0.001:
+        return f"{seconds * 1e6:.0f}us"
+    if seconds < 0.01:
+        return f"{seconds * 1e3:.1f}ms"
+    if seconds < 1:
+        return f"{seconds * 1e3:.0f}ms"
+    return f"{seconds:.1f}s" if seconds < 60 else f"{seconds:.0f}s"
+
+
+def _size(count: int) -> str:
+    if count < 10_000:
+        return f"{count}B"
+    return f"{count / 1024:.0f}KiB" if count < 10 * 1024 * 1024 else f"{count / (1024 * 1024):.0f}MiB"
+
+
+def _word(text: str) -> str:
+    """One word of the line: a stranger's text with blanks, quotes or `=` is quoted."""
+    text = printable(text)
+    if not text or any(char in text for char in ' "=\\'):
+        return '"' + text.replace('"', '\\"') + '"'
+    return text
+
+
+def text_line(record: ExchangeRecord) -> bytes:
+    """The line for people: when, who, what, how it ended, then numbers, then names."""
+    parts = [
+        timestamp(record.started_at + record.duration),
+        _word(record.client or "-"),
+        _word(record.method or "-"),
+        _word(record.path or "-"),
+        str(record.status or "-"),
+        record.outcome.value,
+        f"phase={record.phase.value}",
+        f"in={_size(record.request_bytes)}",
+        f"out={_size(record.response_bytes)}",
+    ]
+    if record.streamed:
+        parts.append(f"events={record.events}")
+    if record.first_byte is not None:
+        parts.append(f"first={_duration(record.first_byte)}")
+    parts.append(f"took={_duration(record.duration)}")
+    if record.streamed and record.longest_gap:
+        parts.append(f"gap={_duration(record.longest_gap)}")
+    if record.cancel_latency is not None:
+        parts.append(f"cancel={_duration(record.cancel_latency)}")
+    if record.attempts > 1:
+        parts.append(f"attempts={record.attempts}")
+    for name, value in (("key", record.principal), ("model", record.model), ("upstream", record.upstream)):
+        if value is not None:
+            parts.append(f"{name}={_word(value)}")
+    parts.append(f"id={_word(record.request_id)}")
+    if record.flags:
+        parts.append(f"flags={','.join(record.flags)}")
+    if record.failure is not None:
+        parts.append(f"failure={_word(str(record.failure))}")
+    return (" ".join(parts) + "\n").encode(errors="backslashreplace")
+
+
+def json_line(record: ExchangeRecord) -> bytes:
+    """The line for machines: every field of the record, seconds and bytes as plain numbers."""
+    failure = record.failure
+    fields: dict[str, Any] = {
+        "time": timestamp(record.started_at + record.duration),
+        "kind": "exchange",
+        "request_id": record.request_id,
+        "client": record.client,
+        "method": record.method,
+        "path": record.path,
+        "status": record.status,
+        "outcome": record.outcome.value,
+        "phase": record.phase.value,
+        "principal": record.principal,
+        "model": record.model,
+        "upstream": record.upstream,
+        "attempts": record.attempts,
+        "streamed": record.streamed,
+        "request_bytes": record.request_bytes,
+        "response_bytes": record.response_bytes,
+        "events": record.events,
+        "first_byte": record.first_byte,
+        "duration": record.duration,
+        "longest_gap": record.longest_gap,
+        "mean_gap": record.mean_gap,
+        "cancel_latency": record.cancel_latency,
+        "failure": failure
+        and {
+            "side": failure.side.value,
+            "phase": failure.phase.value,
+            "kind": failure.kind.value,
+            "detail": failure.detail,
+        },
+        "flags": record.flags,
+    }
+    return msgspec.json.encode(_plain(fields)) + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    """`value` without lone surrogates (no JSON text can hold them) and with times rounded to the microsecond."""
+    if isinstance(value, str):
+        return value[:1024].encode(errors="backslashreplace").decode()
+    if isinstance(value, float):
+        return round(value, 6)
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return value
+
+
+@final
+class AccessLog:
+    """A `hooks.Recorder` that writes one line per exchange. `style` is `text` or `json`."""
+
+    def __init__(self, writer: LineWriter, style: str = "text") -> None:
+        self._writer = writer
+        self._render = json_line if style == "json" else text_line
+
+    def finished(self, record: ExchangeRecord) -> None:
+        """Queue the line of `record`; dropped and counted by the writer when the log is read too slowly."""
+        self._writer.write(partial(self._render, record))

@@ -1,0 +1,109 @@
+"""Lines on a descriptor, written by one background thread, so that a blocked stderr never blocks the loop.
+
+Invariants: `write()` never blocks and never raises; at most `capacity` lines wait; a line that finds no room is
+dropped and counted, and the count is written as a line of its own as soon as there is room again. A line is rendered
+in the thread, so the loop pays for a queue's put only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import select
+import threading
+from collections.abc import Callable
+from typing import TypeAlias, final
+
+__all__ = ["Line", "LineWriter"]
+
+Line: TypeAlias = bytes | Callable[[], bytes]
+"""A whole line with its newline, or what renders it. Rendering runs in the writer's thread."""
+
+BATCH_BYTES = 64 * 1024  # joined into one system call at most, so that a burst costs few of them
+
+
+@final
+class LineWriter:
+    """Writes lines to `fd` (2: stderr) from a thread of its own. The descriptor stays open and is not ours.
+
+    `note` renders the line that tells how many lines were dropped.
+    """
+
+    def __init__(self, fd: int = 2, *, capacity: int = 4096, note: Callable[[int], bytes] | None = None) -> None:
+        self._fd = fd
+        self._note = note or (lambda count: f"{count} log lines were dropped: the log is read too slowly\n".encode())
+        # One more slot than lines: the end mark always finds room.
+        self._queue: queue.Queue[Line | None] = queue.Queue(capacity + 1)
+        self._capacity = capacity
+        self._told = 0  # drops already told of
+        self.dropped = 0
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="canal_trio log", daemon=True)
+        self._thread.start()
+
+    def write(self, line: Line) -> bool:
+        """Queue one line; False if it was dropped. From the loop's thread only; not a checkpoint."""
+        if self._closed or self._queue.qsize() >= self._capacity:
+            self.dropped += 1
+            return False
+        self._queue.put_nowait(line)
+        return True
+
+    def close(self, timeout: float = 1.0) -> bool:
+        """Write what is queued and end the thread; False if that took longer than `timeout` seconds. Idempotent.
+
+        Blocks the caller for that long at most. A thread that is stuck in a blocked write is a daemon and is left
+        behind.
+        """
+        if not self._closed:
+            self._closed = True
+            self._queue.put_nowait(None)
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    # -- the thread's side ---------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        ending = False
+        while not ending:
+            item = self._queue.get()
+            batch: list[bytes] = []
+            size = 0
+            while True:
+                if item is None:
+                    ending = True
+                    break
+                data = self._render(item)
+                batch.append(data)
+                size += len(data)
+                if size >= BATCH_BYTES:
+                    break
+                try:
+                    item = self._queue.get_nowait()
+                except queue.Empty:
+                    break
+            dropped = self.dropped - self._told
+            if dropped:
+                self._told += dropped
+                batch.append(self._note(dropped))
+            self._write(b"".join(batch))
+
+    def _render(self, line: Line) -> bytes:
+        try:
+            return line if isinstance(line, bytes) else line()
+        except Exception as exc:  # one bad record must not end the log
+            return f"a log line could not be rendered: {type(exc).__name__}\n".encode()
+
+    def _write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[os.write(self._fd, view) :]
+            except BlockingIOError:  # somebody made the shared descriptor non-blocking
+                with contextlib.suppress(OSError):
+                    select.select([], [self._fd], [], 1.0)
+            except OSError:  # the reader has gone: the lines are lost, and counted
+                self.dropped += data.count(b"\n")
+                self._told = self.dropped
+                return

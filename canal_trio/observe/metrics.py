@@ -1,0 +1,236 @@
+"""Prometheus metrics: what each exchange left behind, and the state of the gateway when it is asked.
+
+Invariants: an exchange is observed once, when its record arrives, never per piece; state (connections, pools, held
+bytes) is read from `gateway.statistics()` during a scrape and costs nothing in between. Label values are bounded by the
+configuration and by our own enumerations: nothing a client sends (model, path, method) becomes a label. Every family
+lives in a registry of its own, so that two gateways in one process do not meet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Protocol, final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from canal_trio import __version__
+from canal_trio.hooks import ExchangeRecord
+
+__all__ = ["CONTENT_TYPE", "Metrics", "Statistics", "Watched"]
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+# Seconds. The first-byte buckets are OpenTelemetry's for gen_ai.server.time_to_first_token, widened at the long end.
+_FIRST_BYTE = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 30, 60, 300)
+_DURATION = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 300, 1200)
+_GAP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5, 10, 30, 120)
+_CANCEL = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
+
+
+class Statistics(Protocol):
+    """What `gateway.statistics()` answers. Each pool's statistics are a record of numbers."""
+
+    @property
+    def connections(self) -> int:
+        """Client connections open now."""
+
+    @property
+    def in_flight(self) -> int:
+        """Exchanges in flight now."""
+
+    @property
+    def pools(self) -> Mapping[str, object]:
+        """Per upstream, a dataclass of numbers."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of request bodies held for routing or replay."""
+
+
+class Watched(Protocol):
+    """The part of a gateway that is looked at from outside."""
+
+    @property
+    def draining(self) -> bool:
+        """Draining has begun."""
+
+    def ready(self) -> bool:
+        """New exchanges are welcome and an upstream is usable."""
+
+    def exchanges(self) -> Iterable[object]:
+        """The exchanges in flight, each a dataclass."""
+
+    def statistics(self) -> Statistics:
+        """Counts of now."""
+
+
+# name in a pool's statistics -> metric name, help, is it a counter
+_POOL: dict[str, tuple[str, str, bool]] = {
+    "idle": ("canal_pool_idle", "Upstream connections that wait for reuse.", False),
+    "leased": ("canal_pool_leased", "Upstream connections in use.", False),
+    "dialling": ("canal_pool_dialling", "Upstream connections being made.", False),
+    "waiters": ("canal_pool_waiters", "Exchanges that wait for an upstream connection.", False),
+    "waiting": ("canal_pool_waiters", "Exchanges that wait for an upstream connection.", False),
+}
+
+
+@final
+class Metrics:
+    """A `hooks.Recorder`, and the page that `/metrics` answers with."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry(auto_describe=True)
+        ProcessCollector(registry=registry)
+        build = Gauge("canal_build_info", "Always 1; the version is in the label.", ["version"], registry=registry)
+        build.labels(__version__).set(1)
+        self._exchanges = Counter(
+            "canal_exchanges", "Exchanges that ended.", ["outcome", "upstream", "streamed"], registry=registry
+        )
+        self._responses = Counter(
+            "canal_responses", "Answers by status; 'none' if there was none.", ["status"], registry=registry
+        )
+        self._failures = Counter(
+            "canal_failures",
+            "What ended an exchange early: who, in which phase, how.",
+            ["side", "phase", "kind", "upstream"],
+            registry=registry,
+        )
+        self._flags = Counter(
+            "canal_exchange_flags", "Remarks on exchanges, such as no_terminal_event.", ["flag"], registry=registry
+        )
+        self._attempts = Counter(
+            "canal_attempts", "Tries at an upstream, the first one included.", ["upstream"], registry=registry
+        )
+        self._first_byte = Histogram(
+            "canal_first_byte_seconds",
+            "From the end of the request head to the first body byte in the client's kernel.",
+            ["streamed"],
+            buckets=_FIRST_BYTE,
+            registry=registry,
+        )
+        self._duration = Histogram(
+            "canal_exchange_duration_seconds",
+            "From the first byte of a request to the end of its exchange.",
+            ["streamed"],
+            buckets=_DURATION,
+            registry=registry,
+        )
+        self._longest_gap = Histogram(
+            "canal_event_gap_longest_seconds",
+            "The longest silence within a stream, once per exchange.",
+            buckets=_GAP,
+            registry=registry,
+        )
+        self._mean_gap = Histogram(
+            "canal_event_gap_mean_seconds",
+            "The mean time between the pieces of a stream, once per exchange.",
+            buckets=_GAP,
+            registry=registry,
+        )
+        self._cancel = Histogram(
+            "canal_cancel_latency_seconds",
+            "From seeing the client leave to the upstream's socket being closed.",
+            buckets=_CANCEL,
+            registry=registry,
+        )
+        self._request_bytes = Counter("canal_request_bytes", "Body bytes read from clients.", registry=registry)
+        self._response_bytes = Counter(
+            "canal_response_bytes", "Body bytes accepted by clients' kernels.", registry=registry
+        )
+        self._events = Counter("canal_events", "Events delivered.", registry=registry)
+        pieces = Counter(
+            "canal_pieces",
+            "Pieces that went straight through (handed_over) or took the channel (queued).",
+            ["path"],
+            registry=registry,
+        )
+        self._handed_over, self._queued = pieces.labels("handed_over"), pieces.labels("queued")
+        self.internal_errors = Counter(
+            "canal_internal_errors", "Bugs: exceptions that reached a connection's boundary.", registry=registry
+        )
+        self.accept_errors = Counter(
+            "canal_accept_errors", "Connections that could not be accepted, by cause.", ["cause"], registry=registry
+        )
+        self.reloads = Counter("canal_reloads", "Reloads of the configuration.", ["result"], registry=registry)
+
+    def finished(self, record: ExchangeRecord) -> None:
+        """Observe one exchange. A few microseconds, not a checkpoint."""
+        upstream = record.upstream or ""
+        streamed = "true" if record.streamed else "false"
+        self._exchanges.labels(record.outcome.value, upstream, streamed).inc()
+        self._responses.labels("none" if record.status is None else str(record.status)).inc()
+        if record.attempts:
+            self._attempts.labels(upstream).inc(record.attempts)
+        if (failure := record.failure) is not None:
+            self._failures.labels(failure.side.value, failure.phase.value, failure.kind.value, upstream).inc()
+        for flag in record.flags:
+            self._flags.labels(flag).inc()
+        if record.first_byte is not None:
+            self._first_byte.labels(streamed).observe(record.first_byte)
+        self._duration.labels(streamed).observe(record.duration)
+        if record.streamed and record.events > 1:
+            self._longest_gap.observe(record.longest_gap)
+            self._mean_gap.observe(record.mean_gap)
+        if record.cancel_latency is not None:
+            self._cancel.observe(record.cancel_latency)
+        self._request_bytes.inc(record.request_bytes)
+        self._response_bytes.inc(record.response_bytes)
+        self._events.inc(record.events)
+        self._handed_over.inc(record.handed_over)
+        self._queued.inc(record.queued)
+
+    def watch(self, gateway: Watched) -> None:
+        """Read the state of `gateway` at every scrape."""
+        self.registry.register(_State(gateway))
+
+    def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """Add a gauge whose value is read at every scrape."""
+        Gauge(name, text, registry=self.registry).set_function(read)
+
+    def page(self) -> bytes:
+        """The text for Prometheus (`CONTENT_TYPE`). Not a checkpoint."""
+        return generate_latest(self.registry)
+
+
+@final
+class _State(Collector):
+    """The gateway's state as metric families, read when asked."""
+
+    def __init__(self, gateway: Watched) -> None:
+        self._gateway = gateway
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing in advance: asking for the names must not read the gateway."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """The families of now."""
+        gateway, now = self._gateway, self._gateway.statistics()
+        yield GaugeMetricFamily("canal_ready", "1 if new exchanges are welcome.", float(gateway.ready()))
+        yield GaugeMetricFamily("canal_draining", "1 while draining.", float(gateway.draining))
+        yield GaugeMetricFamily("canal_connections", "Client connections open.", now.connections)
+        yield GaugeMetricFamily("canal_exchanges_in_flight", "Exchanges in flight.", now.in_flight)
+        yield GaugeMetricFamily("canal_held_bytes", "Request body bytes held for routing or replay.", now.held_bytes)
+        yield from _pools(now.pools)
+
+
+def _pools(pools: Mapping[str, object]) -> Iterator[Metric]:
+    families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
+    for upstream, pool in pools.items():
+        if not dataclasses.is_dataclass(pool):
+            continue
+        for field in dataclasses.fields(pool):
+            value = getattr(pool, field.name)
+            if not isinstance(value, int | float):
+                continue
+            plain = (f"canal_pool_{field.name}", f"The pool's {field.name.replace('_', ' ')}.", False)
+            name, text, counts = _POOL.get(field.name, plain)
+            if name not in families:
+                family = CounterMetricFamily if counts else GaugeMetricFamily
+                families[name] = family(name, text, labels=["upstream"])
+            families[name].add_metric([upstream], value)
+    yield from families.values()
