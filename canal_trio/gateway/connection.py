@@ -99,7 +99,7 @@ class ClientConnection:
                 except trio.EndOfChannel:
                     return
                 try:
-                    if not await self._exchange(exchange):
+                    if not await self._exchange(exchange) or self._gateway.draining:
                         return
                 except Exception as exc:
                     exchange.note(Failure(Side.GATEWAY, exchange.phase, Kind.INTERNAL, type(exc).__name__))

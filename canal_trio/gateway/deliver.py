@@ -16,7 +16,7 @@ import trio
 
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.gateway.exchange import Exchange
-from canal_trio.gateway.writer import BodyWriter, ClientWriter
+from canal_trio.gateway.writer import BROKEN, BodyWriter, ClientWriter
 from canal_trio.messages import End, ResponseHead
 from canal_trio.policy.exchange import answer_for
 from canal_trio.relay.flow import Aborted, Ended, FlowReceiver, FlowSender, open_flow
@@ -132,7 +132,7 @@ class Delivery:
             date=formatdate(usegmt=True).encode("ascii"),
         )
         if not await self._writer.write([write_response_head(for_client(head, options))]):
-            exchange.fail(self._trouble())
+            self._lost()
 
     # -- the body ------------------------------------------------------------------------------------------------------
 
@@ -158,7 +158,7 @@ class Delivery:
         if flow.ending is not None and self._writer.trouble is None:
             self._ended(flow.ending)
         else:
-            exchange.fail(self._trouble())
+            self._lost()
 
     async def _heartbeat(self, writer: BodyWriter, interval: float) -> None:
         """A comment between events, after silence (design, section 6: one newline, openai-python 2722)."""
@@ -210,9 +210,11 @@ class Delivery:
         responses_api = request.target.partition(b"?")[0].endswith(b"/responses")
         await writer.inject(error_event(answer.message, answer.type, answer.code, responses_api=responses_api))
 
-    def _trouble(self) -> Failure:
-        """What stopped the last write."""
+    def _lost(self) -> None:
+        """The last write failed: the client stalled, or is gone."""
+        exchange = self._exchange
         if self._writer.trouble is Kind.STALLED:
             detail = f"The client took no byte for {self._settings.deadlines.client_write:g} s."
-            return Failure(Side.CLIENT, self._exchange.phase, Kind.STALLED, detail)
-        return Failure(Side.CLIENT, self._exchange.phase, Kind.GONE, "The connection to the client broke.")
+            exchange.fail(Failure(Side.CLIENT, exchange.phase, Kind.STALLED, detail))
+        else:
+            exchange.leave(BROKEN)

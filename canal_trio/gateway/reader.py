@@ -21,6 +21,7 @@ import trio
 
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.gateway.exchange import Exchange
+from canal_trio.gateway.writer import BROKEN
 from canal_trio.messages import RequestHead
 from canal_trio.relay.flow import FlowSender
 from canal_trio.relay.idle import Reaper
@@ -192,7 +193,7 @@ class ClientReader:
             data = await self._stream.receive_some(self._bounds.piece_bytes)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             if self._active is not None:
-                self._active.leave("The connection to the client broke.")
+                self._active.leave(BROKEN)
             return b""
         if not data and self._active is not None:
             self._active.client_eof()
@@ -202,7 +203,7 @@ class ClientReader:
 
     def _reset_after_eof(self) -> None:
         if self._active is not None:
-            self._active.leave("The connection to the client broke.")
+            self._active.leave(BROKEN)
 
     async def _pipelined(self, active: Exchange, data: bytes) -> bool:
         """Hold `data` until the response before it is done. False: nothing more is to be read."""
@@ -298,7 +299,7 @@ class ClientReader:
             try:
                 data = bytes(await self._stream.receive_some(self._bounds.piece_bytes))
             except (trio.BrokenResourceError, trio.ClosedResourceError):
-                exchange.leave("The connection to the client broke.")
+                exchange.leave(BROKEN)
                 return
             exchange.request_bytes += len(data)
             if not data:

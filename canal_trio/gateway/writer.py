@@ -20,7 +20,9 @@ from canal_trio.messages import End
 from canal_trio.relay.streams import HandoverStream
 from canal_trio.wire.bodies import encode_chunk, encode_last_chunk
 
-__all__ = ["BodyWriter", "ClientWriter"]
+__all__ = ["BROKEN", "BodyWriter", "ClientWriter"]
+
+BROKEN = "The connection to the client broke."
 
 _GATHER = 256 * 1024  # bytes per write where progress cannot be seen, lest a slow client be taken for a stalled one
 
@@ -132,6 +134,7 @@ class BodyWriter:
             sent = self._send(framed)  # type: ignore[misc]  # only armed when can_hand_over
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self._writer.trouble = Kind.GONE
+            self._exchange.leave(BROKEN)
             return False
         if sent < len(framed):
             self._writer.unsent.append(memoryview(framed)[sent:])
