@@ -58,7 +58,8 @@ class Admin:
             if request is None:
                 return
             status, kind, body = self._answer(request)
-            await self._send(stream, connection, status, kind, body, close=turn == REQUESTS - 1)
+            bodiless = request.method == b"HEAD"
+            await self._send(stream, connection, status, kind, body, close=turn == REQUESTS - 1, bodiless=bodiless)
             if connection.our_state is not h11.DONE or connection.their_state is not h11.DONE:
                 await _linger(stream)
                 return
@@ -88,7 +89,15 @@ class Admin:
         return None
 
     async def _send(
-        self, stream: trio.abc.Stream, connection: h11.Connection, status: int, kind: str, body: bytes, *, close: bool
+        self,
+        stream: trio.abc.Stream,
+        connection: h11.Connection,
+        status: int,
+        kind: str,
+        body: bytes,
+        *,
+        close: bool,
+        bodiless: bool = False,
     ) -> None:
         headers = [("content-type", kind), ("content-length", str(len(body))), ("cache-control", "no-store")]
         if status == 405:
@@ -96,8 +105,7 @@ class Admin:
         if close or connection.their_state is not h11.DONE:
             headers.append(("connection", "close"))
         head = connection.send(h11.Response(status_code=status, headers=headers)) or b""
-        # h11 drops the body of an answer to HEAD by itself.
-        data = connection.send(h11.Data(data=body)) or b""
+        data = b"" if bodiless else connection.send(h11.Data(data=body)) or b""
         end = connection.send(h11.EndOfMessage()) or b""
         with trio.move_on_after(self._deadline) as scope:
             await stream.send_all(head + data + end)
@@ -106,6 +114,8 @@ class Admin:
 
     def _answer(self, request: h11.Request) -> tuple[int, str, bytes]:
         method, path = request.method, request.target.partition(b"?")[0]
+        if request.http_version not in (b"1.0", b"1.1"):
+            return 505, _TEXT, b"HTTP/1.1 or HTTP/1.0 is expected here\n"
         if method not in (b"GET", b"HEAD"):
             return 405, _TEXT, f"{method.decode()} is not allowed here; GET and HEAD are\n".encode()
         if _has_body(request):
