@@ -113,7 +113,7 @@ class RequestHeadReader:
 
 
 def _parse_request(block: bytes, target_bytes: int) -> RequestHead | Fault:
-    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=len(block) + 1)
+    connection = h11.Connection(h11.SERVER)
     connection.receive_data(block)
     try:
         event = connection.next_event()
@@ -230,7 +230,7 @@ def _parse_response(block: bytes) -> ResponseHead | Fault:
         return Fault(Kind.MALFORMED, "The status code is not one of HTTP.")  # RFC 9110 15
     if not block.startswith(b"HTTP/1."):
         return Fault(Kind.MALFORMED, "The upstream does not speak HTTP/1.")
-    connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=len(block) + 1)
+    connection = h11.Connection(h11.CLIENT)
     if status < b"200":
         connection.send(_ASKED)  # h11 takes 1xx only for an answer, and 101 only if an upgrade was asked for
     connection.receive_data(block)

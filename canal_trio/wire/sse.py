@@ -87,12 +87,16 @@ class EventParser:
         return Event(name or "message", "\n".join(data), self.last_event_id, self.retry)
 
 
-# The usual piece: whole LF events, each a `data:` line with an optional `event:` line before it, nothing in them that
-# the scanner reports. Anything else is looked at line by line.
+# The usual piece is one event of one `data:` line with a JSON object, which is not an error. Next come whole LF events,
+# each a `data:` line with an optional `event:` line before it, nothing in them that the scanner reports. Anything else
+# is looked at line by line.
 _LAST: Final = frozenset({b"response.completed", b"response.failed", b"response.incomplete"})
 _NOTABLE: Final = rb"error\n|response\.(?:completed|failed|incomplete)\n"
 _ERROR_TEXT: Final = rb'[ \t]*\{[ \t]*"error"[ \t]*:[ \t]*[{"]'
-_USUAL: Final = re.compile(rb"(?:(?:event: (?!%b)[^\n]*\n)?data: (?!\[DONE\]|%b)[^\n]*\n\n)+" % (_NOTABLE, _ERROR_TEXT))
+_USUAL: Final = re.compile(rb'data: \{"(?!error)[^\n]*\n\n').fullmatch
+_PLAIN: Final = re.compile(
+    rb"(?:(?:event: (?!%b)[^\n]*\n)?data: (?!\[DONE\]|%b)[^\n]*\n\n)+" % (_NOTABLE, _ERROR_TEXT)
+).fullmatch
 _ERROR: Final = re.compile(_ERROR_TEXT)
 _KEPT: Final = 96  # bytes kept of the present line: more than any line that is looked into needs
 
@@ -130,9 +134,13 @@ class EventScanner:
 
     def feed(self, piece: bytes) -> None:
         """Take note of `piece`, which has passed."""
-        if self._plain and b"\r" not in piece and _USUAL.fullmatch(piece):
-            self.events += piece.count(b"\n\n")
-            return
+        if self._plain and piece.find(b"\r") < 0:
+            if _USUAL(piece):
+                self.events += 1
+                return
+            if _PLAIN(piece):
+                self.events += piece.count(b"\n\n")
+                return
         if self._bom is not None:
             piece = self._skip_bom(piece)
         self._lines(piece)

@@ -140,14 +140,16 @@ def parse_base_url(url: str) -> BaseUrl | str:
 
 
 def _complaint(url: str, parts: urllib.parse.SplitResult) -> str | None:
+    if re.fullmatch(r"[\x21-\x7e]*", url) is None or "\\" in url:
+        return f"{url!r} holds a character that a URL cannot hold."  # urlsplit would drop some of them silently
     if parts.scheme not in _PORTS:
         return f"{url!r} must begin with http:// or https://."
     if "@" in parts.netloc:
         return "A base URL must not hold a user or password; give the key as api_key."
     if parts.query or parts.fragment or url.endswith(("?", "#")):
         return f"{url!r} must not have a query or fragment."
-    if not url.isascii() or not is_authority(parts.netloc.encode("ascii")):
+    if not is_authority(parts.netloc.encode("ascii")) or parts.port == 0:
         return f"{url!r} does not name a host, optionally with a port."
-    if re.fullmatch(r"[\x21-\x7e]*", parts.path) is None or "\\" in parts.path or _leaves(parts.path.encode("ascii")):
-        return f"{url!r} has a path that cannot be used as it is."
+    if _leaves(parts.path.encode("ascii")):
+        return f"{url!r} has a path that leads above its own beginning."
     return None

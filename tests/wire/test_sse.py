@@ -1,0 +1,227 @@
+"""Event streams: the parser against the WHATWG cases, the scanner against the parser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from wire_driving import CUTS, by_name, bytewise, cut, load_cases
+
+from canal_trio.wire.sse import Event, EventParser, EventScanner
+
+CASES = load_cases("sse_cases.json")
+TERMINAL_EVENTS = ["response.completed", "response.failed", "response.incomplete"]
+
+
+def raw(case: dict[str, Any]) -> bytes:
+    """The bytes of the stream."""
+    text: str = case["raw"]
+    return text.encode("latin-1")
+
+
+def parse(reads: Any) -> tuple[list[Event], str, int | None]:
+    """Events, last event id and reconnection time."""
+    parser = EventParser()
+    events = [event for read in reads for event in parser.feed(read)]
+    return events, parser.last_event_id, parser.retry
+
+
+def scan(reads: Any) -> tuple[int, bool, bool, bool]:
+    """What the scanner knows after `reads`."""
+    scanner = EventScanner()
+    for read in reads:
+        scanner.feed(read)
+    return scanner.events, scanner.at_boundary, scanner.terminal, scanner.error
+
+
+def cut_positions(data: bytes) -> range:
+    """Every position, or a hundred of them where there are many."""
+    return range(0, len(data), 1 + len(data) // 100 if len(data) > 300 else 1)
+
+
+def expected(case: dict[str, Any]) -> tuple[list[Event], str, int | None]:
+    """What the case says."""
+    events = [Event(**event) for event in case["events"]]
+    return events, case["final"]["last_event_id"], case["final"]["retry"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=by_name)
+def test_sse_case(case: dict[str, Any]) -> None:
+    """The parser finds the events of the case, whole, in its reads, byte by byte and at every cut."""
+    data = raw(case)
+    right = expected(case)
+    assert parse([data]) == right
+    assert parse(bytewise(data)) == right
+    assert parse([read.encode("latin-1") for read in case.get("reads", [case["raw"]])]) == right
+    for position in cut_positions(data):
+        assert parse([data[:position], data[position:]]) == right
+
+
+@pytest.mark.parametrize("case", CASES, ids=by_name)
+def test_the_scanner_counts_the_events_of_a_case(case: dict[str, Any]) -> None:
+    """The scanner counts what the parser dispatches, at every cut."""
+    data = raw(case)
+    seen = scan([data])
+    assert seen[0] == len(case["events"])
+    assert scan(bytewise(data)) == seen
+    for position in cut_positions(data):
+        assert scan([data[:position], b"", data[position:]]) == seen
+
+
+LINES = st.sampled_from(
+    [
+        b'data: {"id":"1","choices":[]}',
+        b"data: [DONE]",
+        b"data:[DONE] \t",
+        b"data: [DONE]x",
+        b"data:  [DONE]",
+        b'data: {"error": {"message":"x"}}',
+        b'data: {"error":null}',
+        b'data: { "error" : "x"}',
+        b'data: {"errors":1}',
+        b"data",
+        b"data:",
+        b": comment",
+        b":",
+        b"event: error",
+        b"event: response.completed",
+        b"event:response.failed",
+        b"event: response.incomplete",
+        b"event: response.output_text.delta",
+        b"event",
+        b"error: {}",
+        b"error",
+        b"id: 1",
+        b"retry: 5",
+        b"\xef\xbb\xbfdata: x",
+        b"\xef",
+        b"x" * 200,
+        b"data: " + b"y" * 200,
+        b"",
+    ]
+)
+STREAMS = st.lists(st.tuples(LINES, st.sampled_from([b"\n", b"\r\n", b"\r", b"\n\n"]))).map(
+    lambda lines: b"".join(line + end for line, end in lines)
+)
+USUAL_STREAMS = st.lists(
+    st.sampled_from(
+        [
+            b'data: {"id":1}\n\n',
+            b'event: response.output_text.delta\ndata: {"type":"x"}\n\n',
+            b'event: response.completed\ndata: {"type":"x"}\n\n',
+            b'event: error\ndata: {"type":"error"}\n\n',
+            b'data: {"error":{"message":"x"}}\n\n',
+            b'data: {"error_code":1}\n\n',
+            b"data: [DONE]\n\n",
+            b": ping\n",
+            b": ping\n\n",
+            b'data: {"a":1}\rdata: b\n\n',
+            b"\n",
+            b"data: x\n\r\n",
+        ]
+    )
+)
+
+
+@given(data=STREAMS, positions=CUTS)
+@settings(deadline=None)
+def test_the_scanner_knows_the_same_at_any_split(data: bytes, positions: list[int]) -> None:
+    """What the scanner knows depends on the bytes only, and its count is the parser's."""
+    seen = scan([data])
+    assert scan(bytewise(data)) == seen
+    assert scan(cut(data, positions)) == seen
+    assert parse(cut(data, positions)) == parse([data])
+    assert seen[0] == len(parse([data])[0])
+
+
+@given(pieces=USUAL_STREAMS)
+@settings(deadline=None)
+def test_whole_events_are_scanned_as_their_bytes_are(pieces: list[bytes]) -> None:
+    """The straight line for whole events gives what looking at every byte gives."""
+    data = b"".join(pieces)
+    assert scan(pieces) == scan(bytewise(data)) == scan([data])
+    assert scan(pieces)[0] == len(parse([data])[0])
+
+
+@given(data=st.binary(max_size=60), positions=CUTS)
+@settings(deadline=None)
+def test_any_bytes_can_be_scanned_and_parsed(data: bytes, positions: list[int]) -> None:
+    """Garbage raises nothing and is read alike at any split."""
+    assert scan(cut(data, positions)) == scan([data])
+    assert parse(cut(data, positions)) == parse([data])
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+def test_boundaries(end: bytes) -> None:
+    """The boundary is where something of our own may be put: before the first byte, after an event, after a comment."""
+    scanner = EventScanner()
+    trail = []
+    for read in (b"", b": pi", b"ng" + end, b"data: a", end, end, b":" + end, b"id: 1" + end, end, end):
+        scanner.feed(read)
+        trail.append(scanner.at_boundary)
+    assert trail == [True, False, True, False, False, True, True, False, True, True]
+    assert scanner.events == 1
+
+
+def test_a_byte_order_mark_is_not_an_event() -> None:
+    """Inside the mark nothing may be put; behind it, everything may."""
+    scanner = EventScanner()
+    trail = []
+    for read in (b"\xef", b"\xbb", b"\xbf", b"data: a\n\n"):
+        scanner.feed(read)
+        trail.append((scanner.at_boundary, scanner.events))
+    assert trail == [(False, 0), (False, 0), (True, 0), (True, 1)]
+
+
+@pytest.mark.parametrize("name", TERMINAL_EVENTS)
+def test_the_last_event_of_the_responses_api_is_terminal(name: str) -> None:
+    """`response.completed`, `.failed` and `.incomplete` end a stream as `[DONE]` does."""
+    event = f'event: {name}\ndata: {{"type":"{name}"}}\n\n'.encode()
+    before = b'event: response.created\ndata: {"x":1}\n\n'
+    assert scan([before]) == (1, True, False, False)
+    assert scan([before, event]) == scan(bytewise(before + event)) == (2, True, True, False)
+
+
+@pytest.mark.parametrize(
+    ("stream", "terminal", "error"),
+    [
+        (b"data: [DONE]\n\n", True, False),
+        (b"data:[DONE]\r\n\r\n", True, False),
+        (b"data: [DONE]  \n", True, False),
+        (b"data: [DONE]", False, False),
+        (b"data: [DONE] x\n\n", False, False),
+        (b'data: {"error":{"message":"x"}}\n\n', False, True),
+        (b'data: {"error": "x"}\n\n', False, True),
+        (b'data: {"error":null,"id":1}\n\n', False, False),
+        (b'data: {"text":"{\\"error\\": {"}\n\n', False, False),
+        (b'event: error\ndata: {"type":"error"}\n\n', False, True),
+        (b"error: {}\n\n", False, True),
+        (b"event: errors\ndata: x\n\n", False, False),
+        (b": data: [DONE]\n\n", False, False),
+    ],
+)
+def test_notable_lines(stream: bytes, terminal: bool, error: bool) -> None:
+    """Endings and in-band errors are seen, and nothing else is taken for one."""
+    first = b'data: {"id":1}\n\n'
+    for reads in ([stream], [first, stream], bytewise(first + stream)):
+        assert scan(reads)[2:] == (terminal, error)
+
+
+def test_a_long_line_is_not_kept() -> None:
+    """A line of 5 MiB costs the scanner a few bytes, and the event is counted once."""
+    scanner = EventScanner()
+    scanner.feed(b"data: ")
+    piece = b"x" * 65_536
+    for _ in range(80):
+        scanner.feed(piece)
+    assert len(scanner._kept) < 128
+    assert not scanner.at_boundary
+    scanner.feed(b"\n\n")
+    assert (scanner.events, scanner.at_boundary) == (1, True)
+
+
+def test_a_reconnection_time_of_any_length_is_no_trouble() -> None:
+    """Thousands of digits are not turned into a number."""
+    assert parse([b"retry: " + b"9" * 5_000 + b"\ndata: a\n\n"]) == ([Event("message", "a", "")], "", None)
