@@ -63,6 +63,9 @@ class ClientConnection:
         except* Exception as group:
             self._gateway.bug(group, self.current)
         finally:
+            if self.current is not None and not self.current.finished.is_set():  # admitted, its turn never came
+                self.current.note(_stopped(self.current))
+                self._finish(self.current)
             if self._reset:
                 _reset_on_close(self._stream)
             await trio.aclose_forcefully(self._stream)
@@ -98,8 +101,10 @@ class ClientConnection:
                     exchange = await requests.receive()
                 except trio.EndOfChannel:
                     return
+                again = False
                 try:
-                    if not await self._exchange(exchange) or self._gateway.draining:
+                    again = await self._exchange(exchange) and not self._gateway.draining
+                    if not again:
                         return
                 except Exception as exc:
                     exchange.note(Failure(Side.GATEWAY, exchange.phase, Kind.INTERNAL, type(exc).__name__))
@@ -107,7 +112,9 @@ class ClientConnection:
                 finally:
                     # Of no effect unless the whole connection was cancelled: then the gateway stops now.
                     if trio.current_effective_deadline() == -math.inf:
-                        exchange.note(Failure(Side.GATEWAY, exchange.phase, Kind.DRAINING, "The gateway stopped."))
+                        exchange.note(_stopped(exchange))
+                    if not again and self._reader is not None:
+                        self._reader.stop()
                     self._finish(exchange)
 
     # -- the reader's questions ----------------------------------------------------------------------------------------
@@ -220,6 +227,10 @@ class ClientConnection:
                     dropped += len(data)
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 pass
+
+
+def _stopped(exchange: Exchange) -> Failure:
+    return Failure(Side.GATEWAY, exchange.phase, Kind.DRAINING, "The gateway stopped.")
 
 
 def _reset_on_close(stream: Stream) -> None:

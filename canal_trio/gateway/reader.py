@@ -76,6 +76,7 @@ class ClientReader:
         self._body_waited = 0.0
         self._active: Exchange | None = None
         self._held = b""  # read, not parsed yet
+        self._stopped = False
         self.timed_out: Failure | None = None
 
     async def run(self) -> None:
@@ -92,6 +93,10 @@ class ClientReader:
         finally:
             watch.cancel()
             self._out.close()
+
+    def stop(self) -> None:
+        """Begin no other request, whatever was read already (RFC 9112 9.6)."""
+        self._stopped = True
 
     def stop_if_idle(self) -> None:
         """Draining: no new request on this connection."""
@@ -155,9 +160,11 @@ class ClientReader:
         """The next request, its body still to come; None when there is none."""
         if self._active is not None and not await self._rest_of(self._active):
             return None
+        if self._held and self._active is not None and not await self._pipelined(self._active, self._held):
+            return None
         self._enter(_Mode.IDLE)
         data, self._held = self._held, b""
-        while True:
+        while not self._stopped:
             if data:
                 if self._mode is _Mode.IDLE:
                     self._enter(_Mode.HEAD)
@@ -174,6 +181,7 @@ class ClientReader:
             if not data:
                 cut = self._heads.close()
                 return self._refuse(cut, self._since) if cut is not None else None
+        return None
 
     def _accept(self, head: RequestHead) -> Exchange:
         exchange, self._decoder, self._upload = self._admit(head, self._since)
