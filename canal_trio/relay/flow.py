@@ -11,14 +11,19 @@ Invariants:
   in the same step and no task is woken. The sink takes the whole piece; when it could not pass all of it on it keeps
   the rest, answers False, and the receiver is woken to deal with it. Cancelling the parked receiver takes the sink
   away synchronously, inside `cancel()`. Everything else about the flow is the same with and without a sink.
+* *A sink that raises is its receiver's bug.* The exception is raised there, the receiver is closed (a piece is lost, so
+  nothing may follow it), and the sender sees no more than that: `trio.BrokenResourceError`.
+* *A parked receiver never waits inside the channel.* A piece given to it directly would free a slot early, and a batch
+  could then hold one piece more than the bound allows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias, final
+from typing import Any, Self, TypeAlias, final
 
+import outcome
 import trio
 
 __all__ = ["Aborted", "Ended", "Ending", "FlowReceiver", "FlowSender", "FlowStatistics", "Sink", "open_flow"]
@@ -74,6 +79,8 @@ class _State:
         "refused",
         "send",
         "sink",
+        "torn",
+        "waiting",
         "waits",
     )
 
@@ -86,22 +93,47 @@ class _State:
         self.sink: Sink | None = None
         self.parked: trio.lowlevel.Task | None = None
         self.refused = False  # the sink answered False since the receiver was parked
+        self.waiting = False  # a put waits for room
+        self.torn = False  # a put is, or was interrupted, between the pieces it cut
         self.handed_over = self.queued = self.bytes = self.waits = self.held = self.peak = 0
 
-    def wake(self) -> None:
-        """Take the sink away and let the parked receiver run."""
+    def wake(self, fault: Exception | None = None) -> None:
+        """Take the sink away and let the parked receiver run, or raise `fault` in it."""
         task, self.parked, self.sink = self.parked, None, None
         if task is not None:
-            trio.lowlevel.reschedule(task)
+            trio.lowlevel.reschedule(task, outcome.Value(None) if fault is None else outcome.Error(fault))
 
     def enter(self, piece: bytes) -> None:
+        """`piece` is in the channel."""
         self.queued += 1
         self.bytes += len(piece)
         self.held += 1
         self.peak = max(self.peak, self.held)
 
+    def hand_over(self, sink: Sink, piece: bytes) -> None:
+        try:
+            taken = sink(piece)
+        except Exception as exc:
+            orphaned = self.parked is None  # its owner was cancelled or closed by what the sink did
+            self.wake(exc)
+            self.close_receiver()
+            if orphaned:
+                raise  # nobody else is left to hear of it
+            raise trio.BrokenResourceError("the receiver's sink raised") from exc
+        self.handed_over += 1
+        self.bytes += len(piece)
+        if not taken:
+            self.refused = True
+            self.wake()
+
+    def close_receiver(self) -> None:
+        self.receive.close()
+        self.held = 0
+        self.wake(trio.ClosedResourceError("this receiver was closed"))
+
     def statistics(self) -> FlowStatistics:
-        return FlowStatistics(self.handed_over, self.queued, self.bytes, self.waits, self.held, self.peak)
+        # While a waiting put has moved up but not yet run, its piece has left the books before it entered them.
+        return FlowStatistics(self.handed_over, self.queued, self.bytes, self.waits, max(0, self.held), self.peak)
 
 
 @final
@@ -127,9 +159,9 @@ class FlowSender:
     async def put(self, piece: bytes) -> None:
         """Pass `piece` on, waiting for room; it is cut into pieces of `piece_bytes`. An empty one is a no-op.
 
-        A checkpoint. Cancelled while waiting, the pieces cut off so far have been passed on and the rest has not: after
-        that the flow can only be aborted. Raises `trio.BrokenResourceError` once the receiver has closed and
-        `trio.ClosedResourceError` after `end()` or `abort()`.
+        A checkpoint. Cancelled, one piece has not been passed on; of a larger one the pieces cut off so far have been,
+        the rest has not, and the flow can only be aborted. Raises `trio.BrokenResourceError` once the receiver has
+        closed and `trio.ClosedResourceError` after `end()` or `abort()`.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         state = self._state
@@ -137,8 +169,10 @@ class FlowSender:
         if len(piece) <= limit or (state.sink is not None and len(piece) <= state.handover_bytes):
             await self._put_one(piece)
         else:
+            state.torn = True
             for start in range(0, len(piece), limit):
                 await self._put_one(piece[start : start + limit])
+            state.torn = False
         await trio.lowlevel.cancel_shielded_checkpoint()
 
     async def _put_one(self, piece: bytes) -> None:
@@ -147,52 +181,57 @@ class FlowSender:
         except trio.WouldBlock:
             state = self._state
             state.waits += 1
-            # Counted as queued only once the channel has it, so that `room` never promises a slot to someone else.
-            await state.send.send(piece)
-            state.enter(piece)
+            state.waiting = True
+            try:
+                await state.send.send(piece)
+            finally:
+                state.waiting = False
+            state.enter(piece)  # and wake nobody: it may have been taken since, and the receiver be parked for the next
 
     def put_nowait(self, piece: bytes) -> None:
         """Pass `piece` on at once: to the parked receiver's sink, or into the channel.
 
-        Raises `trio.WouldBlock` when the channel is full, ValueError for a piece larger than `room`, and otherwise as
-        `put`. Whatever the sink raises (a bug, by its contract) comes out here and takes the sink away.
+        An empty one is a no-op. Raises `trio.WouldBlock` when the channel is full, ValueError for a piece larger than
+        `room` can be, and otherwise as `put`.
         """
-        state = self._state
-        sink = state.sink
-        if sink is not None:
-            state.handed_over += 1
-            state.bytes += len(piece)
-            taken = False
-            try:
-                taken = sink(piece)
-            finally:
-                if not taken:
-                    state.refused = True
-                    state.wake()
-            return
         if not piece:
             return
-        if len(piece) > state.piece_bytes:
-            raise ValueError(f"a piece of {len(piece)} bytes does not fit a flow of {state.piece_bytes}; see room")
+        state = self._state
+        sink = state.sink
+        limit = state.piece_bytes if sink is None else state.handover_bytes
+        if len(piece) > limit:
+            raise ValueError(f"a piece of {len(piece)} bytes, where {limit} is the most; see room")
+        if sink is not None:
+            state.hand_over(sink, piece)
+            return
         state.send.send_nowait(piece)
         state.enter(piece)
+        if state.parked is not None:
+            state.wake()
 
     def put_last(self, piece: bytes, trailer: object = None) -> None:
-        """`put_nowait(piece)` and `end(trailer)` as one: the receiver gets both with one `take`, so that it can pass
-        them on with one write. Not a checkpoint; raises as `put_nowait`, and the flow is not ended then."""
+        """`put_nowait(piece)` and `end(trailer)` as one: where they fit the channel, one `take` gets both.
+
+        So the receiver can pass them on with one write. Not a checkpoint; raises as `put_nowait`, and then the flow is
+        not ended.
+        """
         state = self._state
         if state.sink is not None and 0 < len(piece) <= state.piece_bytes:
             # The channel is empty while a sink is armed. Waking the receiver, which the end needs anyway, is cheaper
             # than a second system call for the end.
             state.send.send_nowait(piece)
-            state.enter(piece)
+            state.enter(piece)  # `end` wakes the receiver
         else:
             self.put_nowait(piece)
         self.end(trailer)
 
     def end(self, trailer: object = None) -> None:
-        """Everything was put. Not a checkpoint; idempotent, and the first ending wins."""
-        self._finish(Ended(trailer))
+        """Everything was put. Not a checkpoint; idempotent, and the first ending wins.
+
+        While a put waits, or after one was cancelled half way, that is not so: then this is `abort()`.
+        """
+        state = self._state
+        self._finish(Aborted() if state.waiting or state.torn else Ended(trailer))
 
     def abort(self, failure: object = None) -> None:
         """No more will come, and something is missing. Not a checkpoint; idempotent, and the first ending wins.
@@ -207,6 +246,13 @@ class FlowSender:
             state.ending = ending
             state.send.close()
             state.wake()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """A sender that goes away without an end has aborted."""
+        self.abort()
 
     def statistics(self) -> FlowStatistics:
         """A snapshot of the flow's counters."""
@@ -232,35 +278,18 @@ class FlowReceiver:
         `[]` means that the flow is over (`ending` is set then), or that `sink` answered False and holds a rest. What
         the sink holds was put first, so look at it first, in both cases. A checkpoint; cancelling it loses no piece and
         disarms the sink in the very step of the `cancel()`. While it is parked with a sink, pieces bypass this call.
+
+        Raises what the sink raised, `trio.ClosedResourceError` once the receiver is closed (in a parked one too), and
+        `trio.BusyResourceError` while another task is parked here.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
+        state = self._state
+        if state.parked is not None:
+            raise trio.BusyResourceError("another task is taking from this flow")
         batch = self._drain()
-        if not batch and self.ending is None:
-            if sink is None:
-                await self._wait_piece(batch)
-            elif await self._park(sink):
-                batch = self._drain()
+        if batch or self.ending is not None:
+            await trio.lowlevel.cancel_shielded_checkpoint()
             return batch
-        await trio.lowlevel.cancel_shielded_checkpoint()
-        return batch
-
-    def take_nowait(self) -> list[bytes]:
-        """What is ready now, perhaps nothing; `ending` is set when that was the last. Not a checkpoint."""
-        return self._drain()
-
-    async def _wait_piece(self, batch: list[bytes]) -> None:
-        state = self._state
-        try:
-            batch.append(await state.receive.receive())
-        except trio.EndOfChannel:
-            self.ending = state.ending
-        else:
-            state.held -= 1
-            batch += self._drain()
-
-    async def _park(self, sink: Sink) -> bool:
-        """Park with the sink armed. True: woken because the flow has something to say; False: because of the sink."""
-        state = self._state
         state.sink = sink
         state.refused = False
         state.parked = trio.lowlevel.current_task()
@@ -270,7 +299,14 @@ class FlowReceiver:
             return trio.lowlevel.Abort.SUCCEEDED
 
         await trio.lowlevel.wait_task_rescheduled(disarm)
-        return not state.refused
+        return [] if state.refused else self._drain()
+
+    def take_nowait(self) -> list[bytes]:
+        """What is ready now, perhaps nothing; `ending` is set when that was the last. Not a checkpoint.
+
+        Raises `trio.ClosedResourceError` once the receiver is closed.
+        """
+        return self._drain()
 
     def _drain(self) -> list[bytes]:
         """What the channel holds now. A putter that waits moves up as we take, so at most capacity + 1 pieces."""
@@ -287,11 +323,18 @@ class FlowReceiver:
         return batch
 
     def close(self) -> None:
-        """Take no more. Not a checkpoint; idempotent. What the channel held is dropped and puts raise
-        `trio.BrokenResourceError`."""
-        state = self._state
-        state.receive.close()
-        state.held = 0
+        """Take no more. Not a checkpoint; idempotent.
+
+        What the channel held is dropped, puts raise `trio.BrokenResourceError`, and a task parked in `take` is woken
+        with `trio.ClosedResourceError`.
+        """
+        self._state.close_receiver()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def statistics(self) -> FlowStatistics:
         """A snapshot of the flow's counters."""

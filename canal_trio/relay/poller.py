@@ -34,12 +34,13 @@ class Pollable(Protocol):
 class Poller:
     """The epoll of this run. Use `Poller.current()`; it is started by the first stream and ends with the run."""
 
-    __slots__ = ("_again", "_epoll", "_streams")
+    __slots__ = ("_again", "_epoll", "_newcomers", "_streams")
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._streams: dict[int, Pollable] = {}
         self._again: dict[Pollable, None] = {}  # who wants another turn, in order
+        self._newcomers: set[int] = set()  # descriptors registered since the last look at the epoll
 
     @classmethod
     def current(cls) -> Poller:
@@ -55,7 +56,12 @@ class Poller:
     def register(self, fd: int, stream: Pollable) -> None:
         """Watch `fd` until `unregister`; readiness that exists already is reported as a first edge."""
         self._streams[fd] = stream
+        self._newcomers.add(fd)
         self._epoll.register(fd, _EVENTS)
+
+    def rearm(self, fd: int) -> None:
+        """Report the readiness of `fd` once more, if it is ready."""
+        self._epoll.modify(fd, _EVENTS)
 
     def unregister(self, fd: int) -> None:
         """Stop watching. Must be called before the descriptor is closed, for its number will be used again."""
@@ -75,14 +81,17 @@ class Poller:
             self._epoll.close()
 
     def _serve(self) -> None:
-        poll, streams = self._epoll.poll, self._streams
+        poll, streams, newcomers = self._epoll.poll, self._streams, self._newcomers
         for _ in range(ROUNDS):
             turn, self._again = self._again, {}
+            newcomers.clear()
             events = poll(0, MAX_EVENTS)
             for fd, mask in events:
                 stream = streams.get(fd)
-                if stream is None:
-                    continue  # an earlier sink of this very round closed it
+                # An earlier sink of this very round may have closed the stream, and another one may have been given
+                # the number: what was reported is not about that one, whose own readiness the next look reports.
+                if stream is None or fd in newcomers:
+                    continue
                 turn.pop(stream, None)
                 if stream.on_ready(mask):
                     self._again[stream] = None

@@ -1,4 +1,4 @@
-"""TCP streams of our own over non-blocking sockets, and the protocol of hand-over on the spot.
+"""TCP streams of our own over non-blocking sockets.
 
 `TcpStream` is a `trio.abc.HalfCloseableStream` that tries the system call first and waits only when it would block.
 Beside the async methods, which always checkpoint, it has `try_` methods, which never checkpoint and never block, and
@@ -7,66 +7,61 @@ in `wait_disarmed()`.
 
 Invariants: one task receives and one sends at a time (`trio.BusyResourceError` otherwise). Readiness is
 edge-triggered: `_readable` stays true until a receive proves that the kernel's buffer is empty, and a short read proves
-that only if no hang-up was reported, because data and FIN may arrive as one edge. `close()` is synchronous and wakes
-everybody with `trio.ClosedResourceError`.
+that only if no hang-up was reported, because data and FIN may arrive as one edge. The kernel tells of a reset once and
+reports a clean end from then on, so a stream that broke is remembered as broken, whichever side heard of it: a reset is
+never mistaken for an end. `close()` is synchronous and wakes everybody with `trio.ClosedResourceError`.
 """
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias, final, runtime_checkable
+from typing import Any, Self, final
 
 import outcome
 import trio
 from trio.abc import HalfCloseableStream
 
-from canal_trio.relay.poller import HANGUP, Poller
+from canal_trio.relay.handover import Armed, Buffer, HandoverStream, handover_end
+from canal_trio.relay.poller import HANGUP, ROUNDS, Poller
 
 __all__ = ["Armed", "HandoverStream", "TcpStream", "handover_end"]
 
-Buffer: TypeAlias = bytes | bytearray | memoryview
-Armed: TypeAlias = Callable[[], bool]
-"""Called when there may be bytes to receive; receives them itself. False: disarm me and wake my owner."""
-
 DEFAULT_RECEIVE_BYTES = 16_384
-
-
-@runtime_checkable
-class HandoverStream(Protocol):
-    """What a stream needs for hand-over on the spot. `TcpStream` and the test kit's `SimStream` have it."""
-
-    hangup: bool
-    """The peer was seen to hang up (FIN or reset). Bytes it sent before may still be waiting."""
-
-    def try_receive(self, max_bytes: int) -> bytes | None:
-        """Bytes that are here now, `b""` at the end of the stream, None if there is nothing yet."""
-
-    def try_send(self, data: Buffer) -> int:
-        """Pass on what the peer takes now; the number of bytes taken, perhaps 0."""
-
-    def arm(self, sink: Armed) -> None:
-        """Have `sink` called whenever there may be bytes, until it answers False."""
-
-    def disarm(self) -> None:
-        """Take the sink away, without waking anybody."""
-
-    async def wait_disarmed(self) -> None:
-        """Sleep until the sink answered False, raised (raised here) or the stream was closed (ClosedResourceError)."""
-
-    def watch(self, callback: Callable[[], None] | None) -> None:
-        """Have `callback` called, in the step that sees it, when the peer hangs up; None ends the watch."""
-
-    def close(self) -> None:
-        """Close in this very step. Idempotent."""
+GATHER = 1024  # IOV_MAX: the most buffers of one sendmsg
+# What send and shutdown say of a stream whose incoming half may have ended properly: no verdict on what was received.
+_HARMLESS = frozenset({errno.EPIPE, errno.ENOTCONN})
 
 
 @final
 class TcpStream(HalfCloseableStream):
     """A connected stream socket. Takes the socket over: makes it non-blocking and closes it in the end.
 
-    Must be made inside `trio.run`. `socket` is the standard library's object, for options and addresses only.
+    Must be made inside `trio.run`, and stays watched until it is closed. It sets no options: for a stream of small
+    pieces TCP_NODELAY is wanted, for early backpressure TCP_NOTSENT_LOWAT (`adopt` brings both). `socket` is the
+    standard library's object, for options and addresses only.
     """
+
+    __slots__ = (
+        "__weakref__",
+        "_broken",
+        "_closed",
+        "_eof_sent",
+        "_fault",
+        "_fd",
+        "_poller",
+        "_readable",
+        "_receiver",
+        "_receiving",
+        "_recv",
+        "_send",
+        "_sending",
+        "_sink",
+        "_watch",
+        "hangup",
+        "socket",
+    )
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -77,6 +72,7 @@ class TcpStream(HalfCloseableStream):
         self._fd = sock.fileno()
         self._readable = True
         self._closed = False
+        self._broken: str | None = None
         self._receiver: trio.lowlevel.Task | None = None
         self._receiving = False
         self._sending = False
@@ -86,6 +82,15 @@ class TcpStream(HalfCloseableStream):
         self._fault: BaseException | None = None
         self._poller = Poller.current()
         self._poller.register(self._fd, self)
+
+    @classmethod
+    def adopt(cls, stream: trio.SocketStream) -> Self:
+        """The same connection, with the options Trio gave it; `stream` is empty afterwards. Not a checkpoint.
+
+        For what `trio.serve_tcp` and `trio.open_tcp_stream` give. No task may be using `stream`.
+        """
+        inner = stream.socket
+        return cls(socket.socket(inner.family, inner.type, inner.proto, fileno=inner.detach()))
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "hung up" if self.hangup else "open"
@@ -107,15 +112,20 @@ class TcpStream(HalfCloseableStream):
             return None
         except OSError as exc:
             raise self._translate(exc) from exc
-        if len(data) < max_bytes and not self.hangup and data:
+        if not data:
+            if self._broken is not None:
+                raise trio.BrokenResourceError(self._broken)
+        elif len(data) < max_bytes and not self.hangup:
             self._readable = False
         return data
 
     def try_send(self, data: Buffer) -> int:
         """Pass to the kernel what it takes now; the number of bytes taken, 0 when its buffer is full.
 
-        Raises as `try_receive`.
+        Raises as `try_receive`, and `trio.BusyResourceError` while a task is sending: its rest comes first.
         """
+        if self._sending:
+            raise trio.BusyResourceError("another task is sending on this stream")
         try:
             return self._send(data)
         except (BlockingIOError, InterruptedError):
@@ -130,12 +140,11 @@ class TcpStream(HalfCloseableStream):
         another task receives or another sink is armed, `trio.ClosedResourceError` after `close()`.
         """
         self._check_open()
-        if self._receiving or self._sink is not None:
-            raise trio.BusyResourceError("another task is receiving on this stream")
+        self._check_receiver()
         self._sink = sink
 
     def disarm(self) -> None:
-        """Take the sink away; the owner, if it sleeps, goes on sleeping. Idempotent."""
+        """Take the sink away, without waking anybody: a sleeper goes on sleeping. Idempotent."""
         self._sink = None
 
     def watch(self, callback: Callable[[], None] | None) -> None:
@@ -185,14 +194,23 @@ class TcpStream(HalfCloseableStream):
         """
         try:
             await trio.lowlevel.checkpoint_if_cancelled()
-            while self._readable and self._sink is not None:
-                if not self._sink():
+            for _ in range(ROUNDS):
+                self._raise_fault()
+                self._check_open()
+                sink = self._sink
+                if sink is None or not self._readable:
+                    break
+                if not sink() and self._sink is sink:
                     self._sink = None
-                await trio.lowlevel.checkpoint()
-            self._check_open()
-            self._raise_fault()
-            if self._sink is not None:
-                await self._sleep()
+            if self._sink is None:
+                await trio.lowlevel.cancel_shielded_checkpoint()
+                return
+            if self._readable:
+                self._poller.rearm(self._fd)
+            await self._sleep()
+        except trio.ClosedResourceError:
+            self._raise_fault()  # what the sink raised after it had closed the stream
+            raise
         finally:
             self._sink = None
 
@@ -205,17 +223,25 @@ class TcpStream(HalfCloseableStream):
         with _Claim(self, "_sending"):
             self._check_sendable()
             await trio.lowlevel.checkpoint_if_cancelled()
-            rest = self.try_send_batch(pieces)
+            rest = self._gather(pieces)
             if not rest:
                 await trio.lowlevel.cancel_shielded_checkpoint()
             while rest:
                 await self._wait_writable()
-                rest = self.try_send_batch(rest)
+                rest = self._gather(rest)
 
     def try_send_batch(self, pieces: Sequence[Buffer]) -> list[memoryview]:
-        """Pass as much of `pieces` to the kernel as it takes now; what it did not take. Not a checkpoint."""
+        """Pass as much of `pieces` to the kernel as it takes now; answers what it did not take.
+
+        Not a checkpoint; raises as `try_send`.
+        """
+        if self._sending:
+            raise trio.BusyResourceError("another task is sending on this stream")
+        return self._gather(pieces)
+
+    def _gather(self, pieces: Sequence[Buffer]) -> list[memoryview]:
         try:
-            sent = self.socket.sendmsg(pieces) if pieces else 0
+            sent = self.socket.sendmsg(pieces[:GATHER]) if pieces else 0
         except (BlockingIOError, InterruptedError):
             sent = 0
         except OSError as exc:
@@ -259,10 +285,11 @@ class TcpStream(HalfCloseableStream):
 
     def on_ready(self, mask: int) -> bool:
         """The poller's call: `mask` became true. True asks for another turn."""
-        self._readable = True
-        if mask & HANGUP:
-            self.hangup = True
-            self._call_watch()
+        if mask:
+            self._readable = True
+            if mask & HANGUP:
+                self.hangup = True
+                self._call_watch()
         sink = self._sink
         if sink is None:
             if self._receiving:  # a sleeper in `wait_disarmed` whose sink was taken away is not concerned
@@ -316,6 +343,11 @@ class TcpStream(HalfCloseableStream):
         self._receiver = trio.lowlevel.current_task()
         await trio.lowlevel.wait_task_rescheduled(abort)
 
+    def _check_receiver(self) -> None:
+        # A sink that was taken away may have left its owner asleep: it still owns the receiving side.
+        if self._receiving or self._sink is not None or self._receiver is not None:
+            raise trio.BusyResourceError("another task is receiving on this stream")
+
     def _check_open(self) -> None:
         if self._closed:
             raise trio.ClosedResourceError("this stream was closed")
@@ -328,7 +360,10 @@ class TcpStream(HalfCloseableStream):
     def _translate(self, exc: OSError) -> trio.ClosedResourceError | trio.BrokenResourceError:
         if self._closed:
             return trio.ClosedResourceError("this stream was closed")
-        return trio.BrokenResourceError(f"the connection broke: {exc.strerror or exc}")
+        text = f"the connection broke: {exc.strerror or exc}"
+        if exc.errno not in _HARMLESS:
+            self._broken = text
+        return trio.BrokenResourceError(text)
 
 
 class _Claim:
@@ -341,19 +376,11 @@ class _Claim:
         self._flag = flag
 
     def __enter__(self) -> None:
-        if getattr(self._stream, self._flag) or (self._flag == "_receiving" and self._stream._sink is not None):
-            raise trio.BusyResourceError(f"another task is {self._flag[1:]} on this stream")
+        if self._flag == "_receiving":
+            self._stream._check_receiver()
+        elif self._stream._sending:
+            raise trio.BusyResourceError("another task is sending on this stream")
         setattr(self._stream, self._flag, True)
 
     def __exit__(self, *_: object) -> None:
         setattr(self._stream, self._flag, False)
-
-
-def handover_end(stream: object) -> HandoverStream | None:
-    """The stream itself if it can hand over, else the nearest transport below it (TLS) that can, else None.
-
-    That is where a hang-up is seen without reading, and what closes in one step.
-    """
-    while stream is not None and not isinstance(stream, HandoverStream):
-        stream = getattr(stream, "transport_stream", None)
-    return stream

@@ -1,0 +1,62 @@
+"""The protocol of hand-over on the spot: what a stream offers beside Trio's async methods.
+
+The `try_` methods never checkpoint and never block. While a sink is armed it is called, in the step that sees them,
+whenever there may be bytes, and the owning task sleeps in `wait_disarmed()`. `TcpStream`, `TlsStream` and the test
+kit's `SimStream` have it; any other stream takes the plain path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeAlias, runtime_checkable
+
+__all__ = ["Armed", "Buffer", "HandoverStream", "handover_end"]
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+Armed: TypeAlias = Callable[[], bool]
+"""Called when there may be bytes to receive; receives them itself. False: disarm me and wake my owner."""
+
+
+@runtime_checkable
+class HandoverStream(Protocol):
+    """What a stream needs for hand-over on the spot. `TcpStream` and the test kit's `SimStream` have it."""
+
+    hangup: bool
+    """The peer was seen to hang up (FIN or reset). Bytes it sent before may still be waiting."""
+
+    def try_receive(self, max_bytes: int) -> bytes | None:
+        """Bytes that are here now, `b""` at the end of the stream, None if there is nothing yet."""
+
+    def try_send(self, data: Buffer) -> int:
+        """Pass on what the peer takes now; the number of bytes taken, perhaps 0.
+
+        The bytes not taken are to be offered again before any other.
+        """
+
+    def try_send_batch(self, pieces: Sequence[Buffer]) -> list[memoryview]:
+        """As `try_send` with several pieces in a row; answers what was not taken."""
+
+    def arm(self, sink: Armed) -> None:
+        """Have `sink` called whenever there may be bytes, until it answers False."""
+
+    def disarm(self) -> None:
+        """Take the sink away, without waking anybody: a sleeper goes on sleeping. Idempotent."""
+
+    async def wait_disarmed(self) -> None:
+        """Sleep until the sink answered False, raised (raised here) or the stream was closed (ClosedResourceError)."""
+
+    def watch(self, callback: Callable[[], None] | None) -> None:
+        """Have `callback` called, in the step that sees it, when the peer hangs up; None ends the watch."""
+
+    def close(self) -> None:
+        """Close in this very step. Idempotent."""
+
+
+def handover_end(stream: object) -> HandoverStream | None:
+    """The stream itself if it can hand over, else the nearest transport below it (TLS) that can, else None.
+
+    That is where a hang-up is seen without reading, and what closes in one step.
+    """
+    while stream is not None and not isinstance(stream, HandoverStream):
+        stream = getattr(stream, "transport_stream", None)
+    return stream

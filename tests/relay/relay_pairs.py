@@ -1,0 +1,59 @@
+"""Connected pairs of real sockets for the tests of the relay floor."""
+
+from __future__ import annotations
+
+import socket
+import struct
+
+import trio
+
+from canal_trio.relay.streams import TcpStream
+
+
+def socket_pair(*, small: bool = False) -> tuple[socket.socket, socket.socket]:
+    """Two connected TCP sockets on the loopback; `small`: with the least buffers the kernel grants."""
+    with socket.socket() as listener:
+        if small:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        client = socket.socket()
+        if small:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        client.connect(listener.getsockname())
+        server, _ = listener.accept()
+    for sock in (client, server):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if small:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    return client, server
+
+
+async def tcp_pair(*, small: bool = False) -> tuple[TcpStream, TcpStream]:
+    """Two connected TcpStreams."""
+    one, other = socket_pair(small=small)
+    return TcpStream(one), TcpStream(other)
+
+
+async def clogged_tcp_pair() -> tuple[TcpStream, TcpStream]:
+    """Two connected TcpStreams that take no more bytes in either direction, until some are read."""
+    pair = await tcp_pair(small=True)
+    await clog(*pair)
+    return pair
+
+
+async def clog(*streams: TcpStream) -> None:
+    """Send until the kernels take no more, also after they have had the time to pass on what they took."""
+    with trio.fail_after(30):
+        quiet = 0
+        while quiet < 5:
+            # A full kernel may refuse a large piece and still take small ones, until its last page is full as well.
+            taken = sum(stream.try_send(bytes(size)) for stream in streams for size in (65_536, 4_096, 256, 16, 1))
+            quiet = 0 if taken else quiet + 1
+            await trio.sleep(0.0 if taken else 0.002)
+
+
+def reset(stream: TcpStream) -> None:
+    """Close so that the peer sees a reset."""
+    stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    stream.close()
