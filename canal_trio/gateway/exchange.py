@@ -145,6 +145,12 @@ class Exchange:
         else:
             self.hangup_seen()
 
+    def uploaded(self) -> None:
+        """The request was read to its end."""
+        self.received = True
+        if self.phase is Phase.UPLOAD and self.lease is not None:
+            self.phase = Phase.FIRST_BYTE
+
     def routed(self, *, eof_leaves: bool) -> None:
         """The route is known, and with it what a client's EOF means."""
         self.eof_leaves = eof_leaves

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Client", "Pipeline"]
 
+_MODEL_CHARACTERS = 256  # of a name that no route knows, in the log
 _PEEK_BYTES = 262_144  # a body up to this is looked into for the log's `model`
 
 
@@ -201,8 +202,6 @@ class Pipeline:
             head = await port.next_head()
             if isinstance(head, Failure):
                 return head
-            if exchange.phase is Phase.UPLOAD and exchange.received:
-                exchange.phase = Phase.FIRST_BYTE
             if head.status == 101 or not head.informational:
                 break
             await delivery.informational(head)
@@ -226,7 +225,7 @@ class Pipeline:
             return
         if exchange.model is None and self._is_json():
             model = self._model(_PEEK_BYTES)
-            exchange.model = model if isinstance(model, str) else None
+            exchange.model = model[:_MODEL_CHARACTERS] if isinstance(model, str) else None
         exchange.body.stop_holding()
 
     def _stay_http(self) -> None:

@@ -264,7 +264,7 @@ class ClientReader:
             if not await self._put(upload, payload):
                 return False
             if decoder.end is not None:
-                exchange.received = True
+                exchange.uploaded()
                 upload.end(decoder.end)
                 self._held = decoder.rest
                 return True
