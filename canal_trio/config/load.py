@@ -106,7 +106,7 @@ def _parsed(name: str) -> tuple[dict[str, Any], dict[Path, int]]:
     except tomllib.TOMLDecodeError as exc:
         message = str(exc)
         found = re.search(r" \(at (?:line (\d+), column (\d+)|end of document)\)$", message)
-        line = int(found[1]) if found and found[1] else text.count("\n") + 1
+        line = int(found[1]) if found and found[1] else text.rstrip().count("\n") + 1
         column = f" (column {found[2]})" if found and found[2] else ""
         message = message[: found.start()] if found else message
         raise ConfigError(f"{name}:{line}: not valid TOML: {message}{column}") from None

@@ -97,7 +97,7 @@ def _scaled(value: object, units: dict[str, float] | dict[str, int], what: str) 
         if match is None or match[2] not in units:
             raise ValueError(f"expected {what}; got {shown(value)}")
         number = float(match[1]) * units[match[2]]
-    elif isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+    elif isinstance(value, bool) or not isinstance(value, int | float) or value != value:  # NaN
         raise ValueError(f"expected {what}; got {shown(value)}")
     elif value == math.inf:
         return math.inf
