@@ -126,7 +126,7 @@ def by_model(scripts: Mapping[str, Answer]) -> Callable[[SeenRequest], Script]:
 
 @final
 class ScriptedUpstream:
-    """A server on 127.0.0.1 that plays scripts. Use it as an async context manager; leaving it closes everything.
+    """A server on loopback that plays scripts. Use it as an async context manager; leaving it closes everything.
 
     `base_url` ends in `/v1`, as one gives it to an SDK; `url` is the bare root. `ssl_context` makes it speak TLS.
     `receive_buffer` and `send_buffer` (bytes) shrink its sockets' kernel buffers, for tests that count bytes.
@@ -138,6 +138,7 @@ class ScriptedUpstream:
         *,
         early: bool = False,
         host: str = "127.0.0.1",
+        port: int = 0,
         ssl_context: ssl.SSLContext | None = None,
         receive_buffer: int | None = None,
         send_buffer: int | None = None,
@@ -147,7 +148,7 @@ class ScriptedUpstream:
         self.requests: list[SeenRequest] = []
         self.complaints: list[str] = []
         self.host = host
-        self.port = 0
+        self.port = port
         self.early = early
         self._ssl_context = ssl_context
         self._buffers = {socket.SO_RCVBUF: receive_buffer, socket.SO_SNDBUF: send_buffer}
