@@ -172,7 +172,8 @@ class ChunkedDecoder:
         self.end: End | None = None
         self.fault: str | None = None
         self.rest = b""
-        # Payload still to come of the present chunk; -1: a size line comes next; 0: the CRLF behind the payload.
+        # Payload still to come of the present chunk; -1: a size line comes next; 0: the CRLF behind the payload, or
+        # nothing at all, for a fault, trailers or an end are looked at first.
         self._left = -1
         self._held = b""  # the beginning of a size line or of that CRLF
         self._extensions = 0
@@ -221,6 +222,10 @@ class ChunkedDecoder:
         self._payload += len(piece)
         return at + len(piece)
 
+    def _break(self, why: str) -> None:
+        self.fault = why
+        self._left = 0
+
     def _chunk_end(self, data: bytes, at: int) -> int | None:
         """Behind the CRLF after a chunk's payload; None if it is not whole."""
         if data.startswith(b"\r\n", at):
@@ -229,7 +234,7 @@ class ChunkedDecoder:
         if len(data) == at + 1 and data.endswith(b"\r"):
             self._held = b"\r"
         else:
-            self.fault = _BAD_END
+            self._break(_BAD_END)
         return None
 
     def _chunk_begin(self, data: bytes, at: int) -> int | None:
@@ -241,6 +246,7 @@ class ChunkedDecoder:
         if size:
             self._left = size
             return match.end()
+        self._left = 0
         self._trailers = Scanner(FIELDS, _TRAILER_BYTES, _TRAILER_FIELDS)
         self._trail(self._trailers, data[match.end() :])
         return None
@@ -253,11 +259,11 @@ class ChunkedDecoder:
             self._extensions += len(match[2])
             if self._extensions <= _EXTENSION_BYTES + self._payload:
                 return match
-            self.fault = "The chunk extensions are out of proportion."
+            self._break("The chunk extensions are out of proportion.")
         elif _BEGUN_SIZE.fullmatch(line) is None:
-            self.fault = _BAD_SIZE
+            self._break(_BAD_SIZE)
         elif len(line) == _SIZE_LINE_BYTES:
-            self.fault = _LONG_SIZE
+            self._break(_LONG_SIZE)
         else:
             self._held = line
         return None
@@ -269,7 +275,7 @@ class ChunkedDecoder:
             return
         fault = scanner.feed(data)
         if fault is not None:
-            self.fault = f"Trailers: {fault.detail}"
+            self._break(f"Trailers: {fault.detail}")
         elif scanner.size is not None:
             self.rest = bytes(scanner.data[scanner.size :])
             self.end = End(_trailers(bytes(scanner.data[: scanner.size])))
