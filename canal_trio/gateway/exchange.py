@@ -192,8 +192,9 @@ class Exchange:
     def outcome(self) -> Outcome:
         """How it ended, by its first failure and by what the upstream said in band."""
         outcome = outcome_of(self.failure)
-        if outcome is Outcome.COMPLETED and self.scanner is not None and self.scanner.error:
-            return Outcome.UPSTREAM_ERROR
+        said_so = self.scanner is not None and self.scanner.error
+        if said_so and outcome in (Outcome.COMPLETED, Outcome.UPSTREAM_FAILED):
+            return Outcome.UPSTREAM_ERROR  # it came first
         return outcome
 
     def finish(self) -> ExchangeRecord:
