@@ -25,6 +25,7 @@ import h11
 import trio
 
 from canal_trio.demo_upstream import MODEL, serve_demo_upstream
+from canal_trio.serve.limits import raise_descriptor_limit
 from canal_trio.serve.run import Served, serve
 from canal_trio.settings import Settings, Upstream
 
@@ -41,9 +42,22 @@ async def run_demo(once: bool = False, *, port: int = PORT, out: TextIO | None =
     """Run the demo until SIGINT or SIGTERM, or with `once` for one request; the exit code (0: all is well).
 
     Listens on 127.0.0.1, on `port` if that is free and else on another one. What is meant for people to copy goes to
-    `out` (standard output); the gateway logs to standard error. Main thread only.
+    `out` (standard output); the gateway logs to standard error. Main thread only. Raises BrokenPipeError when nobody
+    reads `out` any more.
     """
-    show = partial(print, file=out or sys.stdout, flush=True)
+    unread = False
+    code = 1
+    try:
+        code = await _run(once, port, out or sys.stdout)
+    except* BrokenPipeError:
+        unread = True
+    if unread:
+        raise BrokenPipeError("nobody reads the demo's output")  # by itself, not in the group of a nursery
+    return code
+
+
+async def _run(once: bool, port: int, out: TextIO) -> int:
+    show = partial(print, file=out, flush=True)
     code = 0
     async with trio.open_nursery() as nursery:
         upstream: str = await nursery.start(serve_demo_upstream)
@@ -52,7 +66,7 @@ async def run_demo(once: bool = False, *, port: int = PORT, out: TextIO | None =
         async def gateway(task_status: trio.TaskStatus[Served]) -> None:
             nonlocal code
             settings = Settings(listen=(address,), admin=None, upstreams=(Upstream("demo", upstream),))
-            code = await serve(settings, task_status=task_status)
+            code = await serve(settings, descriptors=raise_descriptor_limit(), task_status=task_status)
             if not once:
                 nursery.cancel_scope.cancel()
 
@@ -61,7 +75,7 @@ async def run_demo(once: bool = False, *, port: int = PORT, out: TextIO | None =
         if address[1] == 0:
             show(f"Port {port} is taken, so the demo uses another one.")
         if once:
-            code = await _once(base, out or sys.stdout)
+            code = await _once(base, out)
             nursery.cancel_scope.cancel()
         else:
             show(_welcome(base))
@@ -112,7 +126,7 @@ async def _once(base: str, out: TextIO) -> int:
     if trouble:
         print(f"\nThe demo failed: {trouble}.", file=sys.stderr, flush=True)
         return 1
-    print(f"It streamed: {judge.summary()}.", file=out, flush=True)
+    print(judge.summary(), file=out, flush=True)
     return 0
 
 
@@ -130,7 +144,8 @@ async def _run_curl(argv: Sequence[str], feed: Callable[[bytes], None]) -> str |
         code = await process.wait()
     if code == 0:
         return None
-    return f"curl ended with exit code {code}: {told.decode(errors='replace').strip().splitlines()[-1:]}"
+    last = told.decode(errors="replace").strip().splitlines()[-1:]
+    return ": ".join([f"curl ended with exit code {code}", *last])
 
 
 async def _collect(stream: trio.abc.ReceiveStream, feed: Callable[[bytes], None]) -> None:
@@ -194,6 +209,8 @@ class _Judge:
         return None
 
     def summary(self) -> str:
+        """The text that was streamed, and how."""
+        events = [line.removeprefix("data: ") for line in self.body.decode().split("\n\n")[:-2]]
+        text = "".join(json.loads(event)["choices"][0]["delta"].get("content", "") for event in events)
         first, last = self.arrivals[0] - self.started, self.arrivals[-1] - self.started
-        events = self.body.count(b"data: ")
-        return f"{events} events over {last - first:.2f} s, the first after {first * 1000:.0f} ms"
+        return f"{text}\n\n({len(events)} events over {last - first:.2f} s, the first after {first * 1000:.0f} ms)"
