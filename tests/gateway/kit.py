@@ -337,6 +337,7 @@ class RunningGateway:
         self.records = records
         self.port = port
         self.clients: list[Client] = []
+        self.accepted: list[TcpStream] = []  # the gateway's ends
 
     async def connect(self, *, receive_buffer: int | None = None) -> Client:
         """A raw client; closed at the end of the block at the latest."""
@@ -393,23 +394,25 @@ async def running_gateway(
             raw = socket.socket(fileno=accepted.detach())
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, bound)
-            connections.start_soon(_handle, gateway, TcpStream(raw), address[0])
+            stream = TcpStream(raw)
+            running.accepted.append(stream)
+            connections.start_soon(_handle, gateway, stream, address[0])
 
     try:
         async with trio.open_nursery() as nursery:
             await nursery.start(gateway.run)
-            nursery.start_soon(serve, nursery)
             running = RunningGateway(gateway, records, listener.getsockname()[1], nursery)
+            nursery.start_soon(serve, nursery)
             try:
                 yield running
                 if settle:
                     await running.settle()
             finally:
-                for client in running.clients:
-                    client.fin()
                 nursery.cancel_scope.cancel()
     finally:
         listener.close()
+        for client in running.clients:
+            client.fin()
 
 
 async def _handle(gateway: Gateway, stream: TcpStream, peer: str) -> None:
