@@ -78,8 +78,16 @@ class Gateway:
         connector = Connector(settings, self.reaper, self._dialer)
         pools: dict[str, Pool] = {}
         for upstream in settings.upstreams:
-            pools[upstream.name] = before.pop(upstream, None) or Pool(
-                upstream, bounds=settings.bounds, deadlines=settings.deadlines, connect=connector.connect
+            pools[upstream.name] = (
+                before[upstream]
+                if upstream in before
+                else Pool(
+                    upstream,
+                    bounds=settings.bounds,
+                    deadlines=settings.deadlines,
+                    connect=connector.connect,
+                    reaper=self.reaper,
+                )
             )
         return Generation(settings, Router(settings), pools)
 
@@ -174,5 +182,3 @@ class Gateway:
 
 def _networks(settings: Settings) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
     return [ipaddress.ip_network(network, strict=False) for network in settings.trusted_proxies]
-
-

@@ -172,7 +172,7 @@ class Pipeline:
         head = self._upstream_head(upstream)
         if isinstance(head, Failure):
             return head
-        lease = await pool.lease(fresh=fresh)
+        lease = await pool.lease(fresh=fresh, dialling=self._dialling)
         if isinstance(lease, Failure):
             return lease
         exchange.lease = lease
@@ -184,6 +184,9 @@ class Pipeline:
             failure = await self._answer(port, upstream, others=others)
             nursery.cancel_scope.cancel(reason="the answer was delivered or given up")
         return failure
+
+    def _dialling(self) -> None:
+        self._exchange.phase = Phase.DIAL
 
     async def _upstream_task(self, lease: Lease, head: RequestHead, body: BodySource | None, port: Port) -> None:
         try:

@@ -16,6 +16,7 @@ import contextlib
 import enum
 import math
 import select
+from collections.abc import Callable
 from typing import final
 
 import trio
@@ -85,6 +86,10 @@ class Http1Connection:
         poll = select.poll()
         poll.register(probe, select.POLLIN | select.POLLRDHUP)
         return not poll.poll(0)
+
+    def watch_idle(self, died: Callable[[], None] | None) -> None:
+        """See `canal_trio.upstream.interface.Connection`."""
+        self._raw.watch(died)
 
     def abort(self) -> None:
         """Close the socket in this very step. Idempotent."""

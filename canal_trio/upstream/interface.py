@@ -7,6 +7,7 @@ tells a finished body from a cut one. Peer trouble is returned as a `Failure`, n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from canal_trio.errors import Failure
@@ -50,6 +51,9 @@ class Connection(Protocol):
 
     def usable(self) -> bool:
         """Before a reuse: nothing has arrived and the peer has not hung up. Costs one system call at most."""
+
+    def watch_idle(self, died: Callable[[], None] | None) -> None:
+        """Have `died` called, in the step that sees it, when the peer hangs up on the idle connection; None ends it."""
 
     async def run(self, head: RequestHead, body: BodySource | None, answer: Answer) -> Failure | None:
         """One attempt: send `head` and `body` (None: there is none), pass the answer on.
