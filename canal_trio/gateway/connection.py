@@ -163,6 +163,8 @@ class ClientConnection:
         gateway, head = self._gateway, exchange.head
         generation = gateway.generation
         delivery = Delivery(exchange, self._writer, generation.settings, gateway.reaper)
+        if gateway.draining:
+            exchange.note(Failure(Side.GATEWAY, Phase.ROUTE, Kind.DRAINING))
         if head is None or exchange.failure is not None:
             return await self._conclude(exchange, delivery, keep=False)
         keep = keep_alive(head.version, head.headers) and not gateway.draining
@@ -173,10 +175,15 @@ class ClientConnection:
         client = Client(self._peer, gateway.trusts(self._peer), self._scheme)
         pipeline = Pipeline(exchange, generation, client, self._writer, delivery)
         pipeline.close = not keep
-        with exchange.scope:
-            failure = await pipeline.run()
-            if failure is not None:
-                exchange.note(failure)
+        try:
+            with exchange.scope:
+                failure = await pipeline.run()
+                if failure is not None:
+                    exchange.note(failure)
+        except Exception as exc:
+            keep = False
+            exchange.note(Failure(Side.GATEWAY, exchange.phase, Kind.INTERNAL))
+            gateway.bug(ExceptionGroup("in the pipeline", [exc]), exchange)
         if exchange.scope.cancelled_caught and exchange.failure is None and not exchange.left:
             exchange.note(Failure(Side.GATEWAY, exchange.phase, Kind.TIMEOUT))
         return await self._conclude(exchange, delivery, keep=keep and not delivery.close)

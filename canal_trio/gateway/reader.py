@@ -152,8 +152,9 @@ class ClientReader:
             exchange = await self._next()
             if exchange is None:
                 return
+            refused = exchange.failure is not None  # asked before the driver has it: it may fail for its own reasons
             await self._out.send(exchange)
-            if exchange.failure is not None:
+            if refused:
                 return
 
     async def _next(self) -> Exchange | None:
@@ -244,8 +245,6 @@ class ClientReader:
 
     async def _rest_of(self, exchange: Exchange) -> bool:
         """Read the request's body to its end. False: the connection cannot carry another request."""
-        if exchange.failure is not None:
-            return False
         if exchange.upgraded is not None:
             await exchange.upgraded.wait()
             if exchange.tunnel:
