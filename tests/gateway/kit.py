@@ -22,6 +22,7 @@ from canal_trio.gateway import Gateway
 from canal_trio.hooks import ExchangeRecord
 from canal_trio.relay.streams import TcpStream
 from canal_trio.settings import Bounds, Deadlines, Settings, Upstream
+from canal_trio.testing.upstreams import Answer, ScriptedUpstream
 
 __all__ = [
     "Client",
@@ -32,6 +33,7 @@ __all__ = [
     "eventually",
     "open_sockets",
     "running_gateway",
+    "scene",
     "settings_for",
 ]
 
@@ -413,6 +415,13 @@ async def running_gateway(
         listener.close()
         for client in running.clients:
             client.fin()
+
+
+@asynccontextmanager
+async def scene(answer: Answer, **settings: Any) -> AsyncIterator[tuple[ScriptedUpstream, RunningGateway]]:
+    """A scripted upstream, and a gateway with these settings before it."""
+    async with ScriptedUpstream(answer) as upstream, running_gateway(settings_for(upstream.url, **settings)) as gateway:
+        yield upstream, gateway
 
 
 async def _handle(gateway: Gateway, stream: TcpStream, peer: str) -> None:
