@@ -8,7 +8,7 @@ import socket
 
 import pytest
 import trio
-from fakes import eventually
+from serve_fakes import eventually
 
 from canal_trio.relay.streams import TcpStream
 from canal_trio.serve.limits import RESERVE, capacity_of

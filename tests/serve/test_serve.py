@@ -9,7 +9,7 @@ import socket
 
 import pytest
 import trio
-from fakes import FakeGateway, eventually, read_all, refused, serving, settings
+from serve_fakes import FakeGateway, eventually, read_all, refused, serving, settings
 
 from canal_trio.errors import ConfigError
 from canal_trio.serve import ListenError, serve
