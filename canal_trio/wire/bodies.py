@@ -212,7 +212,7 @@ class ChunkedDecoder:
             elif self._left == 0:
                 at = self._chunk_end(data, at)
             else:
-                at = self._chunk_begin(data, at)
+                at = self._chunk_begin(data, at, pieces)
         return b"".join(pieces)
 
     def _take(self, data: bytes, at: int, pieces: list[bytes]) -> int:
@@ -237,18 +237,22 @@ class ChunkedDecoder:
             self._break(_BAD_END)
         return None
 
-    def _chunk_begin(self, data: bytes, at: int) -> int | None:
-        """Behind a size line; None if it is not whole, or was the last one."""
+    def _chunk_begin(self, data: bytes, at: int, pieces: list[bytes]) -> int | None:
+        """Behind a size line, or behind the whole chunk if it is here; None if the line is not, or was the last one."""
         match = _SIZE.match(data, at) or self._extended_size(data, at)
         if match is None:
             return None
         size = int(match[1], 16)
+        start = match.end()
+        if size and data.startswith(b"\r\n", start + size):
+            pieces.append(data[start : start + size])
+            self._payload += size
+            return start + size + 2
+        self._left = size
         if size:
-            self._left = size
-            return match.end()
-        self._left = 0
+            return start
         self._trailers = Scanner(FIELDS, _TRAILER_BYTES, _TRAILER_FIELDS)
-        self._trail(self._trailers, data[match.end() :])
+        self._trail(self._trailers, data[start:])
         return None
 
     def _extended_size(self, data: bytes, at: int) -> re.Match[bytes] | None:

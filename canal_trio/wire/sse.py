@@ -87,16 +87,15 @@ class EventParser:
         return Event(name or "message", "\n".join(data), self.last_event_id, self.retry)
 
 
-# The usual piece is one event of one `data:` line with a JSON object, which is not an error. Next come whole LF events,
-# each a `data:` line with an optional `event:` line before it, nothing in them that the scanner reports. Anything else
-# is looked at line by line.
+# The usual piece is one LF event of one `data:` line with a JSON object, perhaps with an `event:` line before it, and
+# with nothing in it that the scanner reports. Next come several such events, with any data. Anything else is looked at
+# line by line.
 _LAST: Final = frozenset({b"response.completed", b"response.failed", b"response.incomplete"})
 _NOTABLE: Final = rb"error\n|response\.(?:completed|failed|incomplete)\n"
 _ERROR_TEXT: Final = rb'[ \t]*\{[ \t]*"error"[ \t]*:[ \t]*[{"]'
-_USUAL: Final = re.compile(rb'data: \{"(?!error)[^\n]*\n\n').fullmatch
-_PLAIN: Final = re.compile(
-    rb"(?:(?:event: (?!%b)[^\n]*\n)?data: (?!\[DONE\]|%b)[^\n]*\n\n)+" % (_NOTABLE, _ERROR_TEXT)
-).fullmatch
+_NAMED: Final = rb"(?:event: (?!%b)[^\n]*\n)?" % _NOTABLE
+_USUAL: Final = re.compile(rb'%bdata: \{"(?!error)[^\n]*\n\n' % _NAMED).fullmatch
+_PLAIN: Final = re.compile(rb"(?:%bdata: (?!\[DONE\]|%b)[^\n]*\n\n)+" % (_NAMED, _ERROR_TEXT)).match
 _ERROR: Final = re.compile(_ERROR_TEXT)
 _KEPT: Final = 96  # bytes kept of the present line: more than any line that is looked into needs
 
@@ -134,20 +133,31 @@ class EventScanner:
 
     def feed(self, piece: bytes) -> None:
         """Take note of `piece`, which has passed."""
-        if self._plain and piece.find(b"\r") < 0:
-            if _USUAL(piece):
-                self.events += 1
-                return
-            if _PLAIN(piece):
-                self.events += piece.count(b"\n\n")
-                return
+        if self._plain and piece.find(b"\r") < 0 and _USUAL(piece):
+            self.events += 1
+        else:
+            self._look(piece)
+
+    def _look(self, piece: bytes) -> None:
         if self._bom is not None:
             piece = self._skip_bom(piece)
-        self._lines(piece)
-        self.at_boundary = not self._in_block and not self._length
-        self._plain = self.at_boundary and not self._after_cr and self._bom is None
-        if self._bom:
-            self.at_boundary = False
+        at, size = 0, len(piece)
+        lf_only = piece.find(b"\r") < 0
+        while at < size:
+            if self._plain and lf_only and (match := _PLAIN(piece, at)):
+                end = match.end()
+                self.events += piece.count(b"\n\n", at, end)
+            else:
+                # Line by line up to the next blank line, where whole events may begin again.
+                blank = piece.find(b"\n\n", at) if lf_only else -1
+                end = size if blank < 0 else blank + 2
+                self._lines(piece, at, end)
+                self._plain = self._between() and not self._after_cr
+            at = end
+        self.at_boundary = self._between()
+
+    def _between(self) -> bool:
+        return not (self._in_block or self._length or self._bom)
 
     def _skip_bom(self, piece: bytes) -> bytes:
         begin = (self._bom or b"") + piece
@@ -157,13 +167,11 @@ class EventScanner:
         self._bom = None
         return begin.removeprefix(_BOM)
 
-    def _lines(self, piece: bytes) -> None:
-        size = len(piece)
-        start = 0
-        if self._after_cr and size:
+    def _lines(self, piece: bytes, start: int, size: int) -> None:
+        if self._after_cr:
             self._after_cr = False
-            start = piece.startswith(b"\n")
-        lf, cr = piece.find(b"\n", start), piece.find(b"\r", start)
+            start += piece.startswith(b"\n", start)
+        lf, cr = piece.find(b"\n", start, size), piece.find(b"\r", start, size)
         while lf >= 0 or cr >= 0:
             end = lf if cr < 0 or 0 <= lf < cr else cr
             self._extend(piece, start, end)
@@ -174,9 +182,9 @@ class EventScanner:
                     start += 1
                 elif start == size:
                     self._after_cr = True
-                cr = piece.find(b"\r", start)
+                cr = piece.find(b"\r", start, size)
             if 0 <= lf < start:
-                lf = piece.find(b"\n", start)
+                lf = piece.find(b"\n", start, size)
         self._extend(piece, start, size)
 
     def _extend(self, piece: bytes, start: int, end: int) -> None:

@@ -122,7 +122,7 @@ FRAGMENTS = st.sampled_from(
 
 
 @given(fragments=st.lists(FRAGMENTS, max_size=10), positions=CUTS)
-@settings(deadline=None, max_examples=600)
+@settings(deadline=None, max_examples=300)
 def test_any_body_is_read_as_strictly_as_h11_reads_it_or_more(fragments: list[bytes], positions: list[int]) -> None:
     """The allowed differences from h11, precisely: we may refuse what it accepts or waits for, and then our payload is
     the beginning of its payload. What we accept it accepts alike, and where we wait it waits with the same payload;
@@ -232,13 +232,13 @@ def test_trailers_cannot_frame_route_or_authenticate(name: bytes) -> None:
     assert end == End(Headers([(b"X-A", b"1"), (b"x-b", b"2")]))
 
 
-def test_a_chunk_of_five_mebibytes_is_copied_once() -> None:
+def test_a_chunk_of_five_mebibytes_is_not_copied() -> None:
     """Reads inside a chunk are passed on as they are, not collected."""
     decoder = ChunkedDecoder()
     read = b"x" * 65_536
     assert decoder.feed(b"500000\r\n") == b""
     pieces = [decoder.feed(read) for _ in range(80)]
-    assert all(piece == read for piece in pieces)
+    assert all(piece is read for piece in pieces)
     assert decode(decoder, [b"\r\n0\r\n\r\nrest"]) == (b"", End(), None, b"rest")
 
 

@@ -1,37 +1,13 @@
-"""Head readers and writers: verdicts, limits and their places; bytes equal to h11's."""
+"""Head readers: verdicts, limits and their places."""
 
 from __future__ import annotations
 
-import h11
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from wire_driving import CUTS, bytewise, cut, request_reader, response_reader
+from wire_driving import bytewise, request, request_reader, response_of, response_reader, verdict_of
 
 from canal_trio.errors import CanalError, Failure, Kind, Phase, Side
 from canal_trio.messages import Headers, RequestHead, ResponseHead
-from canal_trio.wire.heads import RequestHeadReader, ResponseHeadReader, write_request_head, write_response_head
-
-TOKENS = st.text("!#$%&'*+-.^_`|~0123456789ABCXYZabcxyz", min_size=1, max_size=12).map(str.encode)
-VALUES = st.binary(max_size=20).map(lambda raw: bytes(byte for byte in raw if byte >= 0x20 and byte != 0x7F).strip())
-NAMES = TOKENS.filter(lambda name: name.lower() not in (b"host", b"content-length", b"transfer-encoding"))
-FIELDS = st.lists(st.tuples(NAMES, VALUES), max_size=6)
-PATHS = st.text("abc/?&=%20.~-_:@!$'()*+,;", max_size=20).map(lambda text: b"/" + text.encode())
-
-
-def request(*lines: bytes, first: bytes = b"GET / HTTP/1.1", host: bytes = b"a.test") -> bytes:
-    """A request head with these lines."""
-    return b"\r\n".join([first, b"Host: " + host, *lines, b"", b""])
-
-
-def verdict_of(reads: object) -> RequestHead | Failure | None:
-    """What a request reader says after `reads`."""
-    reader = request_reader()
-    verdict = None
-    for read in reads:  # type: ignore[attr-defined]  # any iterable of bytes
-        if verdict is None:
-            verdict = reader.feed(read)
-    return verdict
+from canal_trio.wire.heads import RequestHeadReader, ResponseHeadReader
 
 
 def kind_of(data: bytes) -> Kind | None:
@@ -248,18 +224,6 @@ def test_eof_inside_a_request_head_is_malformed() -> None:
 # -- responses ---------------------------------------------------------------------------------------------------------
 
 
-def response_of(data: bytes) -> ResponseHead | Failure | None:
-    """What a response reader says, whole and byte by byte alike."""
-    whole = response_reader().feed(data)
-    reader = response_reader()
-    verdict = None
-    for byte in bytewise(data):
-        if verdict is None:
-            verdict = reader.feed(byte)
-    assert verdict == whole
-    return whole
-
-
 def test_informational_heads_come_one_by_one() -> None:
     """100, 103 and 101 are heads like any other; `rest()` leads to the next one."""
     reader = response_reader()
@@ -338,155 +302,3 @@ def test_a_response_reader_reads_one_head_after_the_other() -> None:
     assert failure is not None
     assert failure.kind is Kind.CUT
     assert reader.feed(b"/1.1 200 OK\r\n\r\n") == failure
-
-
-# -- properties --------------------------------------------------------------------------------------------------------
-
-PARTS = st.sampled_from(
-    [
-        b"GET",
-        b"POST",
-        b" ",
-        b"/",
-        b"*",
-        b"http://a/",
-        b" HTTP/1.1",
-        b" HTTP/1.0",
-        b" HTTP/2.0",
-        b"\r\n",
-        b"\n",
-        b"\r",
-        b":",
-        b"Host: a",
-        b"Host:",
-        b"X-A: b",
-        b"Content-Length: 5",
-        b"Transfer-Encoding: chunked",
-        b"\t",
-        b"\x00",
-        b"\x80",
-        b"a",
-        b"GET / HTTP/1.1\r\nHost: a\r\n",
-        b"\r\n\r\n",
-    ]
-)
-
-
-@given(parts=st.lists(PARTS, max_size=14), positions=CUTS)
-@settings(deadline=None, max_examples=400)
-def test_verdicts_do_not_depend_on_splits(parts: list[bytes], positions: list[int]) -> None:
-    """Whatever the bytes are: one verdict, whole, byte by byte and cut anywhere; nothing but verdicts comes out."""
-    data = b"".join(parts)
-    verdict = verdict_of([data])
-    assert verdict_of(bytewise(data)) == verdict
-    assert verdict_of(cut(data, positions)) == verdict
-
-
-@given(data=st.binary(max_size=80), positions=CUTS)
-@settings(deadline=None)
-def test_garbage_makes_failures_not_exceptions(data: bytes, positions: list[int]) -> None:
-    """Any bytes at all, to both readers."""
-    assert verdict_of(cut(data, positions)) == verdict_of([data])
-    response_of(data)
-    response_of(b"HTTP/1.1 200 OK\r\n" + data)
-
-
-@given(method=TOKENS, target=PATHS, fields=FIELDS, positions=CUTS)
-@settings(deadline=None)
-def test_request_heads_are_written_as_h11_writes_them(
-    method: bytes, target: bytes, fields: list[tuple[bytes, bytes]], positions: list[int]
-) -> None:
-    """Our bytes are h11's (which puts Host first wherever it stands), and read back they are the same head."""
-    head = RequestHead(method, target, Headers([(b"Host", b"a.test"), *fields]))
-    event = h11.Request(method=method, target=target, headers=list(head.headers))
-    assert write_request_head(head) == h11.Connection(h11.CLIENT).send(event)
-    names = [name.lower() for name, _ in fields]
-    if method not in (b"CONNECT", b"TRACE") and len(set(names)) == len(names):
-        assert verdict_of(cut(write_request_head(head), positions)) == head
-
-
-@given(status=st.integers(200, 599), reason=VALUES, fields=FIELDS)
-@settings(deadline=None)
-def test_response_heads_are_written_as_h11_writes_them(
-    status: int, reason: bytes, fields: list[tuple[bytes, bytes]]
-) -> None:
-    """Our bytes are h11's, and read back they are the same head."""
-    fields = [(name, value) for name, value in fields if name.lower() != b"connection"]
-    head = ResponseHead(status, Headers([(b"Content-Length", b"0"), *fields]), reason)
-    connection = h11.Connection(h11.SERVER)
-    connection.receive_data(request())
-    connection.next_event()
-    event = h11.Response(status_code=status, reason=reason, headers=list(head.headers))
-    assert write_response_head(head) == connection.send(event)
-    assert response_of(write_response_head(head)) == head
-
-
-def test_informational_heads_are_written_as_h11_writes_them() -> None:
-    """A 103 goes out as h11 would send it."""
-    connection = h11.Connection(h11.SERVER)
-    connection.receive_data(request())
-    connection.next_event()
-    event = h11.InformationalResponse(status_code=103, reason=b"Early Hints", headers=[(b"Link", b"</a>")])
-    head = ResponseHead(103, Headers([(b"Link", b"</a>")]), b"Early Hints")
-    assert write_response_head(head) == connection.send(event)
-
-
-EVIL = st.one_of(
-    st.binary(max_size=8),
-    st.sampled_from(
-        [b"a\r\nb: c", b"a: b", b"a\r\n\r\nGET /", b"\n", b"\r", b"\x00", b"a b", b"", b"a:", b"x HTTP/1.1\r\nY:"]
-    ),
-)
-
-
-@given(method=EVIL, target=EVIL, name=EVIL, value=EVIL)
-@settings(deadline=None, max_examples=300)
-def test_nothing_can_be_smuggled_through_a_request_head(
-    method: bytes, target: bytes, name: bytes, value: bytes
-) -> None:
-    """Any bytes in any part: refused, or one head with exactly these parts, or one that our own reader refuses."""
-    for head in (
-        RequestHead(method, b"/", Headers([(b"Host", b"a")])),
-        RequestHead(b"GET", target, Headers([(b"Host", b"a")])),
-        RequestHead(b"GET", b"/", Headers([(b"Host", b"a"), (name, b"v")])),
-        RequestHead(b"GET", b"/", Headers([(b"Host", b"a"), (b"n", value.strip(b" \t"))])),
-    ):
-        try:
-            block = write_request_head(head)
-        except CanalError:
-            continue
-        verdict = verdict_of([block])
-        assert verdict == head or isinstance(verdict, Failure)
-
-
-@given(name=EVIL, value=EVIL, reason=EVIL)
-@settings(deadline=None, max_examples=300)
-def test_nothing_can_be_smuggled_through_a_response_head(name: bytes, value: bytes, reason: bytes) -> None:
-    """The same for responses."""
-    for head in (
-        ResponseHead(200, Headers([(name, b"v")])),
-        ResponseHead(200, Headers([(b"n", value.strip(b" \t"))])),
-        ResponseHead(200, Headers(), reason),
-    ):
-        try:
-            block = write_response_head(head)
-        except CanalError:
-            continue
-        verdict = response_of(block)
-        assert verdict == head or isinstance(verdict, Failure)
-
-
-@pytest.mark.parametrize("bad", [b"a\r\nX: b", b"a\nb", b"a\rb", b"a\x00b", b"a\x1fb", b"a\x7fb"])
-def test_control_bytes_are_never_written(bad: bytes) -> None:
-    """CR, LF, NUL and the other control bytes are refused in every part."""
-    for head in (
-        RequestHead(bad, b"/"),
-        RequestHead(b"GET", bad),
-        RequestHead(b"GET", b"/", Headers([(bad, b"v")])),
-        RequestHead(b"GET", b"/", Headers([(b"n", bad)])),
-    ):
-        with pytest.raises(CanalError):
-            write_request_head(head)
-    for answer in (ResponseHead(200, reason=bad), ResponseHead(200, Headers([(b"n", bad)])), ResponseHead(99)):
-        with pytest.raises(CanalError):
-            write_response_head(answer)

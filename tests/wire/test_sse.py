@@ -145,6 +145,14 @@ def test_whole_events_are_scanned_as_their_bytes_are(pieces: list[bytes]) -> Non
     assert scan(pieces)[0] == len(parse([data])[0])
 
 
+@given(pieces=USUAL_STREAMS, positions=CUTS)
+@settings(deadline=None)
+def test_bursts_are_scanned_as_their_bytes_are(pieces: list[bytes], positions: list[int]) -> None:
+    """Reads that hold many events, cut inside some of them, too."""
+    data = b"".join(pieces)
+    assert scan(cut(data, positions)) == scan(bytewise(data))
+
+
 @given(data=st.binary(max_size=60), positions=CUTS)
 @settings(deadline=None)
 def test_any_bytes_can_be_scanned_and_parsed(data: bytes, positions: list[int]) -> None:

@@ -67,6 +67,33 @@ def response_reader() -> ResponseHeadReader:
     return ResponseHeadReader(head_bytes=HEAD_BYTES, head_fields=HEAD_FIELDS)
 
 
+def request(*lines: bytes, first: bytes = b"GET / HTTP/1.1", host: bytes = b"a.test") -> bytes:
+    """A request head with these lines."""
+    return b"\r\n".join([first, b"Host: " + host, *lines, b"", b""])
+
+
+def verdict_of(reads: Iterable[bytes]) -> RequestHead | Failure | None:
+    """What a request reader says after `reads`."""
+    reader = request_reader()
+    verdict = None
+    for read in reads:
+        if verdict is None:
+            verdict = reader.feed(read)
+    return verdict
+
+
+def response_of(data: bytes) -> ResponseHead | Failure | None:
+    """What a response reader says, whole and byte by byte alike."""
+    whole = response_reader().feed(data)
+    reader = response_reader()
+    verdict = None
+    for byte in bytewise(data):
+        if verdict is None:
+            verdict = reader.feed(byte)
+    assert verdict == whole
+    return whole
+
+
 @dataclass
 class Requests:
     """What was seen of a client: whole requests with their payloads, and what ended the connection, if anything."""
