@@ -1,1 +1,62 @@
-"""The relay core: bounded flows and hand-over on the spot between any two Trio streams. Knows no HTTP."""
+"""The relay core: bounded flows and hand-over on the spot between any two Trio streams. Knows no HTTP.
+
+`relay(a, b)` joins two streams until both directions have ended and reports. `open_flow` makes the two ends of a
+bounded flow; `pump` fills one from a stream and `deliver` empties one into a stream. `TcpStream` and `TlsStream` are
+streams that can hand over on the spot; any other `trio.abc` stream works by the plain path. See docs/relay.md.
+"""
+
+from __future__ import annotations
+
+from canal_trio.relay.duplex import (
+    Direction,
+    DirectionReport,
+    OnEof,
+    RelayLimits,
+    RelayReport,
+    RelayTap,
+    relay,
+)
+from canal_trio.relay.flow import (
+    Aborted,
+    Ended,
+    Ending,
+    FlowReceiver,
+    FlowSender,
+    FlowStatistics,
+    Sink,
+    open_flow,
+)
+from canal_trio.relay.handover import Armed, HandoverStream, handover_end
+from canal_trio.relay.idle import Reaper, ReaperStatistics, Watch
+from canal_trio.relay.pump import Progress, RelayFailure, Trouble, deliver, pump
+from canal_trio.relay.streams import TcpStream
+
+__all__ = [
+    "Aborted",
+    "Armed",
+    "Direction",
+    "DirectionReport",
+    "Ended",
+    "Ending",
+    "FlowReceiver",
+    "FlowSender",
+    "FlowStatistics",
+    "HandoverStream",
+    "OnEof",
+    "Progress",
+    "Reaper",
+    "ReaperStatistics",
+    "RelayFailure",
+    "RelayLimits",
+    "RelayReport",
+    "RelayTap",
+    "Sink",
+    "TcpStream",
+    "Trouble",
+    "Watch",
+    "deliver",
+    "handover_end",
+    "open_flow",
+    "pump",
+    "relay",
+]

@@ -149,6 +149,11 @@ class FlowSender:
         return f"<FlowSender holding {self._state.held}/{self._state.capacity}, ending {self._state.ending}>"
 
     @property
+    def piece_bytes(self) -> int:
+        """The size of the largest piece the channel takes."""
+        return self._state.piece_bytes
+
+    @property
     def room(self) -> int:
         """Bytes `put_nowait` takes right now: a hand-over's, a piece's, or 0 when the channel is full."""
         state = self._state
