@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import trustme
-from sdk_programs import GatewayProcess, gateway_for
+from sdk_programs import FOREIGN, GatewayProcess, gateway_for
 
 from canal_trio.testing.scripts import chat_stream
 from canal_trio.testing.upstreams import ScriptedUpstream
 
 # An address that nothing else binds and no client gets as its own, so that a port stays ours between two tests.
 UPSTREAM_HOST = "127.0.77.1"
+
+
+@pytest.fixture(autouse=True)
+def _undisturbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No proxy and no key of whoever runs the tests reaches a client in this process."""
+    for name in filter(FOREIGN.fullmatch, list(os.environ)):
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="session")

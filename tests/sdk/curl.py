@@ -4,16 +4,15 @@ the program's options as the tests use."""
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 
-try:
-    import pycurl
-except ImportError:
-    sys.exit("these tests need curl: install the program (apt-get install curl) or the wheel (pip install pycurl)")
+import pycurl
 
 
 def main() -> int:
     """Behave as `curl` does."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would wait for libcurl to return
     parser = argparse.ArgumentParser()
     parser.add_argument("-q", action="store_true")
     parser.add_argument("-N", action="store_true")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Self
 
 BIN = Path(sys.executable).parent  # the virtual environment's programs
+ENVIRONMENT = dict(os.environ)  # as it was at the start
 # What could bend a test from outside: proxies, keys and settings of whoever runs it.
 FOREIGN = re.compile(r"(?i)(.*_proxy|(OPENAI|CANAL|LLMOCK|NODE)_.*)")
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ HEADERS = ["-H", "Content-Type: application/json", "-H", "Authorization: Bearer 
 def curl() -> list[str]:
     """The program, or the stand-in with the same library, or a clear failure."""
     found = shutil.which("curl")
+    if not found and not find_spec("pycurl"):
+        pytest.fail("These tests need curl: the program (apt-get install curl) or the wheel (pip install pycurl).")
     argv = [found] if found else [sys.executable, str(Path(__file__).parent / "curl.py")]
     return [*argv, "-q", "-N", "-s"]
 

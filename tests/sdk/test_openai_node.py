@@ -13,7 +13,7 @@ from typing import IO, Any
 import pytest
 import trio
 from openai_drivers import MESSAGES
-from sdk_programs import BIN, clean_environment
+from sdk_programs import BIN, ENVIRONMENT, clean_environment
 
 from canal_trio.testing.scripts import (
     Cut,
@@ -56,10 +56,10 @@ def node_modules() -> Path:
                 "--no-audit",
                 "--no-fund",
             ]
-            path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+            path = f"{BIN}{os.pathsep}{ENVIRONMENT['PATH']}"
             run = subprocess.run(
                 [*argv, f"openai@{VERSION}"],
-                env=os.environ | {"PATH": path},
+                env=ENVIRONMENT | {"PATH": path},
                 capture_output=True,
                 text=True,
                 check=False,
