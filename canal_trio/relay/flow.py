@@ -351,10 +351,10 @@ def open_flow(
 ) -> tuple[FlowSender, FlowReceiver]:
     """The two ends of a new flow.
 
-    `capacity` (pieces, at least 1) and `piece_bytes` bound the channel; `handover_bytes` bounds one hand-over.
-    Raises ValueError for anything smaller than 1.
+    `capacity` (pieces) and `piece_bytes` bound the channel; `handover_bytes` bounds one hand-over, which may always be
+    as large as a piece. Raises ValueError for anything smaller than 1.
     """
     if min(capacity, piece_bytes, handover_bytes) < 1:
         raise ValueError("capacity, piece_bytes and handover_bytes are at least 1")
-    state = _State(capacity, piece_bytes, handover_bytes)
+    state = _State(capacity, piece_bytes, max(piece_bytes, handover_bytes))
     return FlowSender(state), FlowReceiver(state)
