@@ -236,6 +236,15 @@ async def test_the_responses_api(flavour: str, whole: bool, base_url: str, upstr
         assert seen == ["response.created", delta, delta, "error"]
 
 
+async def test_upstream_connections_are_used_again(flavour: str, base_url: str, upstream: ScriptedUpstream) -> None:
+    """Streams one after the other, read to their end, go over one upstream connection, whatever the SDK does with its
+    own."""
+    for _ in range(3):
+        assert (await stream_chat(flavour, base_url)).finish == "stop"
+    assert len(upstream.connections) == 1
+    assert len(upstream.requests) == 3
+
+
 async def test_many_at_once(flavour: str, base_url: str, upstream: ScriptedUpstream) -> None:
     """Twenty concurrent streams each get their own tokens."""
     upstream.answer = lambda request: chat_stream([f"{request.json['user']}-{index} " for index in range(10)], gap=0.01)
