@@ -16,7 +16,7 @@ from typing import Any, final
 import outcome
 import trio
 
-from canal_trio.errors import Failure, Kind, Phase, Side
+from canal_trio.errors import Failure, Kind, Phase, Retry, Side
 from canal_trio.policy.pool import Dial, Full, Grant, PoolCore, Reuse
 from canal_trio.relay.idle import Reaper
 from canal_trio.settings import Bounds, Deadlines, Upstream
@@ -170,7 +170,7 @@ class Pool:
         return False
 
     def _unavailable(self, detail: str) -> Failure:
-        return Failure(Side.GATEWAY, Phase.LEASE, Kind.UNAVAILABLE, detail)
+        return Failure(Side.GATEWAY, Phase.LEASE, Kind.UNAVAILABLE, detail, Retry.UNSENT)
 
     # -- what comes back -----------------------------------------------------------------------------------------------
 
