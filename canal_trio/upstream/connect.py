@@ -1,19 +1,27 @@
-"""From an upstream's settings to a connection that can run an exchange: which transport, which protocol.
+"""From an upstream's settings to a connection that can run an exchange: which protocol, over what.
 
-HTTP/1.1 over a stream of the dialer's is ours (the hot path). HTTP/2 and forward proxies go through httpcore.
+HTTP/1.1 is ours (the hot path), through a proxy as well: its tunnel is a stream like any other, and one that forwards
+is told where to. HTTP/2 goes through httpcore: by ALPN for `https`, where an upstream may also choose HTTP/1.1, by
+prior knowledge for `http`.
 """
 
 from __future__ import annotations
 
 from typing import final
 
+from trio.abc import Stream
+
 from canal_trio.errors import CanalError, Failure
 from canal_trio.relay.idle import Reaper
 from canal_trio.relay.streams import handover_end
 from canal_trio.settings import Settings, Upstream
 from canal_trio.upstream.dial import Dialer, TcpDialer
+from canal_trio.upstream.forward import ForwardedConnection
 from canal_trio.upstream.http1 import Http1Connection
+from canal_trio.upstream.httpcore import Http2Connection
 from canal_trio.upstream.interface import Connection
+from canal_trio.upstream.tunnel import parse_proxy
+from canal_trio.wire.targets import parse_base_url
 
 __all__ = ["Connector", "Dialer"]
 
@@ -35,5 +43,21 @@ class Connector:
         raw = handover_end(stream)
         if raw is None:
             raise CanalError(f"the dialer gave {stream!r}, which cannot be closed in one step")
+        base = parse_base_url(upstream.base_url)
+        if isinstance(base, str):
+            raise CanalError(base)  # the configuration was checked
         settings = self._settings
-        return Http1Connection(stream, raw, reaper=self._reaper, bounds=settings.bounds, deadlines=settings.deadlines)
+        bounds, deadlines = settings.bounds, settings.deadlines
+        if upstream.http2 and (base.scheme == "http" or _alpn(stream) == "h2"):
+            return Http2Connection(stream, raw, base, reaper=self._reaper, bounds=bounds, deadlines=deadlines)
+        connection = Http1Connection(stream, raw, reaper=self._reaper, bounds=bounds, deadlines=deadlines)
+        proxy = parse_proxy(upstream.proxy) if upstream.proxy is not None else None
+        if proxy is not None and proxy.forwards(base):
+            return ForwardedConnection(connection, proxy, base)
+        return connection
+
+
+def _alpn(stream: Stream) -> str | None:
+    """What TLS agreed on; None without TLS, or if the upstream knows nothing of ALPN."""
+    selected = getattr(stream, "selected_alpn_protocol", None)
+    return selected() if selected is not None else None
