@@ -3,11 +3,13 @@
 Invariants: *used + idle ≤ limit* (a connection being dialled is used); an idle connection and a waiter never exist at
 the same time, nor does a waiter while there is room; nothing is in two places. Idle connections are taken newest first,
 so that the rest can go cold, and handed to waiters oldest first, directly, without a scramble. Every operation is O(1)
-(closing expired connections is paid for by those who opened them).
+(closing expired connections is paid for by those who opened them), hence `OrderedDict`: taking from the front of a
+plain dict walks over all that was taken before.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Generic, TypeVar, final
 
@@ -56,8 +58,8 @@ class PoolCore(Generic[C, T]):
         self.waiters = waiters
         self.idle_seconds = idle_seconds
         self.used = 0
-        self._idle: dict[C, float] = {}  # since when, oldest first
-        self._queue: dict[T, bool] = {}  # fresh?, first come first
+        self._idle: OrderedDict[C, float] = OrderedDict()  # since when, oldest first
+        self._queue: OrderedDict[T, bool] = OrderedDict()  # fresh?, first come first
 
     @property
     def idle(self) -> int:
@@ -77,9 +79,7 @@ class PoolCore(Generic[C, T]):
             self.used += 1
             return Reuse(connection), expired
         if self._idle and self.used + len(self._idle) >= self.limit:
-            oldest = next(iter(self._idle))
-            del self._idle[oldest]
-            expired.append(oldest)
+            expired.append(self._idle.popitem(last=False)[0])  # the new one needs a slot
         if self.used + len(self._idle) < self.limit:
             self.used += 1
             return Dial(), expired
@@ -94,7 +94,7 @@ class PoolCore(Generic[C, T]):
             self.used -= 1
             self._idle[connection] = now
             return None, []
-        ticket, fresh = self._next()
+        ticket, fresh = self._queue.popitem(last=False)
         if fresh:
             return Grant(ticket, None), [connection]
         return Grant(ticket, connection), []
@@ -102,7 +102,7 @@ class PoolCore(Generic[C, T]):
     def lost(self) -> Grant[C, T] | None:
         """A used connection is gone, or a dial has failed: who may dial instead."""
         if self._queue:
-            return Grant(self._next()[0], None)
+            return Grant(self._queue.popitem(last=False)[0], None)
         self.used -= 1
         return None
 
@@ -117,12 +117,8 @@ class PoolCore(Generic[C, T]):
     def expire(self, now: float) -> list[C]:
         """The idle connections that were idle for too long, no longer in the book."""
         expired: list[C] = []
-        while self._idle:
-            oldest = next(iter(self._idle))
-            if now - self._idle[oldest] < self.idle_seconds:
-                break
-            del self._idle[oldest]
-            expired.append(oldest)
+        while self._idle and now - next(iter(self._idle.values())) >= self.idle_seconds:
+            expired.append(self._idle.popitem(last=False)[0])
         return expired
 
     def clear(self) -> list[C]:
@@ -130,7 +126,3 @@ class PoolCore(Generic[C, T]):
         idle = list(self._idle)
         self._idle.clear()
         return idle
-
-    def _next(self) -> tuple[T, bool]:
-        ticket = next(iter(self._queue))
-        return ticket, self._queue.pop(ticket)

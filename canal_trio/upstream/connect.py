@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import final
 
+import trio
 from trio.abc import Stream
 
-from canal_trio.errors import CanalError, Failure
+from canal_trio.errors import CanalError, Failure, Kind, Phase, Retry, Side
 from canal_trio.relay.idle import Reaper
 from canal_trio.relay.streams import handover_end
 from canal_trio.settings import Settings, Upstream
@@ -37,15 +38,15 @@ class Connector:
 
     async def connect(self, upstream: Upstream) -> Connection | Failure:
         """A new connection to `upstream`, or why there is none. Cancelled, it leaves no socket."""
-        stream = await self._dialer(upstream)
+        base = parse_base_url(upstream.base_url)
+        if isinstance(base, str):
+            raise CanalError(base)  # the configuration was checked
+        stream = await self._dial(upstream, secure=base.scheme == "https")
         if isinstance(stream, Failure):
             return stream
         raw = handover_end(stream)
         if raw is None:
             raise CanalError(f"the dialer gave {stream!r}, which cannot be closed in one step")
-        base = parse_base_url(upstream.base_url)
-        if isinstance(base, str):
-            raise CanalError(base)  # the configuration was checked
         settings = self._settings
         bounds, deadlines = settings.bounds, settings.deadlines
         if upstream.http2 and (base.scheme == "http" or _alpn(stream) == "h2"):
@@ -55,6 +56,15 @@ class Connector:
         if proxy is not None and proxy.forwards(base):
             return ForwardedConnection(connection, proxy, base)
         return connection
+
+    async def _dial(self, upstream: Upstream, *, secure: bool) -> Stream | Failure:
+        """What the dialer gives, whichever it is, within the deadlines of dialling."""
+        deadlines = self._settings.deadlines
+        limit = deadlines.connect + (deadlines.connect_tls if secure else 0.0)
+        with trio.move_on_after(limit):
+            return await self._dialer(upstream)
+        detail = f"No connection was made within {limit:g} s."
+        return Failure(Side.UPSTREAM, Phase.DIAL, Kind.TIMEOUT, detail, Retry.UNSENT)
 
 
 def _alpn(stream: Stream) -> str | None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import math
-import select
 from collections.abc import Callable
 from typing import final
 
@@ -28,6 +27,7 @@ from canal_trio.relay.flow import Aborted, FlowSender
 from canal_trio.relay.idle import Reaper
 from canal_trio.relay.streams import HandoverStream
 from canal_trio.settings import Bounds, Deadlines
+from canal_trio.upstream.idle import is_quiet, watch_hangup
 from canal_trio.upstream.interface import Answer, BodySource
 from canal_trio.wire.bodies import BodyDecoder, encode_chunk, encode_last_chunk, response_decoder
 from canal_trio.wire.headers import keep_alive
@@ -78,18 +78,11 @@ class Http1Connection:
 
     def usable(self) -> bool:
         """Nothing has arrived and the peer has not hung up since the last exchange. One system call."""
-        if self._raw.hangup:
-            return False
-        probe = getattr(self._raw, "socket", None)
-        if probe is None:
-            return True
-        poll = select.poll()
-        poll.register(probe, select.POLLIN | select.POLLRDHUP)
-        return not poll.poll(0)
+        return is_quiet(self._raw)
 
     def watch_idle(self, died: Callable[[], None] | None) -> None:
         """See `canal_trio.upstream.interface.Connection`."""
-        self._raw.watch(died)
+        watch_hangup(self._raw, died)
 
     def abort(self) -> None:
         """Close the socket in this very step. Idempotent."""

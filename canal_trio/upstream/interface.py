@@ -53,7 +53,10 @@ class Connection(Protocol):
         """Before a reuse: nothing has arrived and the peer has not hung up. Costs one system call at most."""
 
     def watch_idle(self, died: Callable[[], None] | None) -> None:
-        """Have `died` called, in the step that sees it, when the peer hangs up on the idle connection; None ends it."""
+        """Have `died` called, in the step that sees it, when the peer hangs up on the idle connection; None ends it.
+
+        A hang-up that was seen before has it called at once.
+        """
 
     async def run(self, head: RequestHead, body: BodySource | None, answer: Answer) -> Failure | None:
         """One attempt: send `head` and `body` (None: there is none), pass the answer on.

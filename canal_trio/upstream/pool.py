@@ -139,7 +139,9 @@ class Pool:
             self._timeouts += 1
             return self._unavailable(f"No connection became free within {self._deadlines.lease:g} s.")
         # The slot is ours, and no checkpoint lies between here and the lease or the dial.
-        return await self._dial(dialling) if connection is None else self._reuse(connection)
+        if connection is not None and self._quiet(connection):
+            return self._reuse(connection)
+        return await self._dial(dialling)
 
     async def _dial(self, dialling: Callable[[], None] | None) -> Lease | Failure:
         if dialling is not None:

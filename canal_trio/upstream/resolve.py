@@ -1,107 +1,164 @@
-"""Names to addresses, without ever waiting for a resolver longer than one must.
+"""Names to addresses, with a memory: a slow or dead resolver must not become the gateway's own outage.
 
-`getaddrinfo` blocks, so it runs in threads: our own few, because a lookup that is given up keeps its thread until the
-system's resolver lets go, and Trio's common limiter is shared with everything else. One lookup per name at a time,
-whoever asks (single flight); answers are kept for `ttl` seconds, and for `stale` more they are better than none.
-Numeric addresses are not looked up.
+A lookup (`getaddrinfo` blocks) runs in a thread, one per name at a time (single flight), a few at once by a limiter of
+our own: a lookup cannot be interrupted, and Trio's common limiter is shared with everything else. It belongs to none of
+those who ask: when the one who began it is cancelled, it still lands in the cache and wakes the others, with its
+addresses or with what went wrong. An answer past its time is used while no new one can be had (RFC 8767).
+
+Invariants: at most `threads` lookups run, at most one per name; `names` are kept at most; a cancelled `resolve` leaves
+nothing but the thread, which nobody can stop.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, final
 
+import outcome
 import trio
 
 from canal_trio.errors import Failure, Kind, Phase, Retry, Side
 
-__all__ = ["Address", "Resolver"]
+__all__ = ["Address", "Lookup", "Resolver", "system_lookup"]
 
 Address: TypeAlias = "tuple[int, tuple[Any, ...]]"
 """An address family and a socket address of it."""
 
-MOST_NAMES = 1024  # kept; only configured names are ever asked for
+Lookup: TypeAlias = Callable[[str, int], list[Address]]
+"""Blocks, so it runs in a thread. Raises OSError, or UnicodeError for what cannot be a name."""
+
+TTL = 30.0  # getaddrinfo does not tell the record's own
+PATIENCE = 1.8  # how long news is waited for while there is an old answer (RFC 8767 5)
+STALE = 86_400.0  # an old answer serves for a day beyond its time (the same)
+RECHECK = 5.0  # and for so long before the next question
+
+
+def system_lookup(host: str, port: int) -> list[Address]:
+    """What the operating system says, in its order of preference (RFC 6724), without duplicates."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys((family, address) for family, _, _, _, address in found))
 
 
 @dataclass(slots=True)
 class _Entry:
     addresses: list[Address]
-    at: float
+    good_until: float
+    stale_until: float
+
+
+@final
+class _Flight:
+    """One lookup under way, or landed."""
+
+    __slots__ = ("addresses", "landed", "trouble")
+
+    def __init__(self) -> None:
+        self.landed = trio.Event()
+        self.addresses: list[Address] = []
+        self.trouble: BaseException | None = None
 
 
 @final
 class Resolver:
-    """A cache over `lookup` (default `socket.getaddrinfo`), for one process."""
+    """Answers for one process, kept for `ttl` seconds. `lookup` is what a thread runs. Used inside `trio.run`."""
 
     def __init__(
         self,
         *,
-        ttl: float = 30.0,
-        stale: float = 600.0,
+        ttl: float = TTL,
+        stale: float = STALE,
         threads: int = 8,
-        lookup: Callable[..., Any] = socket.getaddrinfo,
+        names: int = 1024,
+        lookup: Lookup = system_lookup,
     ) -> None:
         self._ttl = ttl
         self._stale = stale
-        self._limiter = trio.CapacityLimiter(threads)
+        self._names = names
         self._lookup = lookup
+        self._limiter = trio.CapacityLimiter(threads)
         self._entries: dict[tuple[str, int], _Entry] = {}
-        self._flights: dict[tuple[str, int], trio.Event] = {}
+        self._flights: dict[tuple[str, int], _Flight] = {}
+
+    def __repr__(self) -> str:
+        return f"<Resolver {len(self._entries)} names, {len(self._flights)} lookups under way>"
 
     async def resolve(self, host: str, port: int) -> list[Address] | Failure:
-        """At least one address, or Kind.DNS. A checkpoint. Cancelling it lets another waiter take the lookup over."""
+        """At least one address, best first; or Kind.DNS. A checkpoint, without a deadline of its own.
+
+        A numeric host and an answer that is still good take no thread.
+        """
+        await trio.lowlevel.checkpoint()
         numeric = _numeric(host, port)
         if numeric is not None:
-            await trio.lowlevel.checkpoint()
             return [numeric]
         name = (host, port)
-        await trio.lowlevel.checkpoint_if_cancelled()
-        while True:
-            entry = self._entries.get(name)
-            if entry is not None and trio.current_time() - entry.at < self._ttl:
-                await trio.lowlevel.cancel_shielded_checkpoint()
-                return entry.addresses
-            flight = self._flights.get(name)
-            if flight is None:
-                return await self._fly(name, entry)
-            await flight.wait()
-            if name not in self._entries and name not in self._flights:
-                # It came to nothing, or whoever flew it was cancelled: take over.
-                continue
-
-    async def _fly(self, name: tuple[str, int], known: _Entry | None) -> list[Address] | Failure:
-        landed = self._flights[name] = trio.Event()
-        try:
-            addresses = await self._ask(name)
-        finally:
-            del self._flights[name]
-            landed.set()
-        if isinstance(addresses, Failure):
-            if known is not None and trio.current_time() - known.at < self._ttl + self._stale:
-                known.at = trio.current_time() - self._ttl + min(1.0, self._ttl)  # ask again in a second
-                return known.addresses
-            return addresses
-        if len(self._entries) >= MOST_NAMES:
-            self._entries.pop(next(iter(self._entries)))
-        self._entries[name] = _Entry(addresses, trio.current_time())
-        return addresses
+        entry, now = self._entries.get(name), trio.current_time()
+        if entry is not None and now < entry.good_until:
+            return entry.addresses
+        if entry is None or now >= entry.stale_until:
+            return await self._ask(name)
+        news: list[Address] | Failure | None = None
+        with trio.move_on_after(PATIENCE):
+            news = await self._ask(name)
+        if isinstance(news, list):
+            return news
+        entry.good_until = trio.current_time() + RECHECK
+        return entry.addresses
 
     async def _ask(self, name: tuple[str, int]) -> list[Address] | Failure:
-        host, port = name
+        flight = self._flights.get(name) or await self._take_off(name)
+        await flight.landed.wait()
+        if flight.addresses:
+            return flight.addresses
+        trouble = flight.trouble
+        if isinstance(trouble, UnicodeError):
+            reason = "this is not a host name"  # a label that is too long, for instance
+        elif isinstance(trouble, OSError):
+            reason = trouble.strerror or str(trouble)
+        elif trouble is None:
+            reason = "it has no address"
+        else:
+            raise trouble
+        return Failure(Side.UPSTREAM, Phase.DIAL, Kind.DNS, f"{name[0]}: {reason}.", Retry.UNSENT)
+
+    async def _take_off(self, name: tuple[str, int]) -> _Flight:
+        flight = _Flight()
+        await self._limiter.acquire_on_behalf_of(flight)
+        other = self._flights.get(name)
+        if other is not None:  # somebody else was first while we waited for a thread
+            self._limiter.release_on_behalf_of(flight)
+            return other
+        self._flights[name] = flight
+        token = trio.lowlevel.current_trio_token()
+
+        def deliver(result: outcome.Outcome[list[Address]]) -> None:
+            with contextlib.suppress(trio.RunFinishedError):  # the gateway is gone, nobody wants to know
+                token.run_sync_soon(self._land, name, flight, result)
+
+        trio.lowlevel.start_thread_soon(lambda: self._lookup(*name), deliver, f"canal_trio resolver {name[0]}")
+        return flight
+
+    def _land(self, name: tuple[str, int], flight: _Flight, result: outcome.Outcome[list[Address]]) -> None:
+        del self._flights[name]
+        self._limiter.release_on_behalf_of(flight)
         try:
-            found = await trio.to_thread.run_sync(
-                lambda: self._lookup(host, port, type=socket.SOCK_STREAM), limiter=self._limiter, abandon_on_cancel=True
-            )
-        except (OSError, UnicodeError) as exc:
-            reason = getattr(exc, "strerror", None) or str(exc)
-            return Failure(Side.UPSTREAM, Phase.DIAL, Kind.DNS, f"{host}: {reason}.", Retry.UNSENT)
-        addresses = [(family, address) for family, _, _, _, address in found]
-        if not addresses:
-            return Failure(Side.UPSTREAM, Phase.DIAL, Kind.DNS, f"{host} has no address.", Retry.UNSENT)
-        return addresses
+            flight.addresses = result.unwrap()
+        except Exception as exc:  # nothing may be raised here, in Trio's own loop: those who asked are told
+            flight.trouble = exc
+        if flight.addresses:
+            self._remember(name, flight.addresses)
+        flight.landed.set()
+
+    def _remember(self, name: tuple[str, int], addresses: list[Address]) -> None:
+        self._entries.pop(name, None)
+        while len(self._entries) >= self._names:
+            del self._entries[next(iter(self._entries))]  # the one whose answer is the oldest
+        now = trio.current_time()
+        self._entries[name] = _Entry(addresses, now + self._ttl, now + self._ttl + self._stale)
 
 
 def _numeric(host: str, port: int) -> Address | None:
@@ -109,6 +166,8 @@ def _numeric(host: str, port: int) -> Address | None:
         address = ipaddress.ip_address(host)
     except ValueError:
         return None
-    if address.version == 4:
+    if isinstance(address, ipaddress.IPv4Address):
         return socket.AF_INET, (host, port)
-    return socket.AF_INET6, (host, port, 0, 0)
+    if address.scope_id is None:
+        return socket.AF_INET6, (host, port, 0, 0)
+    return None  # a zone is an interface's name: the system knows its number
