@@ -27,6 +27,7 @@ from canal_trio.gateway.respond import error_response, own_answer
 from canal_trio.gateway.writer import ClientWriter
 from canal_trio.messages import End, RequestHead
 from canal_trio.relay.flow import FlowSender, open_flow
+from canal_trio.relay.streams import handover_end
 from canal_trio.wire.bodies import BodyDecoder, NoBody, content_length, request_decoder
 from canal_trio.wire.headers import client_address, keep_alive
 
@@ -54,6 +55,8 @@ class ClientConnection:
         self._reader: ClientReader | None = None
         self._reset = False  # close so that the client sees an error
         self._unread = False  # the client may still be sending
+        self._broken_off = False  # the last answer is not whole
+        self._clean = False  # every answer was, and the connection is
         self.current: Exchange | None = None
 
     async def run(self) -> None:
@@ -66,8 +69,11 @@ class ClientConnection:
             if self.current is not None and not self.current.finished.is_set():  # admitted, its turn never came
                 self.current.note(_stopped(self.current))
                 self._finish(self.current)
-            if self._reset:
+            if self._reset or self._writer.trouble is Kind.STALLED:
                 _reset_on_close(self._stream)
+            elif self._clean:  # TLS has something to say at the end, and a body that ends there needs it
+                with trio.move_on_after(self._gateway.settings.deadlines.linger, shield=True):
+                    await self._stream.aclose()
             await trio.aclose_forcefully(self._stream)
 
     def drain(self) -> None:
@@ -91,7 +97,8 @@ class ClientConnection:
             nursery.start_soon(self._reader.run)
             await self._exchanges(receive)
             nursery.cancel_scope.cancel(reason="the connection is over")
-        if self._unread and not self._reset:
+        self._clean = not self._broken_off and self._writer.trouble is None
+        if self._unread and self._clean:
             await self._linger()
 
     async def _exchanges(self, requests: trio.MemoryReceiveChannel[Exchange]) -> None:
@@ -171,7 +178,7 @@ class ClientConnection:
         own = own_answer(head, request_id=exchange.id, close=not keep)
         if own is not None:
             exchange.status = own[0]
-            return await self._writer.write([own[1]]) and keep and exchange.received
+            return await self._writer.write([own[1]], exchange.has_answer) and keep and exchange.received
         client = Client(self._peer, gateway.trusts(self._peer), self._scheme)
         pipeline = Pipeline(exchange, generation, client, self._writer, delivery)
         pipeline.close = not keep
@@ -205,13 +212,11 @@ class ClientConnection:
         status, response = error_response(failure, request_id=exchange.id, head=exchange.head, close=not keep)
         exchange.status = status
 
-        def accepted() -> None:
-            exchange.answered = True
-
-        return await self._writer.write([response], accepted) and keep
+        return await self._writer.write([response], exchange.has_answer) and keep
 
     def _break(self, exchange: Exchange) -> None:
         """Close so that the body looks broken: enough for a framed one, a close-delimited one needs a reset."""
+        self._broken_off = True
         head = exchange.head
         if head is not None and head.version == b"1.0":
             self._reset = True
@@ -241,10 +246,15 @@ def _stopped(exchange: Exchange) -> Failure:
 
 
 def _reset_on_close(stream: Stream) -> None:
-    """Make the coming close a reset, where the stream has a socket."""
-    sock = getattr(stream, "socket", None)
-    if sock is not None:
+    """Make the coming close a reset, inside of TLS too, where there is a socket. A simulated stream has its own way."""
+    end = handover_end(stream) or stream
+    sock = getattr(end, "socket", None)
+    if sock is None:
+        getattr(end, "reset", _nothing)()
+    else:
         with contextlib.suppress(OSError):  # closed already
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
+def _nothing() -> None:
+    pass

@@ -8,6 +8,7 @@ without `Ended` no terminator is ever written.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from email.utils import formatdate
 from typing import final
@@ -62,6 +63,12 @@ class Port:
         except trio.EndOfChannel:
             return self._failure or Failure(Side.UPSTREAM, Phase.FIRST_BYTE, Kind.CUT)
 
+    async def over(self) -> Failure | None:
+        """Wait for the end of the attempt, whose heads were taken; its failure if it had one. A checkpoint."""
+        with contextlib.suppress(trio.EndOfChannel):
+            await self._receive.receive()
+        return self._failure
+
 
 @final
 class Delivery:
@@ -101,11 +108,11 @@ class Delivery:
             known = None
             exchange.scanner = EventScanner()
         self.close = close or (not modern and known is None and not bodyless)
-        self._body = BodyWriter(self._writer, exchange, chunked=chunked, on_terminal=self._terminal)
+        self._body = BodyWriter(self._writer, exchange, chunked=chunked, length=known, on_terminal=self._terminal)
         exchange.phase = Phase.FIRST_EVENT
         self.begun = True
         exchange.status = head.status
-        await self._write_head(head, body=known, close=self.close)
+        await self._write_head(head, body=known, close=self.close, whole=bodyless or known == 0)
 
     async def upgraded(self, head: ResponseHead) -> None:
         """Write the 101; from here on bytes are raw."""
@@ -116,7 +123,8 @@ class Delivery:
         self._body = BodyWriter(self._writer, exchange, chunked=False, on_terminal=self._terminal)
         await self._write_head(head, body=0, close=False)
 
-    async def _write_head(self, head: ResponseHead, *, body: int | None, close: bool) -> None:
+    async def _write_head(self, head: ResponseHead, *, body: int | None, close: bool, whole: bool = False) -> None:
+        """`whole`: with this head the client has all there is."""
         exchange = self._exchange
         request = exchange.head
         assert request is not None
@@ -131,7 +139,8 @@ class Delivery:
             upgrade=exchange.upgrade if head.status == 101 else None,
             date=formatdate(usegmt=True).encode("ascii"),
         )
-        if not await self._writer.write([write_response_head(for_client(head, options))]):
+        taken = exchange.has_answer if whole else None
+        if not await self._writer.write([write_response_head(for_client(head, options))], taken):
             self._lost()
 
     # -- the body ------------------------------------------------------------------------------------------------------
@@ -142,14 +151,15 @@ class Delivery:
         assert writer is not None
         self._port = port
         sink = writer.sink if writer.can_hand_over else None
+        beat = trio.current_time() + (heartbeat or math.inf)
         while flow.ending is None:
             batch: list[bytes] | None = None
-            with trio.move_on_after(heartbeat or math.inf):
+            with trio.move_on_at(beat):
                 batch = await flow.take(sink)
             if not await writer.flush():
                 break
             if batch is None:
-                await self._heartbeat(writer, heartbeat or math.inf)
+                beat = await self._heartbeat(writer, heartbeat or math.inf)
                 continue
             end = flow.ending.trailer if isinstance(flow.ending, Ended) else None
             if not await writer.write(batch, end if isinstance(end, End) else None):
@@ -160,12 +170,19 @@ class Delivery:
         else:
             self._lost()
 
-    async def _heartbeat(self, writer: BodyWriter, interval: float) -> None:
-        """A comment between events, after silence (design, section 6: one newline, openai-python 2722)."""
-        exchange = self._exchange
-        silent = trio.current_time() - (exchange.last_piece or exchange.headed)
-        if exchange.scanner is not None and exchange.scanner.at_boundary and silent >= interval:
+    async def _heartbeat(self, writer: BodyWriter, interval: float) -> float:
+        """A comment between events, after silence (design, section 6: one newline, openai-python 2722).
+
+        Answers when to look again: pieces that were handed over have not moved that time.
+        """
+        exchange, now = self._exchange, trio.current_time()
+        due = exchange.last_piece + interval if exchange.first_piece is not None else now
+        if due > now:
+            return due
+        scanner = exchange.scanner
+        if scanner is not None and scanner.at_boundary and not scanner.terminal:
             await writer.inject(b": ping\n")
+        return trio.current_time() + interval
 
     def _ended(self, ending: Ended | Aborted) -> None:
         exchange = self._exchange

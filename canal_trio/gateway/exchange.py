@@ -157,7 +157,16 @@ class Exchange:
         if self.eof:
             self.hangup_seen()
 
+    def tunnels(self) -> None:
+        """Both sides agreed on another protocol: from here on each direction has an end of its own."""
+        self.tunnel = True
+        self.eof_leaves = False
+
     # -- what was delivered --------------------------------------------------------------------------------------------
+
+    def has_answer(self, _pieces: int = 0) -> None:
+        """The client has all there is to its answer: from now on it may leave."""
+        self.answered = True
 
     def delivered(self, size: int, now: float) -> None:
         """A piece of `size` body bytes was accepted by the client's kernel."""

@@ -216,8 +216,9 @@ class Pipeline:
         if head.status == 101:
             await self._tunnel(head, port)
         else:
-            self._stay_http()
-            await delivery.final(head, close=self.close)
+            self._begin_reading()
+            # An upload that this answer overtook is not waited for: say so, or the client's next request meets a close.
+            await delivery.final(head, close=self.close or not exchange.received)
             await delivery.body(port, upstream.heartbeat)
         return None
 
@@ -231,15 +232,22 @@ class Pipeline:
             exchange.model = model[:_MODEL_CHARACTERS] if isinstance(model, str) else None
         exchange.body.stop_holding()
 
-    def _stay_http(self) -> None:
+    def _begin_reading(self) -> None:
+        """Whether it became a tunnel is decided: the client's next bytes may be read."""
         if self._exchange.upgraded is not None:
             self._exchange.upgraded.set()
 
     async def _tunnel(self, head: ResponseHead, port: Port) -> None:
-        await self._delivery.upgraded(head)
-        self._exchange.tunnel = True
-        self._stay_http()
-        await self._delivery.body(port, None)
+        exchange, delivery = self._exchange, self._delivery
+        exchange.tunnels()
+        await delivery.upgraded(head)
+        self._begin_reading()
+        await delivery.body(port, None)
+        if delivery.complete and await self._writer.send_eof():
+            # The upstream's direction has ended, the client's has not: it may still have something to say.
+            failure = await port.over()
+            if failure is not None and failure.side is Side.GATEWAY:
+                exchange.note(failure)
 
     def _upstream_head(self, upstream: Upstream) -> RequestHead | Failure:
         """The request as this upstream shall see it."""

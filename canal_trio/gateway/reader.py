@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import enum
 import math
+import select
 from collections.abc import Callable
 from typing import final
 
@@ -22,10 +23,10 @@ import trio
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.gateway.exchange import Exchange
 from canal_trio.gateway.writer import BROKEN
-from canal_trio.messages import RequestHead
+from canal_trio.messages import End, RequestHead
 from canal_trio.relay.flow import FlowSender
 from canal_trio.relay.idle import Reaper
-from canal_trio.relay.streams import handover_end
+from canal_trio.relay.streams import HandoverStream, handover_end
 from canal_trio.settings import Bounds, Deadlines
 from canal_trio.wire.bodies import BodyDecoder
 from canal_trio.wire.heads import RequestHeadReader
@@ -119,14 +120,16 @@ class ClientReader:
         elif self._mode is _Mode.HEAD:
             due = self._since + deadlines.request_head
         elif self._mode is _Mode.BODY:
-            due = self._since + deadlines.body_idle
-            waited = self._body_waited + now - self._since
-            if waited >= deadlines.body_idle and self._body_bytes < waited * deadlines.body_rate:
-                due = now
+            due = self._since + min(deadlines.body_idle, self._credit() - self._body_waited)
         if now < due:
             return min(due, now + self._period())
         self._expire()
         return math.inf
+
+    def _credit(self) -> float:
+        """Seconds that may be spent on waiting for the body bytes that came so far."""
+        rate = self._deadlines.body_rate
+        return max(self._deadlines.body_idle, self._body_bytes / rate if rate else math.inf)
 
     def _expire(self) -> None:
         if self._mode is _Mode.IDLE:
@@ -189,12 +192,23 @@ class ClientReader:
         self._active = exchange
         self._held = self._heads.rest()
         self._body_bytes, self._body_waited = 0, 0.0
+        self._begin_body(exchange)
         if self._socket is not None and exchange.failure is None:
-            self._socket.watch(exchange.hangup_seen)
+            self._socket.watch(self._hung_up)
             if self._socket.hangup:
-                exchange.hangup_seen()
+                self._hung_up()
         self._enter(_Mode.WAIT)
         return exchange
+
+    def _hung_up(self) -> None:
+        """The poller's step: the client has ended its side, or broke the connection, which a tunnel must tell apart."""
+        if self._socket is None or self._active is None:
+            return
+        self._active.hangup_seen()
+        if _is_broken(self._socket):
+            self._active.leave(BROKEN)
+        elif not self._active.left:
+            self._socket.watch(self._hung_up)  # what follows an end can only be worse
 
     async def _receive(self) -> bytes:
         """The next bytes; `b""` when the client's side has ended, of which the exchange knows by then."""
@@ -218,13 +232,17 @@ class ClientReader:
         """Hold `data` until the response before it is done. False: nothing more is to be read."""
         self._held = data
         self._enter(_Mode.WAIT)
+        return await self._hold_until(active.finished, active)
+
+    async def _hold_until(self, event: trio.Event, active: Exchange) -> bool:
+        """Wait for `event`, seeing the client leave meanwhile. False: nothing more is to be read."""
         if self._socket is None:
-            return await self._read_ahead(active)
-        await active.finished.wait()
+            return await self._read_ahead(event, active)
+        await event.wait()
         self._enter(_Mode.IDLE)
         return True
 
-    async def _read_ahead(self, active: Exchange) -> bool:
+    async def _read_ahead(self, event: trio.Event, active: Exchange) -> bool:
         """No hang-up can be watched here: read on, within a bound, to see the end."""
         async with trio.open_nursery() as nursery:
 
@@ -236,17 +254,38 @@ class ClientReader:
                         return
 
             nursery.start_soon(read)
-            await active.finished.wait()
-            nursery.cancel_scope.cancel(reason="the response is done")
+            await event.wait()
+            nursery.cancel_scope.cancel(reason="no longer awaited")
         self._enter(_Mode.IDLE)
         return not active.left
 
     # -- the body ------------------------------------------------------------------------------------------------------
 
+    def _begin_body(self, exchange: Exchange) -> None:
+        """Pass on what came with the head before anybody looks at the exchange: a small body is here as a whole.
+
+        So it leaves with the head in one write, and a refusal knows that the connection can go on.
+        """
+        held = self._held
+        if exchange.received or exchange.failure is not None or not held or len(held) > self._upload.room:
+            return
+        payload = self._decoder.feed(held)
+        exchange.request_bytes += len(payload)
+        self._upload.put_nowait(payload)
+        self._held = b""
+        if self._decoder.end is not None:
+            self._end_body(exchange, self._decoder.end)
+
+    def _end_body(self, exchange: Exchange, end: End) -> None:
+        exchange.uploaded()
+        self._upload.end(end)
+        self._held = self._decoder.rest
+
     async def _rest_of(self, exchange: Exchange) -> bool:
         """Read the request's body to its end. False: the connection cannot carry another request."""
         if exchange.upgraded is not None:
-            await exchange.upgraded.wait()
+            if not await self._hold_until(exchange.upgraded, exchange):
+                return False
             if exchange.tunnel:
                 await self._tunnel(exchange)
                 return False
@@ -263,9 +302,7 @@ class ClientReader:
             if not await self._put(upload, payload):
                 return False
             if decoder.end is not None:
-                exchange.uploaded()
-                upload.end(decoder.end)
-                self._held = decoder.rest
+                self._end_body(exchange, decoder.end)
                 return True
             failure = self._objection(exchange, decoder)
             if failure is not None:
@@ -307,9 +344,19 @@ class ClientReader:
                 data = bytes(await self._stream.receive_some(self._bounds.piece_bytes))
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 exchange.leave(BROKEN)
+                self._upload.abort()
                 return
             exchange.request_bytes += len(data)
             if not data:
                 self._upload.end()
                 return
 
+
+def _is_broken(end: HandoverStream) -> bool:
+    """Was the connection reset, as far as the kernel tells without being read?"""
+    sock = getattr(end, "socket", None)
+    if sock is None:
+        return False
+    poll = select.poll()
+    poll.register(sock, 0)  # errors are always reported
+    return any(mask & select.POLLERR for _, mask in poll.poll(0))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, cast, final
 
 import trio
-from trio.abc import Stream
+from trio.abc import HalfCloseableStream, Stream
 
 from canal_trio.errors import Kind
 from canal_trio.gateway.exchange import Exchange
@@ -24,7 +24,7 @@ __all__ = ["BROKEN", "BodyWriter", "ClientWriter"]
 
 BROKEN = "The connection to the client broke."
 
-_GATHER = 256 * 1024  # bytes per write where progress cannot be seen, lest a slow client be taken for a stalled one
+_SLICE = 16 * 1024  # bytes per write where progress cannot be seen: a slow client must not be taken for a stalled one
 
 
 class DirectStream(HandoverStream, Protocol):
@@ -50,30 +50,44 @@ class ClientWriter:
         """The stream, where it takes bytes without waiting."""
         return self._direct
 
-    async def write(self, pieces: Sequence[bytes], accepted: Callable[[], None] | None = None) -> bool:
+    async def write(self, pieces: Sequence[bytes], taken: Callable[[int], None] | None = None) -> bool:
         """Pass `pieces` to the client's kernel, after what is unsent. False: see `trouble`.
 
-        `accepted` is called in the step in which the kernel took the last byte: a client that has read it may be seen
-        to leave before the caller runs again. A checkpoint. Cancelled, what was not taken is left in `unsent`.
+        `taken` is told, in the step in which it happens, how many of `pieces` the kernel has taken so far: a client
+        that has read them may be seen to leave before the caller runs again. A checkpoint. Cancelled, what was not
+        taken is left in `unsent`.
         """
         if self.trouble is not None:
             return False
         self.unsent += [memoryview(piece) for piece in pieces]
         await trio.lowlevel.checkpoint_if_cancelled()
+        report = _Report(len(pieces), taken)
         try:
             if self._direct is not None:
-                await self._write_direct(self._direct)
+                await self._write_direct(self._direct, report)
             else:
-                await self._write_plain()
+                await self._write_plain(report)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self.trouble = Kind.GONE
-        if self.trouble is None and accepted is not None:
-            accepted()
         await trio.lowlevel.cancel_shielded_checkpoint()
         return self.trouble is None
 
-    async def _write_direct(self, stream: DirectStream) -> None:
+    async def send_eof(self) -> bool:
+        """End this direction alone. False: the stream cannot do that, or see `trouble`. A checkpoint."""
+        if self.trouble is None and isinstance(self._stream, HalfCloseableStream):
+            try:
+                with trio.move_on_after(self._stall) as patience:
+                    await self._stream.send_eof()
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                self.trouble = Kind.GONE
+            else:
+                return not patience.cancelled_caught
+        await trio.lowlevel.checkpoint()
+        return False
+
+    async def _write_direct(self, stream: DirectStream, report: _Report) -> None:
         self.unsent = _send_now(stream, self.unsent)
+        report.left(len(self.unsent))
         while self.unsent:
             with trio.move_on_after(self._stall) as patience:
                 await stream.wait_send_all_might_not_block()
@@ -81,16 +95,46 @@ class ClientWriter:
                 self.trouble = Kind.STALLED
                 return
             self.unsent = _send_now(stream, self.unsent)
+            report.left(len(self.unsent))
 
-    async def _write_plain(self) -> None:
-        data = b"".join(self.unsent)
-        for start in range(0, len(data), _GATHER):
+    async def _write_plain(self, report: _Report) -> None:
+        while self.unsent:
+            count = _group(self.unsent)
             with trio.move_on_after(self._stall) as patience:
-                await self._stream.send_all(data[start : start + _GATHER])
+                await self._stream.send_all(b"".join(self.unsent[:count]))
             if patience.cancelled_caught:
                 self.trouble = Kind.STALLED
                 return
-        self.unsent = []
+            del self.unsent[:count]
+            report.left(len(self.unsent))
+
+
+class _Report:
+    """Tells how many pieces of one write were taken, whenever that has changed."""
+
+    __slots__ = ("_count", "_taken", "_told")
+
+    def __init__(self, count: int, taken: Callable[[int], None] | None) -> None:
+        self._count = count
+        self._taken = taken
+        self._told = 0
+
+    def left(self, unsent: int) -> None:
+        """So many are unsent, those of an earlier write among them, which go first."""
+        count = self._count - unsent
+        if count > self._told and self._taken is not None:
+            self._told = count
+            self._taken(count)
+
+
+def _group(pieces: Sequence[memoryview]) -> int:
+    """How many of `pieces` to send at once where progress cannot be seen."""
+    size = 0
+    for count, piece in enumerate(pieces, 1):
+        size += len(piece)
+        if size >= _SLICE:
+            return count
+    return len(pieces)
 
 
 def _send_now(stream: DirectStream, pieces: list[memoryview]) -> list[memoryview]:
@@ -113,11 +157,18 @@ class BodyWriter:
     """One response body on its way to one client. `on_terminal` is called once, when its last event was delivered."""
 
     def __init__(
-        self, writer: ClientWriter, exchange: Exchange, *, chunked: bool, on_terminal: Callable[[], None]
+        self,
+        writer: ClientWriter,
+        exchange: Exchange,
+        *,
+        chunked: bool,
+        on_terminal: Callable[[], None],
+        length: int | None = None,
     ) -> None:
         self._writer = writer
         self._exchange = exchange
         self._chunked = chunked
+        self._length = length  # announced to the client: with its last byte the answer is whole
         self._on_terminal: Callable[[], None] | None = on_terminal
         self._send = writer.direct.try_send if writer.direct is not None else None
         self._pending = b""  # the piece whose rest is unsent
@@ -146,6 +197,8 @@ class BodyWriter:
     def _delivered(self, piece: bytes, now: float) -> None:
         exchange = self._exchange
         exchange.delivered(len(piece), now)
+        if exchange.response_bytes == self._length:
+            exchange.has_answer()
         scanner = exchange.scanner
         if scanner is not None:
             scanner.feed(piece)
@@ -168,13 +221,21 @@ class BodyWriter:
         if end is not None and self._chunked:
             framed.append(encode_last_chunk(end.trailers))
 
-        def accepted() -> None:
-            now = trio.current_time()
-            for piece in batch:
-                self._delivered(piece, now)
-            self._exchange.answered = end is not None
+        done = 0
 
-        return await self._writer.write(framed, accepted)
+        def taken(count: int) -> None:
+            nonlocal done
+            now = trio.current_time()
+            for piece in batch[done:count]:
+                self._delivered(piece, now)
+            done = count
+            if end is not None and count == len(framed):
+                self._exchange.answered = True
+
+        written = await self._writer.write(framed, taken)
+        if written and end is not None:
+            self._exchange.answered = True  # there may have been nothing left to write
+        return written
 
     async def inject(self, event: bytes) -> bool:
         """Pass on an event of the gateway's own: an error or a heartbeat. Not counted as the upstream's."""

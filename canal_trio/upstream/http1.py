@@ -36,6 +36,7 @@ from canal_trio.wire.heads import ResponseHeadReader, write_request_head
 __all__ = ["Http1Connection"]
 
 _PEER_TROUBLE = (trio.BrokenResourceError, trio.ClosedResourceError)
+_SLICE = 16 * 1024  # bytes per send where progress within one cannot be seen
 
 
 class _Turn(enum.Enum):
@@ -126,7 +127,10 @@ class Http1Connection:
         if now < due:
             return min(due, now + self._period())
         turn = self._turn
-        if turn is _Turn.ANSWER:
+        if turn is _Turn.TUNNEL:
+            detail = f"No byte moved in either direction for {self._limit():g} s."
+            failure = Failure(Side.GATEWAY, Phase.STREAM, Kind.TIMEOUT, detail)  # a silence has no author
+        elif turn is _Turn.ANSWER:
             detail = f"No response within {self._deadlines.first_byte:g} s."
             failure = Failure(Side.UPSTREAM, Phase.FIRST_BYTE, Kind.TIMEOUT, detail, Retry.SENT)
         else:
@@ -213,12 +217,20 @@ class Http1Connection:
         return [encode_last_chunk(trailer.trailers) if isinstance(trailer, End) else encode_last_chunk()]
 
     async def _send(self, pieces: list[bytes]) -> None:
-        if pieces:
-            batch = getattr(self._stream, "send_batch", None)
-            if batch is not None:
-                await batch(pieces)
-            else:
-                await self._stream.send_all(b"".join(pieces))
+        """Pass `pieces` to the upstream's kernel, noting each progress: a body that was held can take minutes."""
+        stream = self._stream
+        if isinstance(stream, HandoverStream):
+            rest = stream.try_send_batch(pieces)
+            self._moved = trio.current_time()
+            while rest:
+                await stream.wait_send_all_might_not_block()
+                rest = stream.try_send_batch(rest)
+                self._moved = trio.current_time()
+            await trio.lowlevel.checkpoint()
+            return
+        data = b"".join(pieces)
+        for start in range(0, len(data), _SLICE):
+            await stream.send_all(data[start : start + _SLICE])
             self._moved = trio.current_time()
 
     async def _receive(self, request: RequestHead, body: BodySource | None, answer: Answer) -> None:
@@ -392,6 +404,9 @@ class Http1Connection:
                 self.abort()
             elif isinstance(self._stream, HalfCloseableStream):
                 await self._stream.send_eof()
+            else:
+                self._note(Failure(Side.CLIENT, Phase.STREAM, Kind.GONE, "The client ended its side of the tunnel."))
+                self.abort()  # there is no other way to pass that on
         except _PEER_TROUBLE as exc:
             self._note(Failure(Side.UPSTREAM, Phase.STREAM, Kind.RESET, str(exc)))
             self.abort()

@@ -1,0 +1,207 @@
+"""The gateway, unchanged, in a simulated network: clients and upstreams are streams in memory, time is virtual.
+
+`world()` runs a gateway whose dialer gives simulated connections; the far end of each is played by a function of the
+test. At its end nothing may be left: no connection, lease, held byte, task, or open stream of the gateway's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import trio
+import trio.testing
+from kit import Client, Records, settings_for
+from trio.abc import HalfCloseableStream
+
+from canal_trio.errors import Failure
+from canal_trio.gateway import Gateway
+from canal_trio.hooks import ExchangeRecord
+from canal_trio.settings import Settings, Upstream
+from canal_trio.testing.simstream import SimLink, SimStream, sim_stream_pair
+
+__all__ = ["Conversation", "Play", "PlainStream", "World", "comparable", "read_request", "world"]
+
+URL = "http://upstream.test/v1"
+FOR_EVER = 1_000_000  # virtual seconds
+SSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+class PlainStream(HalfCloseableStream):
+    """A Trio stream without the hand-over protocol over one that has it, as a TLS stream is over its socket."""
+
+    def __init__(self, inner: SimStream) -> None:
+        self.transport_stream = inner
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """As the stream below."""
+        await self.transport_stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """As the stream below."""
+        await self.transport_stream.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """As the stream below."""
+        return await self.transport_stream.receive_some(max_bytes)
+
+    async def send_eof(self) -> None:
+        """As the stream below."""
+        await self.transport_stream.send_eof()
+
+    async def aclose(self) -> None:
+        """As the stream below."""
+        await self.transport_stream.aclose()
+
+
+@dataclass
+class Conversation:
+    """One simulated connection of the gateway to an upstream, seen from the upstream's end."""
+
+    stream: SimStream
+    number: int
+    requests: list[bytes] = field(default_factory=list)  # heads and bodies, as they came
+    left: float | None = None  # when the gateway was seen to close
+
+    async def say(self, data: bytes) -> None:
+        """Send."""
+        await self.stream.send_all(data)
+
+    async def chunk(self, *pieces: bytes) -> None:
+        """Send pieces as chunks."""
+        for piece in pieces:
+            await self.say(b"%x\r\n%b\r\n" % (len(piece), piece))
+
+    def note_leaving(self) -> None:
+        """The gateway's end was closed."""
+        if self.left is None:
+            self.left = trio.current_time()
+
+
+Play = Callable[[Conversation], Awaitable[None]]
+"""Answers one request, which was read whole; returning serves the next one."""
+
+
+async def read_request(stream: trio.abc.Stream, begun: bytes = b"") -> bytes | None:
+    """One request, head and body as they came; None when the peer has left instead."""
+    data = begun
+    while b"\r\n\r\n" not in data or not _whole(data):
+        more = await stream.receive_some()
+        if not more:
+            return None
+        data += more
+    return data
+
+
+def _whole(data: bytes) -> bool:
+    head, _, body = data.partition(b"\r\n\r\n")
+    lower = head.lower()
+    if b"transfer-encoding: chunked" in lower:
+        return body.endswith(b"0\r\n\r\n")
+    _, found, length = lower.partition(b"content-length: ")
+    return not found or len(body) >= int(length.partition(b"\r\n")[0])
+
+
+class World:
+    """A gateway, its simulated clients and upstreams."""
+
+    def __init__(self, settings: Settings, nursery: trio.Nursery, play: Play | None, *, handover: bool) -> None:
+        self.records = Records()
+        self.gateway = Gateway(settings, recorders=[self.records], dialer=self._dial)
+        self.nursery = nursery
+        self.handover = handover
+        self.upstream_link = SimLink()  # from the upstream to the gateway
+        self.request_link = SimLink()  # from the gateway to the upstream
+        self.conversations: list[Conversation] = []
+        self.streams: list[SimStream] = []  # the gateway's ends
+        self.clients: list[Client] = []
+        self.by_request = True  # False: `play` gets the bare stream and reads for itself
+        self.dialer: Callable[[Upstream], Awaitable[Any]] | None = None  # instead of the simulated network
+        self._play = play
+
+    async def _dial(self, upstream: Upstream) -> trio.abc.Stream | Failure:
+        await trio.lowlevel.checkpoint()
+        if self.dialer is not None:
+            return await self.dialer(upstream)  # type: ignore[no-any-return]
+        ours, theirs = sim_stream_pair(a_to_b=self.request_link, b_to_a=self.upstream_link)
+        conversation = Conversation(theirs, len(self.conversations))
+        theirs.watch(conversation.note_leaving)  # type: ignore[attr-defined]  # this kind hands over
+        self.conversations.append(conversation)
+        self.streams.append(ours)
+        self.nursery.start_soon(self._serve, conversation)
+        return ours if self.handover else PlainStream(ours)
+
+    async def _serve(self, conversation: Conversation) -> None:
+        assert self._play is not None
+        try:
+            if not self.by_request:
+                await self._play(conversation)
+                return
+            while (request := await read_request(conversation.stream)) is not None:
+                conversation.requests.append(request)
+                await self._play(conversation)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            conversation.note_leaving()
+        finally:
+            conversation.stream.close()
+
+    def connect(self, *, to_gateway: SimLink | None = None, to_client: SimLink | None = None) -> Client:
+        """A client, served by the gateway from now on."""
+        ours, theirs = sim_stream_pair(
+            a_to_b=to_client or SimLink(), b_to_a=to_gateway or SimLink(), handover=self.handover
+        )
+        self.streams.append(ours)
+        self.nursery.start_soon(self._handle, ours)
+        client = Client(theirs)
+        self.clients.append(client)
+        return client
+
+    async def _handle(self, stream: SimStream) -> None:
+        await self.gateway.handle(stream, peer="192.0.2.1")
+
+    async def gateway_closes(self, index: int) -> None:
+        """Wait until the gateway has closed its end of this stream (they are numbered in order of their making)."""
+        while not self.streams[index].closed:  # noqa: ASYNC110  # virtual time: no event tells it
+            await trio.sleep(0.001)
+
+    async def settle(self) -> None:
+        """The clients leave; nothing may be left of them in the gateway."""
+        for client in self.clients:
+            client.stream.close()  # type: ignore[attr-defined]  # a simulated stream
+        await trio.testing.wait_all_tasks_blocked()
+        statistics = self.gateway.statistics()
+        assert (statistics.connections, statistics.in_flight, statistics.held_bytes) == (0, 0, 0), statistics
+        for pool in statistics.pools.values():
+            assert (pool.used, pool.waiting) == (0, 0), pool
+            open_ends = sum(not stream.closed for stream in self.streams)
+            assert open_ends == pool.idle, "a stream is open that no pool knows"
+
+
+@asynccontextmanager
+async def world(play: Play | None = None, *, handover: bool, **settings: Any) -> AsyncIterator[World]:
+    """A gateway before one simulated upstream, for the block. `settings` go to `kit.settings_for`."""
+    upstream = settings.pop("upstream", Upstream("u0", URL))
+    # A deadlock has no timer to jump to: without this one it would be real time that passes.
+    with trio.fail_after(FOR_EVER):
+        async with _running(upstream, play, settings, handover=handover) as made:
+            yield made
+
+
+@asynccontextmanager
+async def _running(
+    upstream: Upstream, play: Play | None, settings: dict[str, Any], *, handover: bool
+) -> AsyncIterator[World]:
+    async with trio.open_nursery() as nursery:
+        made = World(settings_for(upstream, **settings), nursery, play, handover=handover)
+        await nursery.start(made.gateway.run)
+        yield made
+        await made.settle()
+        nursery.cancel_scope.cancel()
+
+
+def comparable(record: ExchangeRecord) -> ExchangeRecord:
+    """The record without what may differ from run to run, and between hand-over and the plain path."""
+    latency = None if record.cancel_latency is None else 0.0
+    return replace(record, started_at=0.0, request_id="", cancel_latency=latency, handed_over=0, queued=0)
