@@ -30,6 +30,7 @@ from canal_trio.relay.handover import Armed, HandoverStream, handover_end
 from canal_trio.relay.idle import Reaper, ReaperStatistics, Watch
 from canal_trio.relay.pump import Progress, RelayFailure, Trouble, deliver, pump
 from canal_trio.relay.streams import TcpStream
+from canal_trio.relay.tls import TlsStream
 
 __all__ = [
     "Aborted",
@@ -52,6 +53,7 @@ __all__ = [
     "RelayTap",
     "Sink",
     "TcpStream",
+    "TlsStream",
     "Trouble",
     "Watch",
     "deliver",
