@@ -193,7 +193,9 @@ class TcpStream(HalfCloseableStream):
         of the `cancel()`. Raises `trio.ClosedResourceError` when the stream is closed meanwhile.
         """
         try:
+            sink, self._sink = self._sink, None  # who is cancelled already is not served while the news travels
             await trio.lowlevel.checkpoint_if_cancelled()
+            self._sink = sink
             for _ in range(ROUNDS):
                 self._raise_fault()
                 self._check_open()
@@ -203,6 +205,7 @@ class TcpStream(HalfCloseableStream):
                 if not sink() and self._sink is sink:
                     self._sink = None
             if self._sink is None:
+                self._check_open()
                 await trio.lowlevel.cancel_shielded_checkpoint()
                 return
             if self._readable:
@@ -297,7 +300,7 @@ class TcpStream(HalfCloseableStream):
             return False
         try:
             armed = sink()
-        except Exception as exc:
+        except BaseException as exc:  # SystemExit too: raised in the poller, it would be an internal error of Trio's
             self._sink = None
             self._fail(exc)
             return False
@@ -314,10 +317,10 @@ class TcpStream(HalfCloseableStream):
         if watch is not None:
             try:
                 watch()
-            except Exception as exc:
+            except BaseException as exc:
                 self._fail(exc)
 
-    def _fail(self, exc: Exception) -> None:
+    def _fail(self, exc: BaseException) -> None:
         if self._receiver is None:
             self._fault = exc  # nobody sleeps just now: raised where the stream is used next
         else:

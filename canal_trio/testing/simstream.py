@@ -45,7 +45,7 @@ class SimStream(HalfCloseableStream):
         self._sending = False
         self._sink: Armed | None = None
         self._watch: Callable[[], None] | None = None
-        self._fault: Exception | None = None
+        self._fault: BaseException | None = None
         self.hangup = False
 
     def __repr__(self) -> str:
@@ -172,7 +172,7 @@ class SimStream(HalfCloseableStream):
             return
         try:
             armed = sink()
-        except Exception as exc:
+        except BaseException as exc:
             self._sink = None
             self._fault = exc
             self._wake_receiver(outcome.Value(None))
@@ -275,7 +275,9 @@ class _HandoverSimStream(SimStream):
 
     async def wait_disarmed(self) -> None:
         try:
+            sink, self._sink = self._sink, None  # who is cancelled already is not served while the news travels
             await trio.lowlevel.checkpoint_if_cancelled()
+            self._sink = sink
             self._check_open()
             self._raise_fault()
             if self._sink is None:
@@ -284,6 +286,9 @@ class _HandoverSimStream(SimStream):
             self.incoming.nudge()  # what is here already counts as news
             await self._sleep()
             self._raise_fault()
+        except trio.ClosedResourceError:
+            self._raise_fault()  # what the sink raised after it had closed the stream
+            raise
         finally:
             self._sink = None
 
