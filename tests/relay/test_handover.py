@@ -37,6 +37,7 @@ class Catch:
         self.got: list[bytes | None] = []
 
     def __call__(self) -> bool:
+        """Called by the stream."""
         data = self.stream.try_receive(100)
         if data is not None:
             self.got.append(data)
@@ -47,7 +48,7 @@ async def arrives(condition) -> None:
     """Wait, with the kernel and the poller at work, until `condition()` is true."""
     with trio.fail_after(10):
         while not condition():
-            await trio.sleep(0.001)
+            await trio.lowlevel.checkpoint()
 
 
 # -- being called ------------------------------------------------------------------------------------------------------
@@ -105,9 +106,7 @@ async def test_a_sink_that_leaves_bytes_gets_another_turn(pair):
         nursery.start_soon(b.wait_disarmed)
         await wait_all_tasks_blocked()
         a.try_send(b"x" * 100)
-        with trio.fail_after(10):
-            while len(got) < 100:
-                await trio.sleep(0)
+        await arrives(lambda: len(got) == 100)
     assert len(got) == 100
 
 
