@@ -9,7 +9,7 @@ anything else.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, cast, final
+from typing import cast, final
 
 import trio
 from trio.abc import HalfCloseableStream, Stream
@@ -17,7 +17,7 @@ from trio.abc import HalfCloseableStream, Stream
 from canal_trio.errors import Kind
 from canal_trio.gateway.exchange import Exchange
 from canal_trio.messages import End
-from canal_trio.relay.streams import HandoverStream
+from canal_trio.relay.handover import HandoverStream, can_hand_over
 from canal_trio.wire.bodies import encode_chunk, encode_last_chunk
 
 __all__ = ["BROKEN", "BodyWriter", "ClientWriter"]
@@ -27,13 +27,6 @@ BROKEN = "The connection to the client broke."
 _SLICE = 16 * 1024  # bytes per write where progress cannot be seen: a slow client must not be taken for a stalled one
 
 
-class DirectStream(HandoverStream, Protocol):
-    """A stream that takes bytes at once, or can be waited for."""
-
-    async def wait_send_all_might_not_block(self) -> None:
-        """As `trio.abc.SendStream.wait_send_all_might_not_block`."""
-
-
 @final
 class ClientWriter:
     """Writes to one client. `trouble` is None until the client stalled or its connection broke."""
@@ -41,12 +34,12 @@ class ClientWriter:
     def __init__(self, stream: Stream, *, stall: float) -> None:
         self._stream = stream
         self._stall = stall
-        self._direct = cast("DirectStream", stream) if isinstance(stream, HandoverStream) else None
+        self._direct = stream if can_hand_over(stream) else None
         self.trouble: Kind | None = None
         self.unsent: list[memoryview] = []  # begun and not finished: nothing may be written after it but itself
 
     @property
-    def direct(self) -> DirectStream | None:
+    def direct(self) -> HandoverStream | None:
         """The stream, where it takes bytes without waiting."""
         return self._direct
 
@@ -85,7 +78,7 @@ class ClientWriter:
         await trio.lowlevel.checkpoint()
         return False
 
-    async def _write_direct(self, stream: DirectStream, report: _Report) -> None:
+    async def _write_direct(self, stream: HandoverStream, report: _Report) -> None:
         self.unsent = _send_now(stream, self.unsent)
         report.left(len(self.unsent))
         while self.unsent:
@@ -137,7 +130,7 @@ def _group(pieces: Sequence[memoryview]) -> int:
     return len(pieces)
 
 
-def _send_now(stream: DirectStream, pieces: list[memoryview]) -> list[memoryview]:
+def _send_now(stream: HandoverStream, pieces: list[memoryview]) -> list[memoryview]:
     """Pass on as much of `pieces` as the stream takes now; what it did not take."""
     gathered = getattr(stream, "try_send_batch", None)
     if gathered is not None:
@@ -202,7 +195,8 @@ class BodyWriter:
         scanner = exchange.scanner
         if scanner is not None:
             scanner.feed(piece)
-            if scanner.terminal and self._on_terminal is not None:
+            # Not before its blank line: until then the client's parser has not seen the event.
+            if scanner.terminal and scanner.at_boundary and self._on_terminal is not None:
                 notify, self._on_terminal = self._on_terminal, None
                 notify()
 

@@ -2,7 +2,8 @@
 
 Invariants: `write()` never blocks and never raises; at most `capacity` lines wait; a line that finds no room is
 dropped and counted, and the count is written as a line of its own as soon as there is room again. A line is rendered
-in the thread, so the loop pays for a queue's put only.
+in the thread, so the loop pays for a queue's put only, and the thread gathers for a moment before it looks: woken for
+each line, it would take the interpreter's lock from the loop as often (measured: 15 % of a small exchange).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ Line: TypeAlias = bytes | Callable[[], bytes]
 """A whole line with its newline, or what renders it. Rendering runs in the writer's thread."""
 
 BATCH_BYTES = 64 * 1024  # joined into one system call at most, so that a burst costs few of them
+GATHER = 0.02  # seconds
 
 
 @final
@@ -39,6 +41,7 @@ class LineWriter:
         self._told = 0  # drops already told of
         self.dropped = 0
         self._closed = False
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="canal_trio log", daemon=True)
         self._thread.start()
 
@@ -58,6 +61,7 @@ class LineWriter:
         """
         if not self._closed:
             self._closed = True
+            self._closing.set()
             self._queue.put_nowait(None)
         self._thread.join(timeout)
         return not self._thread.is_alive()
@@ -68,6 +72,7 @@ class LineWriter:
         ending = False
         while not ending:
             item = self._queue.get()
+            self._closing.wait(GATHER)
             batch: list[bytes] = []
             size = 0
             while True:

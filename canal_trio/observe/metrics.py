@@ -12,13 +12,14 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol, final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from canal_trio import __version__
 from canal_trio.hooks import ExchangeRecord
+from canal_trio.observe.tally import Tallies
 
 __all__ = ["CONTENT_TYPE", "Metrics", "Statistics", "Watched"]
 
@@ -87,68 +88,50 @@ class Metrics:
         ProcessCollector(registry=registry)
         build = Gauge("canal_build_info", "Always 1; the version is in the label.", ["version"], registry=registry)
         build.labels(__version__).set(1)
-        self._exchanges = Counter(
-            "canal_exchanges", "Exchanges that ended.", ["outcome", "upstream", "streamed"], registry=registry
-        )
-        self._responses = Counter(
-            "canal_responses", "Answers by status; 'none' if there was none.", ["status"], registry=registry
-        )
-        self._failures = Counter(
+        tallies = Tallies()
+        registry.register(tallies)
+        self._exchanges = tallies.count("canal_exchanges", "Exchanges that ended.", ["outcome", "upstream", "streamed"])
+        self._responses = tallies.count("canal_responses", "Answers by status; 'none' if there was none.", ["status"])
+        self._failures = tallies.count(
             "canal_failures",
             "What ended an exchange early: who, in which phase, how.",
             ["side", "phase", "kind", "upstream"],
-            registry=registry,
         )
-        self._flags = Counter(
-            "canal_exchange_flags", "Remarks on exchanges, such as no_terminal_event.", ["flag"], registry=registry
+        self._flags = tallies.count(
+            "canal_exchange_flags", "Remarks on exchanges, such as no_terminal_event.", ["flag"]
         )
-        self._attempts = Counter(
-            "canal_attempts", "Tries at an upstream, the first one included.", ["upstream"], registry=registry
-        )
-        self._first_byte = Histogram(
+        self._attempts = tallies.count("canal_attempts", "Tries at an upstream, the first one included.", ["upstream"])
+        self._first_byte = tallies.spread(
             "canal_first_byte_seconds",
             "From the end of the request head to the first body byte in the client's kernel.",
+            _FIRST_BYTE,
             ["streamed"],
-            buckets=_FIRST_BYTE,
-            registry=registry,
         )
-        self._duration = Histogram(
+        self._duration = tallies.spread(
             "canal_exchange_duration_seconds",
             "From the first byte of a request to the end of its exchange.",
+            _DURATION,
             ["streamed"],
-            buckets=_DURATION,
-            registry=registry,
         )
-        self._longest_gap = Histogram(
-            "canal_event_gap_longest_seconds",
-            "The longest silence within a stream, once per exchange.",
-            buckets=_GAP,
-            registry=registry,
+        self._longest_gap = tallies.spread(
+            "canal_event_gap_longest_seconds", "The longest silence within a stream, once per exchange.", _GAP
         )
-        self._mean_gap = Histogram(
-            "canal_event_gap_mean_seconds",
-            "The mean time between the pieces of a stream, once per exchange.",
-            buckets=_GAP,
-            registry=registry,
+        self._mean_gap = tallies.spread(
+            "canal_event_gap_mean_seconds", "The mean time between the pieces of a stream, once per exchange.", _GAP
         )
-        self._cancel = Histogram(
+        self._cancel = tallies.spread(
             "canal_cancel_latency_seconds",
             "From seeing the client leave to the upstream's socket being closed.",
-            buckets=_CANCEL,
-            registry=registry,
+            _CANCEL,
         )
-        self._request_bytes = Counter("canal_request_bytes", "Body bytes read from clients.", registry=registry)
-        self._response_bytes = Counter(
-            "canal_response_bytes", "Body bytes accepted by clients' kernels.", registry=registry
-        )
-        self._events = Counter("canal_events", "Events delivered.", registry=registry)
-        pieces = Counter(
+        self._request_bytes = tallies.count("canal_request_bytes", "Body bytes read from clients.")
+        self._response_bytes = tallies.count("canal_response_bytes", "Body bytes accepted by clients' kernels.")
+        self._events = tallies.count("canal_events", "Events delivered.")
+        self._pieces = tallies.count(
             "canal_pieces",
             "Pieces that went straight through (handed_over) or took the channel (queued).",
             ["path"],
-            registry=registry,
         )
-        self._handed_over, self._queued = pieces.labels("handed_over"), pieces.labels("queued")
         self.internal_errors = Counter(
             "canal_internal_errors", "Bugs: exceptions that reached a connection's boundary.", registry=registry
         )
@@ -158,30 +141,30 @@ class Metrics:
         self.reloads = Counter("canal_reloads", "Reloads of the configuration.", ["result"], registry=registry)
 
     def finished(self, record: ExchangeRecord) -> None:
-        """Observe one exchange. A few microseconds, not a checkpoint."""
+        """Observe one exchange. A few microseconds in all (see `observe.tally`), not a checkpoint."""
         upstream = record.upstream or ""
         streamed = "true" if record.streamed else "false"
-        self._exchanges.labels(record.outcome.value, upstream, streamed).inc()
-        self._responses.labels("none" if record.status is None else str(record.status)).inc()
+        self._exchanges.add(1, record.outcome.value, upstream, streamed)
+        self._responses.add(1, "none" if record.status is None else str(record.status))
         if record.attempts:
-            self._attempts.labels(upstream).inc(record.attempts)
+            self._attempts.add(record.attempts, upstream)
         if (failure := record.failure) is not None:
-            self._failures.labels(failure.side.value, failure.phase.value, failure.kind.value, upstream).inc()
+            self._failures.add(1, failure.side.value, failure.phase.value, failure.kind.value, upstream)
         for flag in record.flags:
-            self._flags.labels(flag).inc()
+            self._flags.add(1, flag)
         if record.first_byte is not None:
-            self._first_byte.labels(streamed).observe(record.first_byte)
-        self._duration.labels(streamed).observe(record.duration)
+            self._first_byte.observe(record.first_byte, streamed)
+        self._duration.observe(record.duration, streamed)
         if record.streamed and record.events > 1:
             self._longest_gap.observe(record.longest_gap)
             self._mean_gap.observe(record.mean_gap)
         if record.cancel_latency is not None:
             self._cancel.observe(record.cancel_latency)
-        self._request_bytes.inc(record.request_bytes)
-        self._response_bytes.inc(record.response_bytes)
-        self._events.inc(record.events)
-        self._handed_over.inc(record.handed_over)
-        self._queued.inc(record.queued)
+        self._request_bytes.add(record.request_bytes)
+        self._response_bytes.add(record.response_bytes)
+        self._events.add(record.events)
+        self._pieces.add(record.handed_over, "handed_over")
+        self._pieces.add(record.queued, "queued")
 
     def watch(self, gateway: Watched) -> None:
         """Read the state of `gateway` at every scrape."""

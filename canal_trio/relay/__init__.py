@@ -26,7 +26,7 @@ from canal_trio.relay.flow import (
     Sink,
     open_flow,
 )
-from canal_trio.relay.handover import Armed, HandoverStream, handover_end
+from canal_trio.relay.handover import Armed, HandoverStream, can_hand_over, handover_end
 from canal_trio.relay.idle import Reaper, ReaperStatistics, Watch
 from canal_trio.relay.pump import Progress, RelayFailure, Trouble, deliver, pump
 from canal_trio.relay.streams import TcpStream
@@ -56,6 +56,7 @@ __all__ = [
     "TlsStream",
     "Trouble",
     "Watch",
+    "can_hand_over",
     "deliver",
     "handover_end",
     "open_flow",

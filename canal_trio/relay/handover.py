@@ -8,9 +8,9 @@ kit's `SimStream` have it; any other stream takes the plain path.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, TypeAlias, TypeGuard, runtime_checkable
 
-__all__ = ["Armed", "Buffer", "HandoverStream", "handover_end"]
+__all__ = ["Armed", "Buffer", "HandoverStream", "can_hand_over", "handover_end"]
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Armed: TypeAlias = Callable[[], bool]
@@ -36,6 +36,9 @@ class HandoverStream(Protocol):
     def try_send_batch(self, pieces: Sequence[Buffer]) -> list[memoryview]:
         """As `try_send` with several pieces in a row; answers what was not taken."""
 
+    async def wait_send_all_might_not_block(self) -> None:
+        """As `trio.abc.SendStream.wait_send_all_might_not_block`."""
+
     def arm(self, sink: Armed) -> None:
         """Have `sink` called whenever there may be bytes, until it answers False."""
 
@@ -52,11 +55,25 @@ class HandoverStream(Protocol):
         """Close in this very step. Idempotent."""
 
 
+_KNOWN: dict[type, bool] = {}  # asking a protocol costs microseconds, and a class does not change its mind
+
+
+def can_hand_over(stream: object) -> TypeGuard[HandoverStream]:
+    """Does `stream` have the whole protocol? Decided once per class, by its first instance. Not a checkpoint."""
+    kind = type(stream)
+    known = _KNOWN.get(kind)
+    if known is None:
+        known = _KNOWN[kind] = isinstance(stream, HandoverStream)
+    return known
+
+
 def handover_end(stream: object) -> HandoverStream | None:
     """The stream itself if it can hand over, else the nearest transport below it (TLS) that can, else None.
 
     That is where a hang-up is seen without reading, and what closes in one step.
     """
-    while stream is not None and not isinstance(stream, HandoverStream):
+    while stream is not None:
+        if can_hand_over(stream):
+            return stream
         stream = getattr(stream, "transport_stream", None)
-    return stream
+    return None

@@ -15,13 +15,13 @@ import enum
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, cast, final
+from typing import TypeAlias, final
 
 import trio
 from trio.abc import ReceiveStream, SendStream
 
 from canal_trio.relay.flow import Aborted, FlowReceiver, FlowSender
-from canal_trio.relay.handover import HandoverStream
+from canal_trio.relay.handover import HandoverStream, can_hand_over
 
 __all__ = ["Progress", "RelayFailure", "Trouble", "deliver", "pump"]
 
@@ -83,7 +83,7 @@ async def pump(source: ReceiveStream, sender: FlowSender, *, progress: Progress 
     except for one piece that was waiting for room and is lost. Raises `trio.BusyResourceError` if another task reads.
     """
     progress = progress or Progress()
-    spot = _Spot(source, sender, progress) if isinstance(source, HandoverStream) else None
+    spot = _Spot(source, sender, progress) if can_hand_over(source) else None
     with sender:
         failure = await _pump(source, sender, progress, spot)
         if failure is None:
@@ -170,7 +170,7 @@ async def deliver(
     """
     progress = progress or Progress()
     with receiver:
-        direct = cast("_DirectSink", sink) if isinstance(sink, HandoverStream) else None
+        direct = sink if can_hand_over(sink) else None
         out = _Out(sink, direct, progress, seen)
         while receiver.ending is None:
             batch = await receiver.take(out.take if direct is not None else None)
@@ -185,20 +185,13 @@ async def deliver(
         return None
 
 
-class _DirectSink(HandoverStream, Protocol):
-    """A sink that takes bytes without waiting, and can be waited for."""
-
-    async def wait_send_all_might_not_block(self) -> None:
-        """As `trio.abc.SendStream.wait_send_all_might_not_block`."""
-
-
 @final
 class _Out:
     """Writes pieces to a sink; the flow's sink in hand-over."""
 
     __slots__ = ("_direct", "_fault", "_pieces", "_progress", "_rest", "_seen", "_sink")
 
-    def __init__(self, sink: SendStream, direct: _DirectSink | None, progress: Progress, seen: Seen | None) -> None:
+    def __init__(self, sink: SendStream, direct: HandoverStream | None, progress: Progress, seen: Seen | None) -> None:
         self._sink = sink
         self._direct = direct
         self._progress = progress
@@ -251,7 +244,7 @@ class _Out:
             self._moved()
             self._done(batch.pop())
 
-    def _offer(self, direct: _DirectSink, data: Sequence[bytes] | Sequence[memoryview]) -> None:
+    def _offer(self, direct: HandoverStream, data: Sequence[bytes] | Sequence[memoryview]) -> None:
         self._rest = direct.try_send_batch(data)
         left = len(self._pieces) - len(self._rest)
         for piece in self._pieces[:left]:

@@ -44,9 +44,6 @@ class _Transport(HandoverStream, Protocol):
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
         """As `trio.abc.ReceiveStream.receive_some`."""
 
-    async def wait_send_all_might_not_block(self) -> None:
-        """As `trio.abc.SendStream.wait_send_all_might_not_block`."""
-
     async def send_eof(self) -> None:
         """As `trio.abc.HalfCloseableStream.send_eof`."""
 
@@ -227,8 +224,10 @@ class TlsStream(HalfCloseableStream):
     async def wait_disarmed(self) -> None:
         """Sleep while the armed sink is served, first with what is here already. As `TcpStream.wait_disarmed`."""
         try:
+            sink, self._sink = self._sink, None  # who is cancelled already is not served while the news travels
             await trio.lowlevel.checkpoint_if_cancelled()
-            if self._sink is not None and not self._turn():
+            self._sink = sink
+            if sink is not None and not self._turn():
                 self.disarm()
             await self.transport_stream.wait_disarmed()
         finally:

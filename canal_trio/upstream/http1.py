@@ -24,8 +24,8 @@ from trio.abc import HalfCloseableStream, Stream
 from canal_trio.errors import Failure, Kind, Phase, Retry, Side
 from canal_trio.messages import End, RequestHead, ResponseHead
 from canal_trio.relay.flow import Aborted, FlowSender
+from canal_trio.relay.handover import HandoverStream, can_hand_over
 from canal_trio.relay.idle import Reaper
-from canal_trio.relay.streams import HandoverStream
 from canal_trio.settings import Bounds, Deadlines
 from canal_trio.upstream.idle import is_quiet, watch_hangup
 from canal_trio.upstream.interface import Answer, BodySource
@@ -219,7 +219,7 @@ class Http1Connection:
     async def _send(self, pieces: list[bytes]) -> None:
         """Pass `pieces` to the upstream's kernel, noting each progress: a body that was held can take minutes."""
         stream = self._stream
-        if isinstance(stream, HandoverStream):
+        if can_hand_over(stream):
             rest = stream.try_send_batch(pieces)
             self._moved = trio.current_time()
             while rest:
@@ -293,7 +293,7 @@ class Http1Connection:
     # -- the response body ---------------------------------------------------------------------------------------------
 
     async def _body(self, decoder: BodyDecoder, data: bytes, sender: FlowSender) -> None:
-        handover = self._stream if isinstance(self._stream, HandoverStream) else None
+        handover = self._stream if can_hand_over(self._stream) else None
         while not await self._finished(decoder, decoder.feed(data), sender):
             while handover is not None and sender.room:
                 if await self._hand_over(handover, decoder, sender):
