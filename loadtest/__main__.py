@@ -1,0 +1,116 @@
+"""The command line: `python -m loadtest …`. Exit codes: 0 clean, 1 a promise broke or something failed, 2 bad usage."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loadtest.behaviour import BehaviourError, parse
+from loadtest.peers import PEERS, Missing
+from loadtest.processes import NotStarted
+
+
+class Progress:
+    """One line on stderr that overwrites itself on a terminal; silent elsewhere, so that logs stay readable."""
+
+    def __init__(self) -> None:
+        self._shown = sys.stderr.isatty()
+
+    def __call__(self, text: str) -> None:
+        if self._shown:
+            click.echo(f"\r\x1b[K{text[:110]}", nl=False, err=True)
+
+    def end(self) -> None:
+        """Clear the line."""
+        if self._shown:
+            click.echo("\r\x1b[K", nl=False, err=True)
+
+
+def _give(result: dict[str, Any], text: str, json_to: str | None) -> None:
+    """Print for people, or JSON to stdout (`-`) or a file."""
+    if json_to == "-":
+        click.echo(json.dumps(result))
+        return
+    click.echo(text)
+    if json_to:
+        Path(json_to).parent.mkdir(parents=True, exist_ok=True)
+        Path(json_to).write_text(json.dumps(result) + "\n")
+
+
+_JSON = click.option("--json", "json_to", metavar="FILE", help="Write the result as JSON; - for stdout.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """Load tests for streaming gateways of OpenAI-compatible APIs."""
+
+
+@cli.command()
+@click.option("--peer", default="canal", show_default=True, help=f"The gateway to start: {', '.join(PEERS)}.")
+@click.option("--only", default="latency,cancel,memory,endings,bytes", show_default=True, help="What to measure.")
+@click.option("--quick", is_flag=True, help="Fewer repetitions.")
+@_JSON
+def promises(peer: str, only: str, quick: bool, json_to: str | None) -> int:
+    """Measure what a gateway promises; exits 1 if a promise breaks."""
+    from loadtest.promises.check import PARTS, check, shown
+
+    parts = [part.strip() for part in only.split(",") if part.strip()]
+    for part in parts:
+        if part not in PARTS:
+            raise click.UsageError(f"--only {part}: expected some of {', '.join(PARTS)}")
+    progress = Progress()
+    result = check(peer, parts, progress, quick=quick)
+    progress.end()
+    _give(result, shown(result), json_to)
+    return int(result["broken"] > 0)
+
+
+@cli.command()
+@click.option("--listen", default="127.0.0.1:9000", show_default=True, metavar="HOST:PORT", help="Port 0 picks one.")
+@click.option("--behaviour", default="", metavar="KEY=VALUE;…", help="What requests get that do not say otherwise.")
+@click.option("--send-buffer", default=0, help="Bytes of SO_SNDBUF; 0 leaves it to the kernel.")
+@click.option("--receive-buffer", default=0, help="Bytes of SO_RCVBUF; 0 leaves it to the kernel.")
+def upstream(listen: str, behaviour: str, send_buffer: int, receive_buffer: int) -> int:
+    """Serve a paced OpenAI-compatible upstream; on SIGTERM or Ctrl-C print what was counted.
+
+    A behaviour is, for instance, "tokens=100;interval=0.02;first=0.3;jitter=0.2": see docs/measuring.md.
+    """
+    from loadtest.upstream import Upstream, serve
+
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise click.UsageError(f"--listen {listen}: expected HOST:PORT")
+    try:
+        server = Upstream(
+            parse(behaviour), host.strip("[]"), int(port), send_buffer=send_buffer, receive_buffer=receive_buffer
+        )
+    except BehaviourError as exc:
+        raise click.UsageError(f"--behaviour: {exc}") from None
+    except OSError as exc:
+        raise click.ClickException(f"cannot listen on {listen}: {exc}") from None
+    serve(server)
+    return 0
+
+
+def main() -> None:
+    """Run, and leave with the exit code."""
+    try:
+        code = cli.main(prog_name="python -m loadtest", standalone_mode=False)
+    except click.ClickException as exc:
+        exc.show()
+        code = exc.exit_code
+    except (Missing, NotStarted) as exc:
+        click.echo(f"loadtest: {exc}", err=True)
+        code = 1
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("loadtest: interrupted", err=True)
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()
