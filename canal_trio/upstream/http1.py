@@ -382,6 +382,8 @@ class Http1Connection:
             if body is not None:
                 nursery.start_soon(self._tunnel_up, body)
             await self._tunnel_down(early, answer.body)
+            if self._failure is not None:  # else the client's direction goes on to its own end
+                nursery.cancel_scope.cancel(reason="the tunnel broke")
 
     async def _tunnel_down(self, data: bytes, sender: FlowSender) -> None:
         try:

@@ -22,7 +22,7 @@ from canal_trio.hooks import ExchangeRecord
 from canal_trio.settings import Settings, Upstream
 from canal_trio.testing.simstream import SimLink, SimStream, sim_stream_pair
 
-__all__ = ["Conversation", "Play", "PlainStream", "World", "comparable", "read_request", "world"]
+__all__ = ["Conversation", "PlainStream", "Play", "World", "comparable", "read_request", "world"]
 
 URL = "http://upstream.test/v1"
 FOR_EVER = 1_000_000  # virtual seconds

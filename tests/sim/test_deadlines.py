@@ -195,7 +195,7 @@ async def test_no_body_deadline_while_the_client_is_throttled(autojump_clock: An
     """While the upstream does not take the upload the client has no turn: no idle and no rate deadline runs."""
 
     async def lazy(upstream: Conversation) -> None:
-        while not (await take(upstream, little(handover=handover))).endswith(b"!"):
+        while not (await take(upstream, little(handover=handover))).endswith(b"!"):  # noqa: ASYNC110  # the pause is the point
             await trio.sleep(100)  # less than 500 B/s, and less than its own deadline of 120 s
         await upstream.say(OK)
         await trio.sleep_forever()
