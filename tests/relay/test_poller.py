@@ -1,0 +1,212 @@
+"""The poller: fair, bounded per wake, and never mistaken about whose readiness it reports."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+import trio
+from relay_pairs import socket_pair, tcp_pair
+from trio.testing import wait_all_tasks_blocked
+
+from canal_trio.relay import TcpStream
+from canal_trio.relay.poller import ROUNDS, Poller
+
+
+async def test_a_stream_that_is_always_ready_does_not_keep_others_waiting():
+    """Another stream is served one round later at most, and other tasks run after `ROUNDS` rounds at most."""
+    a, b = await tcp_pair()
+    c, d = await tcp_pair()
+    busy = 0
+    served_at: list[int] = []
+    stop = False
+
+    def glutton() -> bool:
+        nonlocal busy
+        busy += 1
+        return not stop
+
+    def modest() -> bool:
+        if d.try_receive(100):
+            served_at.append(busy)
+        return len(served_at) < 20
+
+    await a.send_all(b"never received, so always readable")
+    b.arm(glutton)
+    d.arm(modest)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(b.wait_disarmed)
+        nursery.start_soon(d.wait_disarmed)
+        with trio.fail_after(10):
+            while busy < ROUNDS:
+                await trio.lowlevel.checkpoint()
+            for number in range(20):
+                before = busy
+                c.try_send(b"x")
+                while len(served_at) <= number:
+                    await trio.lowlevel.checkpoint()
+                # The loopback delivers within the send, so the next look at the epoll sees it.
+                assert served_at[-1] - before <= 2
+            start = busy
+            for _ in range(20):
+                before = busy
+                await trio.lowlevel.checkpoint()
+                assert busy - before <= 2 * ROUNDS  # the scheduler may run it last in one pass and first in the next
+            assert busy > start
+        stop = True
+    for stream in (a, b, c, d):
+        stream.close()
+
+
+async def test_one_wake_is_bounded_for_a_stream_that_is_fed_by_its_own_sink():
+    """A sink whose doing makes its own stream readable again leaves the others their turn."""
+    a, b = await tcp_pair()
+    calls = 0
+
+    def echo_to_myself() -> bool:
+        nonlocal calls
+        if b.try_receive(100):
+            calls += 1
+            a.try_send(b"again")
+        return True
+
+    b.arm(echo_to_myself)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(b.wait_disarmed)
+        await wait_all_tasks_blocked()
+        a.try_send(b"once")
+        for _ in range(20):
+            before = calls
+            await trio.lowlevel.checkpoint()
+            assert calls - before <= 2 * ROUNDS
+        assert calls
+        nursery.cancel_scope.cancel()
+    for stream in (a, b):
+        stream.close()
+
+
+async def test_what_is_reported_of_a_closed_stream_is_not_taken_for_news_of_the_next_with_its_number():
+    """Two streams hang up in one look; the sink of the first closes the other, and the number is used again at once."""
+    a, b = await tcp_pair()
+    c, d = await tcp_pair()
+    heirs: list[TcpStream] = []
+    fresh, peer = socket_pair()
+
+    def succeed(other: TcpStream) -> None:
+        if not heirs:
+            number = other.socket.fileno()
+            other.close()
+            os.dup2(fresh.fileno(), number)
+            heirs.append(TcpStream(socket.socket(fileno=number)))
+
+    b.watch(lambda: succeed(d))
+    d.watch(lambda: succeed(b))
+    await wait_all_tasks_blocked()
+    a.close()
+    c.close()
+    with trio.fail_after(10):
+        while not heirs:
+            await trio.lowlevel.checkpoint()
+    (heir,) = heirs
+    fresh.close()
+    await wait_all_tasks_blocked(0.01)
+    assert not heir.hangup
+    peer.sendall(b"news of its own")
+    assert await heir.receive_some() == b"news of its own"
+    peer.close()
+    assert await heir.receive_some() == b""
+    assert heir.hangup
+    for stream in (b, d, heir):
+        stream.close()
+
+
+async def test_what_is_reported_of_a_stream_closed_in_this_look_is_dropped():
+    """The sink of one ready stream closes another: nobody is called for it, and nothing breaks."""
+    a, b = await tcp_pair()
+    c, d = await tcp_pair()
+    told: list[str] = []
+
+    def tell(name: str, other: TcpStream) -> None:
+        told.append(name)
+        other.close()
+
+    b.watch(lambda: tell("b", d))
+    d.watch(lambda: tell("d", b))
+    await wait_all_tasks_blocked()
+    a.close()
+    c.close()
+    with trio.fail_after(10):
+        while not told:
+            await trio.lowlevel.checkpoint()
+    await wait_all_tasks_blocked(0.01)
+    assert len(told) == 1
+    b.close()
+    d.close()
+
+
+async def test_a_stream_closed_while_it_waits_for_its_turn_gets_none():
+    """Both want another turn; the one that is served first closes the other."""
+    a, b = await tcp_pair()
+    c, d = await tcp_pair()
+    closed: list[TcpStream] = []
+    calls = 0
+
+    def rival(other: TcpStream) -> bool:
+        nonlocal calls
+        calls += 1
+        assert not closed or other in closed
+        if calls > 5 * ROUNDS and not closed:
+            closed.append(other)
+            other.close()
+        return not closed
+
+    async def own(stream: TcpStream, other: TcpStream) -> None:
+        stream.arm(lambda: rival(other))
+        try:
+            await stream.wait_disarmed()
+        except trio.ClosedResourceError:
+            assert stream in closed
+
+    await a.send_all(b"x")
+    await c.send_all(b"x")
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(own, b, d)
+            nursery.start_soon(own, d, b)
+    assert len(closed) == 1
+    for stream in (a, b, c, d):
+        stream.close()
+
+
+def test_a_run_has_one_poller_and_takes_it_along():
+    """The same within a run, another one in the next, its descriptor closed in the end; too late is harmless."""
+    pollers: list[Poller] = []
+
+    async def main() -> None:
+        pollers.append(Poller.current())
+        assert Poller.current() is pollers[-1]
+        for stream in await tcp_pair():
+            stream.close()
+        one, other = socket.socketpair()
+        pollers[-1].register(one.fileno(), StandIn())
+        left.append(one.fileno())
+        one.close()
+        other.close()
+
+    left: list[int] = []
+    for _ in range(2):
+        trio.run(main)
+    assert pollers[0] is not pollers[1]
+    for poller, fd in zip(pollers, left, strict=True):
+        assert poller._epoll.closed
+        poller.unregister(fd)
+        poller.unregister(fd)
+
+
+class StandIn:
+    """A Pollable that is never called."""
+
+    def on_ready(self, mask: int) -> bool:
+        """Not expected."""
+        pytest.fail(f"called with {mask}")
