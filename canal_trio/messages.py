@@ -15,19 +15,28 @@ __all__ = ["End", "Headers", "RequestHead", "ResponseHead"]
 class Headers:
     """An immutable, ordered list of fields. Iterating gives `(name, value)` pairs with the sender's casing."""
 
-    __slots__ = ("_fields",)
+    __slots__ = ("_fields", "_index")
 
     def __init__(self, fields: Iterable[tuple[bytes, bytes]] = ()) -> None:
-        self._fields = tuple((name, name.lower(), value) for name, value in fields)
+        self._fields = tuple([(name, name.lower(), value) for name, value in fields])
+        self._index: dict[bytes, list[bytes]] | None = None  # made by the first look-up; many heads are only written
+
+    def _values(self) -> dict[bytes, list[bytes]]:
+        index = self._index
+        if index is None:
+            index = self._index = {}
+            for _, lower, value in self._fields:
+                index.setdefault(lower, []).append(value)
+        return index
 
     def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
-        return ((name, value) for name, _, value in self._fields)
+        return iter([(name, value) for name, _, value in self._fields])
 
     def __len__(self) -> int:
         return len(self._fields)
 
     def __contains__(self, name: bytes) -> bool:
-        return any(lower == name for _, lower, _ in self._fields)
+        return name in self._values()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Headers) and self._fields == other._fields
@@ -36,7 +45,7 @@ class Headers:
         return hash(self._fields)
 
     def __repr__(self) -> str:
-        return f"Headers({[(name, value) for name, _, value in self._fields]!r})"
+        return f"Headers({list(self)!r})"
 
     def lowered(self) -> Iterator[tuple[bytes, bytes, bytes]]:
         """`(name, lower-case name, value)` for each field, in order."""
@@ -44,19 +53,21 @@ class Headers:
 
     def get(self, name: bytes, default: bytes | None = None) -> bytes | None:
         """The first value of `name` (lower case), or `default`."""
-        for _, lower, value in self._fields:
-            if lower == name:
-                return value
-        return default
+        found = self._values().get(name)
+        return default if found is None else found[0]
 
     def get_all(self, name: bytes) -> list[bytes]:
         """Every value of `name` (lower case), in order."""
-        return [value for _, lower, value in self._fields if lower == name]
+        found = self._values().get(name)
+        return [] if found is None else list(found)
 
     def tokens(self, name: bytes) -> list[bytes]:
         """The lower-cased members of the comma list `name`, all its lines together, empty members dropped
         (RFC 9110 5.6.1)."""
-        members = (member.strip(b" \t").lower() for value in self.get_all(name) for member in value.split(b","))
+        found = self._values().get(name)
+        if found is None:
+            return []
+        members = [member.strip(b" \t").lower() for value in found for member in value.split(b",")]
         return [member for member in members if member]
 
 

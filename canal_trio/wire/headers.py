@@ -7,8 +7,10 @@ a client cannot name one of ours in Connection and have it removed (CVE-2022-318
 
 from __future__ import annotations
 
+import functools
 import ipaddress
-import uuid
+import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -47,6 +49,7 @@ _OURS: Final = b"x-canal-"
 _NOT_NOMINATED: Final = _FRAMING | _CREDENTIALS | {b"host"}
 # CGI-like upstreams read `-` and `_` alike (CVE-2026-52845): an alias of a field that we guard is that field.
 _GUARDED: Final = HOP_BY_HOP | _FRAMING | _CREDENTIALS | _FORWARDED | {b"host", b"proxy", b"via", b"x-request-id"}
+_REQUEST_ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
 _EXPECTS_BODY: Final = frozenset({b"POST", b"PUT", b"PATCH"})
 
 
@@ -59,9 +62,9 @@ def keep_alive(version: bytes, headers: Headers) -> bool:
 def request_id(headers: Headers) -> bytes:
     """The sender's `x-request-id` if it is one, of 1 to 128 visible ASCII characters; else a new one."""
     given = headers.get_all(b"x-request-id")
-    if len(given) == 1 and 1 <= len(given[0]) <= 128 and all(0x21 <= byte <= 0x7E for byte in given[0]):
+    if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]):
         return given[0]
-    return b"req_" + uuid.uuid4().hex.encode("ascii")
+    return b"req_" + os.urandom(16).hex().encode("ascii")
 
 
 def is_event_stream(headers: Headers) -> bool:
@@ -122,8 +125,10 @@ def _address(text: str) -> str | None:
         return None
 
 
-def _nominated(headers: Headers) -> set[bytes]:
-    return set(headers.tokens(b"connection")) - _NOT_NOMINATED
+def _without_nominated(dropped: frozenset[bytes], headers: Headers) -> frozenset[bytes]:
+    """`dropped`, and what Connection names."""
+    options = headers.tokens(b"connection")
+    return dropped | (frozenset(options) - _NOT_NOMINATED) if options else dropped
 
 
 def _with_via(headers: Headers, version: bytes, pseudonym: str) -> tuple[bytes, bytes]:
@@ -168,14 +173,14 @@ def for_upstream(head: RequestHead, options: ForUpstream) -> RequestHead:
 
 def _request_fields(head: RequestHead, options: ForUpstream) -> Iterator[tuple[bytes, bytes]]:
     """The client's own fields that go on."""
-    dropped = HOP_BY_HOP | _FRAMING | _FORWARDED | _nominated(head.headers)
-    dropped |= {b"host", b"via", b"proxy", b"expect", b"x-request-id"}
-    if options.strip_credentials or options.authorization is not None:
-        dropped |= _CREDENTIALS
-    if options.body != 0:
-        dropped |= {b"accept-encoding"}
-    if options.body is not None:
-        dropped |= {b"trailer"}
+    dropped = _without_nominated(
+        _dropped(
+            credentials=options.strip_credentials or options.authorization is not None,
+            accept_encoding=options.body != 0,
+            trailer=options.body is not None,
+        ),
+        head.headers,
+    )
     for name, lower, value in head.headers.lowered():
         if lower in dropped or lower.startswith((_X_FORWARDED, _OURS)) or _is_alias(lower):
             continue
@@ -184,6 +189,16 @@ def _request_fields(head: RequestHead, options: ForUpstream) -> Iterator[tuple[b
                 yield name, b"%d" % max(int(value) - 1, 0)  # RFC 9110 7.6.2
             continue
         yield name, value
+
+
+@functools.lru_cache
+def _dropped(credentials: bool, accept_encoding: bool, trailer: bool) -> frozenset[bytes]:
+    dropped = HOP_BY_HOP | _FRAMING | _FORWARDED | {b"host", b"via", b"proxy", b"expect", b"x-request-id"}
+    if credentials:
+        dropped |= _CREDENTIALS
+    if accept_encoding:
+        dropped |= {b"accept-encoding"}
+    return dropped | {b"trailer"} if trailer else dropped
 
 
 def _is_alias(lower: bytes) -> bool:
@@ -203,9 +218,12 @@ def _request_framing(method: bytes, options: ForUpstream) -> Fields:
     return []
 
 
+_NO_HEADERS: Final = Headers()
+
+
 def _forwarded(head: RequestHead, options: ForUpstream) -> Fields:
     """Whom we serve: X-Forwarded-For, -Proto, -Host and Forwarded (RFC 7239). A stranger's own claims were dropped."""
-    given = head.headers if options.client_trusted else Headers()
+    given = head.headers if options.client_trusted else _NO_HEADERS
     form = origin_form(head)
     host = b"" if isinstance(form, Failure) else form[1]
     client = options.client.encode("ascii", "replace")
@@ -246,18 +264,24 @@ class ForClient:
     date: bytes | None = None  # added to a final response that has none (RFC 9110 6.6.1); we have no clock here
 
 
+_DROPPED_FOR_CLIENT: Final = {
+    (informational, chunked): HOP_BY_HOP
+    | _FRAMING
+    | (frozenset() if informational else {b"via"})
+    | (frozenset() if chunked else {b"trailer"})
+    for informational in (False, True)
+    for chunked in (False, True)
+}
+
+
 def for_client(head: ResponseHead, options: ForClient) -> ResponseHead:
     """The response as the client shall see it, with the gateway's own framing. Informational heads too.
 
     Content-Length stays in answers to HEAD and in 304 (`body` is what the upstream announced) and is dropped from 1xx
     and 204 (RFC 9110 8.6). The upstream's own `x-request-id` is kept: it is what its support asks for.
     """
-    dropped = HOP_BY_HOP | _FRAMING | _nominated(head.headers)
-    if not head.informational:
-        dropped |= {b"via"}
     chunked = _is_chunked(head, options)
-    if not chunked:
-        dropped |= {b"trailer"}
+    dropped = _without_nominated(_DROPPED_FOR_CLIENT[head.informational, chunked], head.headers)
     fields: Fields = []
     for name, lower, value in head.headers.lowered():
         if lower not in dropped and not lower.startswith(_OURS):

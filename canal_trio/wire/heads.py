@@ -4,10 +4,15 @@ The scanner finds where a head ends, or the byte that breaks it (`wire.scan`); h
 cut; what h11 is too lenient for comes on top (reliability.md 3): equal duplicates and lists of Content-Length,
 Content-Length together with Transfer-Encoding, Transfer-Encoding in HTTP/1.0, the grammar of Host and of the target,
 duplicate credentials. Verdicts and limits do not depend on how the bytes were split.
+
+h11 costs more than everything else here. A block that came in one read, that the grammar of `wire.scan` has accepted
+and whose framing fields are the plain ones is cut into lines without it (`_plain_fields`): a way for what is accepted,
+never for a refusal, held to h11's result by a property test. A head that is byte for byte the one before is that one.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Final, final
 
 import h11
@@ -22,6 +27,7 @@ __all__ = ["RequestHeadReader", "ResponseHeadReader", "write_request_head", "wri
 
 _EMPTY_LINES: Final = 4  # before a request line, RFC 9112 2.2 asks for one at least
 _CREDENTIALS: Final = (b"authorization", b"api-key", b"x-api-key")
+_FIELD_LINE: Final = re.compile(rb"([^:\r]+):([^\r]*)\r\n")  # of a block that REQUEST_HEAD or RESPONSE_HEAD matched
 _REFUSED_METHODS: Final = frozenset({b"CONNECT", b"TRACE"})  # neither is a request to an API
 
 
@@ -40,6 +46,7 @@ class RequestHeadReader:
         self._rest = b""
         self._begin = b""  # an empty line that is not complete
         self._empty_lines = 0
+        self._last: tuple[bytes, RequestHead] | None = None  # the head before this one, and its bytes
         self.started = False  # a byte of the head was seen; empty lines before it do not count
 
     def feed(self, data: bytes) -> RequestHead | Failure | None:
@@ -60,18 +67,19 @@ class RequestHeadReader:
         if self._scanner is None:
             match = REQUEST_HEAD.match(data, 0, head_bytes)
             if match is not None and data.count(b"\r\n", 0, match.end()) - 2 <= head_fields:
-                return self._judge(data, match.end())
+                return self._judge(data, match.end(), plain=True)
             self._scanner = Scanner(REQUEST, head_bytes, head_fields, target_bytes)
         fault = self._scanner.feed(data)
         if fault is not None:
             return self._refuse(fault)
         if self._scanner.size is not None:
-            return self._judge(bytes(self._scanner.data), self._scanner.size)
+            return self._judge(bytes(self._scanner.data), self._scanner.size, plain=False)
         return None
 
     def _skip_empty_lines(self, data: bytes) -> bytes | None:
         """What follows the empty lines, or None if nothing does yet."""
-        data = self._begin + data
+        if self._begin:
+            data = self._begin + data
         while data.startswith(b"\r"):
             if data == b"\r":
                 self._begin = data
@@ -84,11 +92,18 @@ class RequestHeadReader:
         self._begin = b""
         return data or None
 
-    def _judge(self, data: bytes, size: int) -> RequestHead | Failure:
+    def _judge(self, data: bytes, size: int, *, plain: bool) -> RequestHead | Failure:
         self._rest = data[size:]
-        verdict = _parse_request(data[:size], self._limits[2])
-        self._verdict = self._refuse(verdict) if isinstance(verdict, Fault) else verdict
-        return self._verdict
+        block = data[:size]
+        if self._last is not None and self._last[0] == block:
+            self._verdict = self._last[1]
+            return self._verdict
+        verdict = _parse_request(block, self._limits[2], plain=plain)
+        if isinstance(verdict, Fault):
+            return self._refuse(verdict)
+        self._last = (block, verdict)
+        self._verdict = verdict
+        return verdict
 
     def _refuse(self, fault: Fault) -> Failure:
         failure = Failure(Side.CLIENT, Phase.HEAD, fault.kind, fault.detail)
@@ -112,7 +127,30 @@ class RequestHeadReader:
         return self._refuse(Fault(Kind.MALFORMED, "The connection was closed inside the head."))
 
 
-def _parse_request(block: bytes, target_bytes: int) -> RequestHead | Fault:
+def _plain_fields(block: bytes) -> Headers | None:
+    """The fields of a block that the scanner has accepted, as h11 would give them; None: ask h11."""
+    start = block.index(b"\r\n") + 2
+    lines = _FIELD_LINE.findall(block, start, len(block) - 2)
+    headers = Headers([(name, value.strip(b" \t")) for name, value in lines])
+    lengths = headers.get_all(b"content-length")
+    if lengths and not (len(lengths) == 1 and lengths[0].isdigit() and len(lengths[0]) < 19):
+        return None
+    codings = headers.get_all(b"transfer-encoding")
+    if codings and codings != [b"chunked"]:
+        return None
+    return headers
+
+
+def _plain_request(block: bytes) -> RequestHead | None:
+    """What h11 makes of an accepted block, without h11; None: ask it."""
+    headers = _plain_fields(block)
+    if headers is None or len(headers.get_all(b"host")) != 1:
+        return None
+    method, target, version = block[: block.index(b"\r\n")].split(b" ")
+    return RequestHead(method, target, headers, version[5:])
+
+
+def _h11_request(block: bytes) -> RequestHead | Fault:
     connection = h11.Connection(h11.SERVER)
     connection.receive_data(block)
     try:
@@ -120,11 +158,17 @@ def _parse_request(block: bytes, target_bytes: int) -> RequestHead | Fault:
     except h11.RemoteProtocolError as exc:
         return _fault(exc)
     assert isinstance(event, h11.Request)
-    if len(event.target) > target_bytes:
-        return Fault(Kind.TARGET_TOO_LONG, f"The request target is longer than {target_bytes} bytes.")
-    headers = Headers(event.headers.raw_items())
     version = b"1.0" if event.http_version == b"1.0" else b"1.1"  # RFC 9110 2.5: a higher minor version is ours
-    head = RequestHead(event.method, event.target, headers, version)
+    return RequestHead(event.method, event.target, Headers(event.headers.raw_items()), version)
+
+
+def _parse_request(block: bytes, target_bytes: int, *, plain: bool) -> RequestHead | Fault:
+    """The head in an accepted block; `plain`: REQUEST_HEAD has matched it."""
+    head = (_plain_request(block) if plain else None) or _h11_request(block)
+    if isinstance(head, Fault):
+        return head
+    if len(head.target) > target_bytes:
+        return Fault(Kind.TARGET_TOO_LONG, f"The request target is longer than {target_bytes} bytes.")
     return _objection(head, block) or head
 
 
@@ -140,9 +184,9 @@ def _objection(head: RequestHead, block: bytes) -> Fault | None:
     form = origin_form(head)
     if isinstance(form, Failure):
         return Fault(form.kind, form.detail)
-    names = [lower for _, lower, _ in head.headers.lowered()]
-    if any(names.count(name) > 1 for name in _CREDENTIALS):
-        return Fault(Kind.MALFORMED, "A credential was given twice.")
+    for name in _CREDENTIALS:
+        if name in head.headers and len(head.headers.get_all(name)) > 1:
+            return Fault(Kind.MALFORMED, "A credential was given twice.")
     return None
 
 
@@ -180,24 +224,25 @@ class ResponseHeadReader:
             if isinstance(self._verdict, ResponseHead):
                 raise CanalError("call rest() after a head, before more is fed")
             return self._verdict
-        if data:
-            self.started = True
+        if not data:
+            return None
+        self.started = True
         head_bytes, head_fields = self._limits
         if self._scanner is None:
             match = RESPONSE_HEAD.match(data, 0, head_bytes)
             if match is not None and data.count(b"\r\n", 0, match.end()) - 2 <= head_fields:
-                return self._judge(data, match.end())
+                return self._judge(data, match.end(), plain=True)
             self._scanner = Scanner(RESPONSE, head_bytes, head_fields)
         fault = self._scanner.feed(data)
         if fault is not None:
             return self._refuse(fault.detail)
         if self._scanner.size is not None:
-            return self._judge(bytes(self._scanner.data), self._scanner.size)
+            return self._judge(bytes(self._scanner.data), self._scanner.size, plain=False)
         return None
 
-    def _judge(self, data: bytes, size: int) -> ResponseHead | Failure:
+    def _judge(self, data: bytes, size: int, *, plain: bool) -> ResponseHead | Failure:
         self._rest = data[size:]
-        verdict = _parse_response(data[:size])
+        verdict = _parse_response(data[:size], plain=plain)
         self._verdict = self._refuse(verdict.detail) if isinstance(verdict, Fault) else verdict
         return self._verdict
 
@@ -224,14 +269,17 @@ class ResponseHeadReader:
         return failure
 
 
-def _parse_response(block: bytes) -> ResponseHead | Fault:
-    status = block[9:12]
-    if not b"100" <= status <= b"599":
-        return Fault(Kind.MALFORMED, "The status code is not one of HTTP.")  # RFC 9110 15
-    if not block.startswith(b"HTTP/1."):
-        return Fault(Kind.MALFORMED, "The upstream does not speak HTTP/1.")
+def _plain_response(block: bytes) -> ResponseHead | None:
+    """What h11 makes of an accepted block of a final response, without h11; None: ask it."""
+    headers = _plain_fields(block)
+    if headers is None or block[9:10] == b"1" or block[12:13] != b" ":
+        return None
+    return ResponseHead(int(block[9:12]), headers, block[13 : block.index(b"\r\n")], block[5:8])
+
+
+def _h11_response(block: bytes) -> ResponseHead | Fault:
     connection = h11.Connection(h11.CLIENT)
-    if status < b"200":
+    if block[9:10] == b"1":
         connection.send(_ASKED)  # h11 takes 1xx only for an answer, and 101 only if an upgrade was asked for
     connection.receive_data(block)
     try:
@@ -239,11 +287,20 @@ def _parse_response(block: bytes) -> ResponseHead | Fault:
     except h11.RemoteProtocolError as exc:
         return _fault(exc)
     assert isinstance(event, h11.Response | h11.InformationalResponse)
-    headers = Headers(event.headers.raw_items())
-    if not _one_length(headers, block):
-        return Fault(Kind.MALFORMED, "Content-Length must be given once, as digits.")
     version = b"1.0" if event.http_version == b"1.0" else b"1.1"
-    return ResponseHead(event.status_code, headers, event.reason, version)
+    return ResponseHead(event.status_code, Headers(event.headers.raw_items()), event.reason, version)
+
+
+def _parse_response(block: bytes, *, plain: bool) -> ResponseHead | Fault:
+    """The head in an accepted block; `plain`: RESPONSE_HEAD has matched it."""
+    if not b"100" <= block[9:12] <= b"599":
+        return Fault(Kind.MALFORMED, "The status code is not one of HTTP.")  # RFC 9110 15
+    if not block.startswith(b"HTTP/1."):
+        return Fault(Kind.MALFORMED, "The upstream does not speak HTTP/1.")
+    head = (_plain_response(block) if plain else None) or _h11_response(block)
+    if isinstance(head, ResponseHead) and not _one_length(head.headers, block):
+        return Fault(Kind.MALFORMED, "Content-Length must be given once, as digits.")
+    return head
 
 
 _ASKED = h11.Request(method="GET", target="/", headers=[("Host", "a"), ("Connection", "upgrade"), ("Upgrade", "a")])
@@ -270,10 +327,6 @@ def write_response_head(head: ResponseHead) -> bytes:
 
 
 def _write_fields(headers: Headers) -> bytes:
-    lines = []
-    for name, value in headers:
-        if b":" in name:
-            raise CanalError("a field name holds a colon")
-        lines.append(b"%b: %b\r\n" % (name, value))
-    lines.append(b"\r\n")
-    return b"".join(lines)
+    if b":" in b"".join([name for name, _, _ in headers.lowered()]):
+        raise CanalError("a field name holds a colon")
+    return b"".join([b"%b: %b\r\n" % (name, value) for name, _, value in headers.lowered()]) + b"\r\n"

@@ -35,6 +35,7 @@ class BaseUrl:
     authority: bytes  # the value of Host
 
 
+@functools.lru_cache(maxsize=1024)  # the same few hosts, over and over
 def is_authority(value: bytes) -> bool:
     """`host[:port]` by RFC 3986 3.2.2, not empty, without user information; the port at most 65535."""
     match = _AUTHORITY.fullmatch(value)

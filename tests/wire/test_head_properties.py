@@ -10,7 +10,9 @@ from wire_driving import CUTS, bytewise, cut, request, response_of, verdict_of
 
 from canal_trio.errors import CanalError, Failure
 from canal_trio.messages import Headers, RequestHead, ResponseHead
-from canal_trio.wire.heads import write_request_head, write_response_head
+from canal_trio.wire import heads
+from canal_trio.wire.heads import RequestHeadReader, write_request_head, write_response_head
+from canal_trio.wire.scan import REQUEST_HEAD, RESPONSE_HEAD, Fault
 
 TOKENS = st.text("!#$%&'*+-.^_`|~0123456789ABCXYZabcxyz", min_size=1, max_size=12).map(str.encode)
 VALUES = st.binary(max_size=20).map(lambda raw: bytes(byte for byte in raw if byte >= 0x20 and byte != 0x7F).strip())
@@ -166,3 +168,71 @@ def test_control_bytes_are_never_written(bad: bytes) -> None:
     for answer in (ResponseHead(200, reason=bad), ResponseHead(200, Headers([(b"n", bad)])), ResponseHead(99)):
         with pytest.raises(CanalError):
             write_response_head(answer)
+
+
+# -- without h11 -------------------------------------------------------------------------------------------------------
+
+NAMES_THAT_MATTER = st.sampled_from(
+    [b"Host", b"host", b"Content-Length", b"CONTENT-LENGTH", b"Transfer-Encoding", b"Connection", b"X-A", b"Upgrade"]
+)
+VALUES_THAT_MATTER = st.sampled_from(
+    [*b"a.test 5 05 5,5 +5 chunked Chunked gzip,chunked close a:b \xff".split(), b"", b"5, 5", b" \t ", b"x\ty"]
+    + [b"9" * digits for digits in (18, 19, 25)]
+)
+LINES = st.lists(
+    st.tuples(
+        TOKENS | NAMES_THAT_MATTER, st.sampled_from([b":", b": ", b":\t "]), VALUES | VALUES_THAT_MATTER,
+        st.sampled_from([b"", b" ", b"\t"]),
+    ).map(b"".join),
+    max_size=7,
+)  # fmt: skip
+
+
+@given(method=TOKENS, target=PATHS, version=st.sampled_from([b"1.1", b"1.0"]), lines=LINES, host=st.booleans())
+@settings(deadline=None, max_examples=400)
+def test_request_heads_without_h11(
+    method: bytes, target: bytes, version: bytes, lines: list[bytes], host: bool
+) -> None:
+    """What is read without h11 is what h11 reads; where they might differ h11 is asked."""
+    start = b"%b %b HTTP/%b" % (method, target, version)
+    block = b"\r\n".join([start, *([b"Host: a.test"] if host else []), *lines, b"", b""])
+    if REQUEST_HEAD.fullmatch(block) is not None:
+        plain = heads._plain_request(block)
+        assert plain is None or plain == heads._h11_request(block)
+
+
+@given(
+    status=st.integers(200, 599),
+    reason=st.sampled_from([b" OK", b" ", b"", b" a b\xff", b"  x "]),
+    version=st.sampled_from([b"1.1", b"1.0"]),
+    lines=LINES,
+)
+@settings(deadline=None, max_examples=400)
+def test_response_heads_without_h11(status: int, reason: bytes, version: bytes, lines: list[bytes]) -> None:
+    """The same for an upstream's heads."""
+    block = b"\r\n".join([b"HTTP/%b %d%b" % (version, status, reason), *lines, b"", b""])
+    if RESPONSE_HEAD.fullmatch(block) is not None:
+        plain = heads._plain_response(block)
+        assert plain is None or plain == heads._h11_response(block)
+
+
+def test_usual_heads_need_no_h11() -> None:
+    """The heads of the SDKs and of inference servers take the short way: otherwise it would be there for nothing."""
+    block = request(b"Content-Length: 5", b"Accept: */*", first=b"POST /v1/x HTTP/1.1")
+    assert heads._plain_request(block) is not None
+    for framing in (b"Content-Length: 5", b"Transfer-Encoding: chunked"):
+        assert heads._plain_response(b"HTTP/1.1 200 OK\r\n%b\r\nServer: x\r\n\r\n" % framing) is not None
+    assert isinstance(heads._h11_request(b"GET / HTTP/1.1\r\n\r\n"), Fault)
+
+
+def test_a_head_seen_before_is_the_same_head() -> None:
+    """The very head is answered again for equal bytes, and another one for others, refused ones too."""
+    reader = RequestHeadReader(head_bytes=1000, head_fields=10, target_bytes=100)
+    first, other = b"GET /a HTTP/1.1\r\nHost: a\r\n\r\n", b"GET /b HTTP/1.1\r\nHost: a\r\n\r\n"
+    seen = []
+    for block in (first, first, other, first):
+        seen.append(reader.feed(block + b"rest"))
+        assert reader.rest() == b"rest"
+    assert seen[0] is seen[1]
+    assert seen[0] == seen[3] != seen[2]
+    assert isinstance(reader.feed(b"TRACE /a HTTP/1.1\r\nHost: a\r\n\r\n"), Failure)
