@@ -35,6 +35,12 @@ async def tcp_pair(*, small: bool = False) -> tuple[TcpStream, TcpStream]:
     return TcpStream(one), TcpStream(other)
 
 
+def local_pair() -> tuple[TcpStream, TcpStream]:
+    """Two TcpStreams over Unix sockets: what is sent has arrived when the send returns, which the loopback delays."""
+    one, other = socket.socketpair()
+    return TcpStream(one), TcpStream(other)
+
+
 async def clogged_tcp_pair() -> tuple[TcpStream, TcpStream]:
     """Two connected TcpStreams that take no more bytes in either direction, until some are read."""
     pair = await tcp_pair(small=True)
