@@ -11,7 +11,9 @@ import click
 
 from loadtest.behaviour import BehaviourError, parse
 from loadtest.peers import PEERS, Missing
-from loadtest.processes import NotStarted
+from loadtest.processes import NotStarted, pinned
+from loadtest.safety import Refused, target_of
+from loadtest.scenario import ScenarioError, changed, load, names
 
 
 class Progress:
@@ -93,6 +95,67 @@ def upstream(listen: str, behaviour: str, send_buffer: int, receive_buffer: int)
     except OSError as exc:
         raise click.ClickException(f"cannot listen on {listen}: {exc}") from None
     serve(server)
+    return 0
+
+
+@cli.command()
+@click.argument("scenario")
+@click.option("--target", metavar="URL", help="Any gateway; its upstream should be `python -m loadtest upstream`.")
+@click.option("--peer", metavar="NAME", help="Instead of --target: start this one, and an upstream.")
+@click.option("--upstream", "upstream_url", metavar="URL", help="Our upstream behind the target, to ask what it saw.")
+@click.option("--seconds", type=float, help="Instead of the scenario's.")
+@click.option("--streams", type=int, help="Instead of the scenario's.")
+@click.option("--rate", type=float, help="Instead of the scenario's.")
+@click.option("--tls", is_flag=True, help="With --peer: TLS to the client.")
+@click.option("--allow-remote", is_flag=True, help="The target may be off loopback. It must be yours.")
+@_JSON
+def run(
+    scenario: str,
+    target: str | None,
+    peer: str | None,
+    upstream_url: str | None,
+    seconds: float | None,
+    streams: int | None,
+    rate: float | None,
+    tls: bool,
+    allow_remote: bool,
+    json_to: str | None,
+) -> int:
+    """Put a load on a gateway: SCENARIO is a name from loadtest/scenarios, or a TOML file."""
+    from loadtest import run as runs
+    from loadtest.peers import running
+    from loadtest.processes import asked_at, cores, upstream_process
+
+    if (target is None) == (peer is None):
+        raise click.UsageError("expected either --target URL or --peer NAME")
+    try:
+        wanted = changed(load(scenario), seconds=seconds, streams=streams, rate=rate)
+        if target is not None:
+            place = target_of(target, allow_remote=allow_remote)
+    except (ScenarioError, Refused) as exc:
+        raise click.UsageError(str(exc)) from None
+    progress = Progress()
+    if target is not None:
+        result = runs.run(wanted, place, progress, asked_at(upstream_url) if upstream_url else None)
+    else:
+        own, others = cores()[0], cores()[-1]
+        with (
+            upstream_process(core=others) as served,
+            running(peer or "", served.port, core=own, tls=tls, say=progress) as gateway,
+            pinned(others),
+        ):
+            result = runs.run(wanted, target_of(gateway.url), progress, served, gateway.process)
+            result["peer"] = peer
+    progress.end()
+    _give(result, runs.shown(result), json_to)
+    return 0
+
+
+@cli.command()
+def scenarios() -> int:
+    """List the scenarios that come with us."""
+    for name in names():
+        click.echo(f"{name:18} {load(name).about}")
     return 0
 
 

@@ -158,10 +158,8 @@ class Answer:
             self.sent = sent + count
             self.conn.upstream.totals["tokens"] += count
             self.sent_at.append(stamp)
-            if count == 1:
-                return self._make(stamp, sent)
-            make = self._make
-            return b"".join([make(stamp, number) for number in range(sent, sent + count)])
+            first = self._make(stamp, sent)
+            return first if count == 1 else first + bodies.more_events(count - 1, behaviour.size, self._framed)
         self.phase = "done"
         usage = self._frame(bodies.usage_event(sent)) if behaviour.usage else b""
         return usage + self._frame(bodies.DONE) + (bodies.LAST if self._framed else b"")

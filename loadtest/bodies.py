@@ -20,6 +20,7 @@ __all__ = [
     "event_maker",
     "frame",
     "head",
+    "more_events",
     "usage_event",
     "whole_reply",
 ]
@@ -68,6 +69,14 @@ def event_maker(size: int, stamp: str, chunked: bool) -> Callable[[int, int], by
         return b"%x\r\n%b\r\n" % (len(piece), piece)
 
     return make
+
+
+@cache
+def more_events(count: int, size: int, framed: bool) -> bytes:
+    """The rest of a burst's send: `count` events without stamp or number, made once."""
+    text = b'data: %b"choices":[{"index":0,"delta":{"content":" more %b"},"finish_reason":null}]}\n\n'
+    piece = text % (_ID, b"x" * (size + 24))  # about as long as the first
+    return (frame(piece) if framed else piece) * count
 
 
 def usage_event(tokens: int) -> bytes:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -26,8 +26,8 @@ from typing import Any
 from loadtest.behaviour import Behaviour
 
 __all__ = [
-    "NotStarted", "Process", "UpstreamProcess", "cores", "cpu_seconds", "free_port", "get", "resident", "started",
-    "upstream_process", "wait_for_port",
+    "NotStarted", "Process", "UpstreamProcess", "asked_at", "cores", "cpu_seconds", "free_port", "get", "pinned",
+    "resident", "started", "upstream_process", "wait_for_port",
 ]  # fmt: skip
 
 TICK = os.sysconf("SC_CLK_TCK")
@@ -102,7 +102,7 @@ def started(
     """A process for the length of the block, on one core if told, with its output in a temporary file."""
     with tempfile.TemporaryDirectory(prefix="loadtest-") as folder:
         log = Path(folder) / "log"
-        with log.open("wb") as out, _pinned(core):
+        with log.open("wb") as out, pinned(core):
             try:
                 popen = subprocess.Popen(
                     argv,
@@ -123,8 +123,8 @@ def started(
 
 
 @contextmanager
-def _pinned(core: int | None) -> Iterator[None]:
-    """What is started meanwhile inherits this core, from its first instruction on."""
+def pinned(core: int | None) -> Iterator[None]:
+    """We run on this core for the length of the block; what is started meanwhile inherits it."""
     mine = os.sched_getaffinity(0)
     if core is not None:
         os.sched_setaffinity(0, {core})
@@ -207,7 +207,7 @@ def get(url: str, seconds: float = 10) -> bytes:
 class UpstreamProcess:
     """Our upstream in a process of its own."""
 
-    process: Process
+    process: Process | None  # None: somebody else's
     host: str
     port: int
 
@@ -236,3 +236,9 @@ def upstream_process(
     with started("upstream", argv, cwd=ROOT, core=core) as process:
         found = process.saying(r"^listening on http://(\S+):(\d+)$")
         yield UpstreamProcess(process, found[1], int(found[2]))
+
+
+def asked_at(url: str) -> UpstreamProcess:
+    """An upstream of ours that somebody else started."""
+    parts = urllib.parse.urlsplit(url)
+    return UpstreamProcess(None, parts.hostname or "127.0.0.1", parts.port or 80)

@@ -31,6 +31,28 @@ def stamps(payload: bytes) -> list[int]:
     return [int(digits) for digits in _STAMP.findall(payload)]
 
 
+def _whole_chunks(data: bytes, out: list[bytes]) -> int:
+    """Take the chunks that lie whole at the beginning of `data`, none of them the last; where they end."""
+    at, length, find, known = 0, len(data), data.find, _known_sizes
+    while (end := find(b"\r\n", at, at + 18)) > 0:
+        line = data[at:end]
+        size = known.get(line)
+        if size is None:
+            if not _SIZE.match(line) or not (size := int(line, 16)):
+                break
+            if len(known) < 4096:
+                known[line] = size
+        after = end + 2 + size
+        if after + 2 > length or data[after : after + 2] != b"\r\n":
+            break
+        out.append(data[end + 2 : after])
+        at = after + 2
+    return at
+
+
+_known_sizes: dict[bytes, int] = {}
+
+
 class BodyDecoder:
     """One body: `feed` takes wire bytes and gives payload; what follows the body is left in `rest`."""
 
@@ -86,6 +108,8 @@ class BodyDecoder:
             self._buffer = b""
         out: list[bytes] = []
         at, length = 0, len(data)
+        if self._state == _SIZE_LINE:
+            at = _whole_chunks(data, out)
         while at < length and not self.done:
             if self._state == _DATA:
                 piece = data[at : at + self.left]
