@@ -13,6 +13,7 @@ import contextlib
 import errno
 import logging
 import math
+import os
 import socket
 import ssl
 from typing import Protocol, final
@@ -246,7 +247,7 @@ def _failure(kind: Kind, detail: str, side: Side = Side.UPSTREAM) -> Failure:
 
 
 def _refused(where: tuple[object, ...], exc: OSError) -> Failure:
-    reason = exc.strerror or str(exc)
+    reason = os.strerror(exc.errno) if exc.errno else str(exc)  # Trio's own text repeats the address
     if exc.errno in _OURS:
         return _failure(Kind.UNAVAILABLE, f"The gateway cannot open a connection: {reason}.", Side.GATEWAY)
     kind = Kind.TIMEOUT if exc.errno == errno.ETIMEDOUT else Kind.REFUSED

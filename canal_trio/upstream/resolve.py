@@ -128,10 +128,16 @@ class Resolver:
     async def _take_off(self, name: tuple[str, int]) -> _Flight:
         flight = _Flight()
         await self._limiter.acquire_on_behalf_of(flight)
-        other = self._flights.get(name)
-        if other is not None:  # somebody else was first while we waited for a thread
+        # Somebody else may have been first while we waited for a thread: under way, or landed already.
+        other, entry = self._flights.get(name), self._entries.get(name)
+        if other is not None or (entry is not None and trio.current_time() < entry.good_until):
             self._limiter.release_on_behalf_of(flight)
-            return other
+            if other is not None:
+                return other
+            assert entry is not None
+            flight.addresses = entry.addresses
+            flight.landed.set()
+            return flight
         self._flights[name] = flight
         token = trio.lowlevel.current_trio_token()
 

@@ -17,10 +17,12 @@ IDLE_SECONDS = 10.0
 
 
 def core(*, limit: float = math.inf, waiters: int = 100) -> PoolCore[str, str]:
+    """A book of strings."""
     return PoolCore(limit=limit, waiters=waiters, idle_seconds=IDLE_SECONDS)
 
 
 def dialled(book: PoolCore[str, str], *tickets: str) -> None:
+    """As many dials as tickets."""
     for ticket in tickets:
         assert book.acquire(ticket, 0.0) == (Dial(), [])
 
@@ -33,6 +35,7 @@ class Book(RuleBasedStateMachine):
 
     @initialize(limit=st.one_of(st.integers(1, 4), st.just(math.inf)), waiters=st.integers(0, 4))
     def begin(self, limit: float, waiters: int) -> None:
+        """A pool of this size."""
         self.limit, self.most = limit, waiters
         self.book: PoolCore[int, str] = PoolCore(limit=limit, waiters=waiters, idle_seconds=IDLE_SECONDS)
         self.now = 0.0
@@ -44,12 +47,14 @@ class Book(RuleBasedStateMachine):
         self.queue: deque[tuple[str, bool]] = deque()
 
     def expected_expired(self) -> list[int]:
+        """What the model closes now."""
         expired = [c for c, since in self.idle if self.now - since >= IDLE_SECONDS]
         self.idle = [(c, since) for c, since in self.idle if self.now - since < IDLE_SECONDS]
         return expired
 
     @rule(fresh=st.booleans())
     def acquire(self, fresh: bool) -> None:
+        """An exchange wants a connection."""
         ticket = f"t{next(self.names)}"
         verdict, closing = self.book.acquire(ticket, self.now, fresh=fresh)
         expected = self.expected_expired()
@@ -72,6 +77,7 @@ class Book(RuleBasedStateMachine):
     @precondition(lambda self: self.dialling)
     @rule(works=st.booleans())
     def dial(self, works: bool) -> None:
+        """A dial comes to its end."""
         self.dialling -= 1
         if works:
             self.used.append(next(self.connections))
@@ -81,6 +87,7 @@ class Book(RuleBasedStateMachine):
     @precondition(lambda self: self.used)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
+        """An exchange ended well."""
         connection = self.used.pop(data.draw(st.integers(0, len(self.used) - 1)))
         grant, closing = self.book.release(connection, self.now)
         if not self.queue:
@@ -98,10 +105,12 @@ class Book(RuleBasedStateMachine):
     @precondition(lambda self: self.used)
     @rule(data=st.data())
     def lose(self, data: st.DataObject) -> None:
+        """An exchange broke its connection."""
         self.used.pop(data.draw(st.integers(0, len(self.used) - 1)))
         self.slot_came_free(self.book.lost())
 
     def slot_came_free(self, grant: Grant[int, str] | None) -> None:
+        """Who gets it."""
         if self.queue:
             assert grant == Grant(self.queue.popleft()[0], None)
             self.dialling += 1
@@ -111,6 +120,7 @@ class Book(RuleBasedStateMachine):
     @precondition(lambda self: self.queue)
     @rule(data=st.data())
     def abandon(self, data: st.DataObject) -> None:
+        """A waiter gives up."""
         index = data.draw(st.integers(0, len(self.queue) - 1))
         ticket = self.queue[index][0]
         del self.queue[index]
@@ -118,31 +128,37 @@ class Book(RuleBasedStateMachine):
 
     @rule()
     def abandon_a_stranger(self) -> None:
+        """Of no effect."""
         self.book.abandon("nobody")
 
     @precondition(lambda self: self.idle)
     @rule(data=st.data())
     def hang_up(self, data: st.DataObject) -> None:
+        """A peer closes an idle connection."""
         connection, _ = self.idle.pop(data.draw(st.integers(0, len(self.idle) - 1)))
         assert self.book.forget(connection)
         assert not self.book.forget(connection)
 
     @rule(seconds=st.floats(0, 15))
     def wait(self, seconds: float) -> None:
+        """Time passes."""
         self.now += seconds
 
     @rule()
     def sweep(self) -> None:
+        """The reaper looks."""
         expected = self.expected_expired()
         assert self.book.expire(self.now) == expected
 
     @rule()
     def clear(self) -> None:
+        """The pool is closed."""
         assert self.book.clear() == [connection for connection, _ in self.idle]
         self.idle = []
 
     @invariant()
     def the_book_is_right(self) -> None:
+        """The invariants, and the counts of the model."""
         assert self.book.used == len(self.used) + self.dialling
         assert self.book.idle == len(self.idle)
         assert self.book.waiting == len(self.queue)
