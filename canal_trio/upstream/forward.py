@@ -51,6 +51,8 @@ class ForwardedConnection:
         """Close the proxy's connection in this very step; it closes the upstream's."""
         self._inner.abort()
 
+    straight: None = None  # what it does needs a task of its own
+
     async def run(self, head: RequestHead, body: BodySource | None, answer: Answer) -> Failure | None:
         """One attempt, through the proxy."""
         guard = _Guard(answer, self)

@@ -1,52 +1,47 @@
 """One exchange over HTTP/1.1 on one upstream connection: the hot path's upstream half.
 
-The request head leaves with whatever of the body is ready in one write; a body that still arrives is sent by a task of
-its own, so that an answer which comes early (a 413 while the client still uploads) is seen at once. The response body
-goes straight from the socket through the decoder into the flow, in the poller's step, for as long as the flow takes it
-(hand-over on the spot); otherwise this task reads piece by piece and the full flow stops it.
+The request head leaves with whatever of the body is ready in one write. From there an attempt goes one of two ways.
+`run()` is for a task of its own: a body that still arrives is sent by another task, so that an answer which comes early
+(a 413 while the client still uploads) is seen at once, and the response body goes through a flow. `ask()`, `pass_on()`
+and `pass_rest()` are the same steps for a driver that has the whole request and needs no second task, until its client
+blocks: then the rest of the body goes through a flow as well. In both, bytes go from the socket through the decoder on
+to the client in the poller's step, for as long as it takes them (hand-over on the spot); otherwise a full flow stops
+the reading.
 
 Invariants: nothing after the end of the response is ever taken for a part of it, and a connection that shows such bytes
-is not reused. A body that the framing does not prove complete aborts the flow. The deadline that runs is that of the
-side whose turn it is (`_Turn`): while the client is slow, the upstream has no deadline.
+is not reused. A body that the framing does not prove complete never ends. The deadline that runs is that of the side
+whose turn it is (`upstream.turns`): while the client is slow, the upstream has no deadline; one that passes closes the
+connection.
 """
 
 from __future__ import annotations
 
 import contextlib
-import enum
-import math
 from collections.abc import Callable
 from typing import final
 
 import trio
-from trio.abc import HalfCloseableStream, Stream
+from trio.abc import Stream
 
 from canal_trio.errors import Failure, Kind, Phase, Retry, Side
 from canal_trio.messages import End, RequestHead, ResponseHead
-from canal_trio.relay.flow import Aborted, FlowSender
+from canal_trio.relay.flow import Aborted, FlowSender, Sink
 from canal_trio.relay.handover import HandoverStream, can_hand_over
 from canal_trio.relay.idle import Reaper
 from canal_trio.settings import Bounds, Deadlines
 from canal_trio.upstream.idle import is_quiet, watch_hangup
-from canal_trio.upstream.interface import Answer, BodySource
-from canal_trio.wire.bodies import BodyDecoder, encode_chunk, encode_last_chunk, response_decoder
+from canal_trio.upstream.interface import Answer, BodySource, Inform
+from canal_trio.upstream.switched import Tunnel
+from canal_trio.upstream.turns import Turn, Turns
+from canal_trio.wire.bodies import BodyDecoder, NoBody, encode_chunk, encode_last_chunk, response_decoder
 from canal_trio.wire.headers import keep_alive
 from canal_trio.wire.heads import ResponseHeadReader, write_request_head
 
 __all__ = ["Http1Connection"]
 
+_INCOMPLETE = Failure(Side.UPSTREAM, Phase.STREAM, Kind.CUT, "The response body is incomplete.")
 _PEER_TROUBLE = (trio.BrokenResourceError, trio.ClosedResourceError)
 _SLICE = 16 * 1024  # bytes per send where progress within one cannot be seen
-
-
-class _Turn(enum.Enum):
-    """Whose turn it is, so whose deadline runs."""
-
-    CLIENT = enum.auto()  # the request body is awaited, or the flow is full: nothing runs here
-    SEND = enum.auto()  # the upstream's kernel does not take the request
-    ANSWER = enum.auto()  # waiting for the response head
-    BODY = enum.auto()  # waiting for response bytes
-    TUNNEL = enum.auto()
 
 
 @final
@@ -58,24 +53,24 @@ class Http1Connection:
     ) -> None:
         self._stream = stream
         self._raw = raw
-        self._reaper = reaper
         self._bounds = bounds
-        self._deadlines = deadlines
+        self._turns = Turns(deadlines, reaper, self._expire)
         self._used = False
+        self._heads = ResponseHeadReader(head_bytes=bounds.head_bytes, head_fields=bounds.head_fields)
         self._reset()
 
     def _reset(self) -> None:
         self.reusable = False
-        self._turn = _Turn.SEND
-        self._moved = trio.current_time()
+        self._turns.begin(Turn.SEND)
         self._answered = False  # a byte of the response has arrived
         self._sent = False  # the request left whole
         self._relaying = False  # the final head was passed on
         self._failure: Failure | None = None
-        self._scope = trio.CancelScope()
+        self._final: ResponseHead | None = None
+        self._decoder: BodyDecoder = NoBody()
 
     def __repr__(self) -> str:
-        return f"<Http1Connection {self._stream!r}, {self._turn.name.lower()}>"
+        return f"<Http1Connection {self._stream!r}, {self._turns.turn.name.lower()}>"
 
     def usable(self) -> bool:
         """Nothing has arrived and the peer has not hung up since the last exchange. One system call."""
@@ -87,63 +82,38 @@ class Http1Connection:
 
     def abort(self) -> None:
         """Close the socket in this very step. Idempotent."""
+        self._turns.stop()
         self._raw.disarm()
         self._raw.close()
 
     async def run(self, head: RequestHead, body: BodySource | None, answer: Answer) -> Failure | None:
         """One attempt; see `canal_trio.upstream.interface.Connection`."""
         self._reset()
-        with self._scope:
-            watch = self._reaper.add(self._check, trio.current_time() + self._period())
-            try:
-                await self._exchange(head, body, answer)
-            finally:
-                watch.cancel()
-        if self._failure is not None:
-            answer.body.abort(self._failure)
-            self.reusable = False
+        await self._exchange(head, body, answer)
+        failure = self._over()
+        if failure is not None:
+            answer.body.abort(failure)
+        return failure
+
+    def _over(self) -> Failure | None:
+        """The attempt is over: what became of it, and of the connection."""
         self._used = True
+        self._turns.begin(Turn.NOBODY)
+        final, decoder = self._final, self._decoder
+        self.reusable = (
+            self._failure is None
+            and self._sent
+            and final is not None
+            and decoder.end is not None
+            and not decoder.rest
+            and keep_alive(final.version, final.headers)
+        )
         return self._failure
 
-    # -- deadlines -----------------------------------------------------------------------------------------------------
-
-    def _limit(self) -> float:
-        limits = {
-            _Turn.CLIENT: math.inf,
-            _Turn.SEND: self._deadlines.upstream_idle,
-            _Turn.ANSWER: self._deadlines.first_byte,
-            _Turn.BODY: self._deadlines.upstream_idle,
-            _Turn.TUNNEL: self._deadlines.tunnel_idle,
-        }
-        return limits[self._turn]
-
-    def _period(self) -> float:
-        """How often to look: no deadline is shorter, so none is ever seen late."""
-        deadlines = self._deadlines
-        return min(deadlines.upstream_idle, deadlines.first_byte, deadlines.tunnel_idle)
-
-    def _check(self, now: float) -> float:
-        due = self._moved + self._limit()
-        if now < due:
-            return min(due, now + self._period())
-        turn = self._turn
-        if turn is _Turn.TUNNEL:
-            detail = f"No byte moved in either direction for {self._limit():g} s."
-            failure = Failure(Side.GATEWAY, Phase.STREAM, Kind.TIMEOUT, detail)  # a silence has no author
-        elif turn is _Turn.ANSWER:
-            detail = f"No response within {self._deadlines.first_byte:g} s."
-            failure = Failure(Side.UPSTREAM, Phase.FIRST_BYTE, Kind.TIMEOUT, detail, Retry.SENT)
-        else:
-            phase = Phase.SEND if turn is _Turn.SEND else Phase.STREAM
-            detail = f"No byte moved for {self._limit():g} s."
-            failure = Failure(Side.UPSTREAM, phase, Kind.STALLED, detail, Retry.SENT)
+    def _expire(self, failure: Failure) -> None:
+        """A deadline has passed: whoever waits for the upstream is woken by the close."""
         self._note(failure)
-        self._scope.cancel(reason=failure.detail)
-        return math.inf
-
-    def _pass_turn(self, turn: _Turn) -> None:
-        self._turn = turn
-        self._moved = trio.current_time()
+        self.abort()
 
     def _note(self, failure: Failure) -> None:
         if self._failure is None:
@@ -162,10 +132,23 @@ class Http1Connection:
     # -- the exchange --------------------------------------------------------------------------------------------------
 
     async def _exchange(self, head: RequestHead, body: BodySource | None, answer: Answer) -> None:
-        upgrading = b"upgrade" in head.headers
         chunked = b"transfer-encoding" in head.headers
+        await self._begin(head, body)
+        if body is None or self._sent:
+            await self._receive(head, body, answer)
+            return
+        self._turns.begin(Turn.CLIENT)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._upload, body, chunked)
+            await self._receive(head, body, answer)
+            nursery.cancel_scope.cancel(reason="the upstream has answered")
+
+    async def _begin(self, head: RequestHead, body: BodySource | None) -> None:
+        """Send the head with what is ready of the body. `_sent` afterwards: that was all."""
         first = [write_request_head(head)]
+        upgrading = b"upgrade" in head.headers
         if body is not None and not upgrading:
+            chunked = b"transfer-encoding" in head.headers
             first += _frame(body.take_nowait(), chunked)
             if body.ending is not None:
                 first += self._last(body, chunked)
@@ -174,34 +157,27 @@ class Http1Connection:
             await self._send(first)
         if body is None or upgrading or body.ending is not None:
             self._sent = True
-            self._pass_turn(_Turn.ANSWER)
-            await self._receive(head, body, answer)
-            return
-        self._pass_turn(_Turn.CLIENT)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._upload, body, chunked)
-            await self._receive(head, body, answer)
-            nursery.cancel_scope.cancel(reason="the upstream has answered")
+            self._turns.begin(Turn.ANSWER)
 
     async def _upload(self, body: BodySource, chunked: bool) -> None:
         try:
             while not _over(body):
-                self._upload_turn(_Turn.CLIENT)
+                self._upload_turn(Turn.CLIENT)
                 framed = _frame(await body.take(), chunked)
                 if _over(body):
                     framed += self._last(body, chunked)
-                self._upload_turn(_Turn.SEND)
+                self._upload_turn(Turn.SEND)
                 await self._send(framed)
         except _PEER_TROUBLE:
             pass  # as above
         else:
             self._sent = True
         if not self._relaying:
-            self._pass_turn(_Turn.ANSWER)
+            self._turns.begin(Turn.ANSWER)
 
-    def _upload_turn(self, turn: _Turn) -> None:
+    def _upload_turn(self, turn: Turn) -> None:
         if not self._relaying:  # once the answer flows, its own deadlines count
-            self._pass_turn(turn)
+            self._turns.begin(turn)
 
     def _last(self, body: BodySource, chunked: bool) -> list[bytes]:
         """What ends the request. A body that was cut must never look complete: the connection goes instead."""
@@ -217,21 +193,23 @@ class Http1Connection:
         return [encode_last_chunk(trailer.trailers) if isinstance(trailer, End) else encode_last_chunk()]
 
     async def _send(self, pieces: list[bytes]) -> None:
-        """Pass `pieces` to the upstream's kernel, noting each progress: a body that was held can take minutes."""
+        """Pass `pieces` to the upstream's kernel, noting each progress: a body that was held can take minutes.
+
+        A checkpoint only if it has to wait.
+        """
         stream = self._stream
         if can_hand_over(stream):
             rest = stream.try_send_batch(pieces)
-            self._moved = trio.current_time()
+            self._turns.moved = trio.current_time()
             while rest:
                 await stream.wait_send_all_might_not_block()
                 rest = stream.try_send_batch(rest)
-                self._moved = trio.current_time()
-            await trio.lowlevel.checkpoint()
+                self._turns.moved = trio.current_time()
             return
         data = b"".join(pieces)
         for start in range(0, len(data), _SLICE):
             await stream.send_all(data[start : start + _SLICE])
-            self._moved = trio.current_time()
+            self._turns.moved = trio.current_time()
 
     async def _receive(self, request: RequestHead, body: BodySource | None, answer: Answer) -> None:
         try:
@@ -240,30 +218,34 @@ class Http1Connection:
             self._note(self._broken(str(exc)))
 
     async def _response(self, request: RequestHead, body: BodySource | None, answer: Answer) -> None:
-        reader = ResponseHeadReader(head_bytes=self._bounds.head_bytes, head_fields=self._bounds.head_fields)
-        head = await self._final_head(reader, request, answer)
+        head = await self._final_head(request, answer.head)
         if head is None:
             return
         if head.status == 101:
-            await self._tunnel(reader.rest(), head, body, answer)
+            await self._tunnel(self._heads.rest(), head, body, answer)
             return
+        if self._open(head, request):
+            await answer.head(head)
+            await self._body(self._heads.rest(), answer.body)
+
+    def _open(self, head: ResponseHead, request: RequestHead) -> bool:
+        """The final head is here. False: its framing is in doubt."""
         decoder = response_decoder(head, request.method)
         if isinstance(decoder, Failure):
             self._note(decoder)
-            return
-        await answer.head(head)
+            return False
+        self._decoder, self._final = decoder, head
         self._relaying = True
-        self._pass_turn(_Turn.BODY)
-        await self._body(decoder, reader.rest(), answer.body)
-        if decoder.end is not None:
-            self.reusable = self._sent and not decoder.rest and keep_alive(head.version, head.headers)
+        self._turns.begin(Turn.BODY)
+        return True
 
-    async def _final_head(
-        self, reader: ResponseHeadReader, request: RequestHead, answer: Answer
-    ) -> ResponseHead | None:
+    async def _final_head(self, request: RequestHead, inform: Inform) -> ResponseHead | None:
         """Read heads, passing the informational ones on, up to the final one; None with a failure noted."""
         informational = 0
         data = b""
+        reader = self._heads = ResponseHeadReader(
+            head_bytes=self._bounds.head_bytes, head_fields=self._bounds.head_fields
+        )
         while True:
             verdict = reader.feed(data)
             if isinstance(verdict, Failure):
@@ -275,8 +257,8 @@ class Http1Connection:
                     self._note(self._broken("The connection was closed before a response."))
                     return None
                 self._answered = True
-                if self._turn is _Turn.ANSWER:
-                    self._moved = trio.current_time()
+                if self._turns.turn is Turn.ANSWER:
+                    self._turns.moved = trio.current_time()
                 continue
             if verdict.status == 101 and b"upgrade" not in request.headers:
                 self._note(Failure(Side.UPSTREAM, Phase.FIRST_BYTE, Kind.MALFORMED, "It switched protocols unasked."))
@@ -287,12 +269,13 @@ class Http1Connection:
             if informational > self._bounds.informational_heads:
                 self._note(Failure(Side.UPSTREAM, Phase.FIRST_BYTE, Kind.MALFORMED, "Too many informational heads."))
                 return None
-            await answer.head(verdict)
+            await inform(verdict)
             data = reader.rest()
 
     # -- the response body ---------------------------------------------------------------------------------------------
 
-    async def _body(self, decoder: BodyDecoder, data: bytes, sender: FlowSender) -> None:
+    async def _body(self, data: bytes, sender: FlowSender) -> None:
+        decoder = self._decoder
         handover = self._stream if can_hand_over(self._stream) else None
         while not await self._finished(decoder, decoder.feed(data), sender):
             while handover is not None and sender.room:
@@ -300,7 +283,7 @@ class Http1Connection:
                     return
             # The flow is full (or the stream cannot hand over): one more piece in this hand, then wait for room.
             data = bytes(await self._stream.receive_some(self._bounds.piece_bytes))
-            self._moved = trio.current_time()
+            self._turns.moved = trio.current_time()
             if not data:
                 self._eof(decoder, sender)
                 return
@@ -312,9 +295,9 @@ class Http1Connection:
                 if decoder.end is not None and len(payload) <= sender.room:
                     sender.put_last(payload, decoder.end)
                     return True
-                turn, self._turn = self._turn, _Turn.CLIENT
+                turn, self._turns.turn = self._turns.turn, Turn.CLIENT
                 await sender.put(payload)
-                self._pass_turn(turn)
+                self._turns.begin(turn)
         except _PEER_TROUBLE:
             return True  # the driver takes no more; it has noted why
         if decoder.end is not None:
@@ -333,7 +316,7 @@ class Http1Connection:
         if decoder.end is not None:
             sender.end(decoder.end)
         else:
-            self._note(Failure(Side.UPSTREAM, Phase.STREAM, Kind.CUT, "The response body is incomplete."))
+            self._note(_INCOMPLETE)
 
     async def _hand_over(self, stream: HandoverStream, decoder: BodyDecoder, sender: FlowSender) -> bool:
         """Serve the body in the poller's step. True: the body is over; False: the flow is full."""
@@ -348,7 +331,7 @@ class Http1Connection:
                 data = stream.try_receive(room)
                 if data is None:
                     return True
-                self._moved = trio.current_time()
+                self._turns.moved = trio.current_time()
                 if not data:
                     over = True
                     self._eof(decoder, sender)
@@ -372,46 +355,99 @@ class Http1Connection:
         await stream.wait_disarmed()
         return over
 
+    # -- for a driver without a second task ----------------------------------------------------------------------------
+
+    @property
+    def straight(self) -> Http1Connection | None:
+        """Itself, if it can serve an attempt without a task of its own; see `interface.StraightConnection`."""
+        return self if can_hand_over(self._stream) else None
+
+    async def ask(self, head: RequestHead, body: BodySource | None, inform: Inform) -> Failure | ResponseHead:
+        """Send a whole request and wait for the final head. See `interface.StraightConnection`; so for what follows."""
+        self._reset()
+        try:
+            await self._begin(head, body)
+            final = await self._final_head(head, inform)
+        except _PEER_TROUBLE as exc:
+            self._note(self._broken(str(exc)))
+        else:
+            if final is not None and self._open(final, head):
+                return final
+        failure = self._over()
+        assert failure is not None
+        return failure
+
+    def early(self) -> bytes:
+        """The payload that came with the head."""
+        return self._take(self._heads.rest())
+
+    @property
+    def end(self) -> End | None:
+        """The end of the body, once it has come."""
+        return self._decoder.end
+
+    def _take(self, data: bytes) -> bytes:
+        payload = self._decoder.feed(data)
+        self._faulty(self._decoder)
+        return payload
+
+    async def pass_on(self, sink: Sink, most: int) -> bytes:
+        """Hand the body over to `sink`, until it refuses or the body is over; the payload that came with the end."""
+        stream = self._stream
+        assert can_hand_over(stream)
+        last = b""
+
+        def move() -> bool:
+            nonlocal last
+            try:
+                data = stream.try_receive(most)
+            except trio.BrokenResourceError as exc:
+                self._note(Failure(Side.UPSTREAM, Phase.STREAM, Kind.RESET, str(exc)))
+                return False
+            if data is None:
+                return True
+            self._turns.moved = trio.current_time()
+            if not data:
+                self._decoder.close()
+                if self._decoder.end is None:
+                    self._note(_INCOMPLETE)
+                return False
+            payload = self._take(data)
+            if self._decoder.end is not None or self._failure is not None:
+                last = payload
+                return False
+            return sink(payload) if payload else True
+
+        try:
+            stream.arm(move)
+            await stream.wait_disarmed()
+        except _PEER_TROUBLE as exc:
+            self._note(Failure(Side.UPSTREAM, Phase.STREAM, Kind.RESET, str(exc)))
+        return last
+
+    async def pass_rest(self, sender: FlowSender) -> Failure | None:
+        """The rest of the body through a flow, for a client that has blocked."""
+        try:
+            await self._body(b"", sender)
+        except _PEER_TROUBLE as exc:
+            self._note(Failure(Side.UPSTREAM, Phase.STREAM, Kind.RESET, str(exc)))
+        failure = self._over()
+        if failure is not None:
+            sender.abort(failure)
+        return failure
+
+    def conclude(self) -> Failure | None:
+        """Nothing more is wanted: what became of the attempt."""
+        return self._over()
+
     # -- after 101 -----------------------------------------------------------------------------------------------------
 
     async def _tunnel(self, early: bytes, head: ResponseHead, body: BodySource | None, answer: Answer) -> None:
-        """Raw bytes both ways until both directions have ended; each flow's bound is its backpressure."""
         await answer.head(head)
-        self._pass_turn(_Turn.TUNNEL)
-        async with trio.open_nursery() as nursery:
-            if body is not None:
-                nursery.start_soon(self._tunnel_up, body)
-            await self._tunnel_down(early, answer.body)
-            if self._failure is not None:  # else the client's direction goes on to its own end
-                nursery.cancel_scope.cancel(reason="the tunnel broke")
-
-    async def _tunnel_down(self, data: bytes, sender: FlowSender) -> None:
-        try:
-            if data:
-                await sender.put(data)
-            while data := bytes(await self._stream.receive_some(self._bounds.piece_bytes)):
-                self._moved = trio.current_time()
-                await sender.put(data)
-                self._moved = trio.current_time()
-            sender.end(End())
-        except _PEER_TROUBLE as exc:
-            self._note(Failure(Side.UPSTREAM, Phase.STREAM, Kind.RESET, str(exc)))
-            self.abort()
-
-    async def _tunnel_up(self, body: BodySource) -> None:
-        try:
-            while body.ending is None:
-                await self._send(await body.take())
-            if isinstance(body.ending, Aborted):
-                self.abort()
-            elif isinstance(self._stream, HalfCloseableStream):
-                await self._stream.send_eof()
-            else:
-                self._note(Failure(Side.CLIENT, Phase.STREAM, Kind.GONE, "The client ended its side of the tunnel."))
-                self.abort()  # there is no other way to pass that on
-        except _PEER_TROUBLE as exc:
-            self._note(Failure(Side.UPSTREAM, Phase.STREAM, Kind.RESET, str(exc)))
-            self.abort()
+        self._turns.begin(Turn.TUNNEL)
+        await Tunnel(self._stream, self._turns, self._bounds.piece_bytes, self._note, self.abort).run(
+            early, self._send, body, answer.body
+        )
 
 
 def _over(body: BodySource) -> bool:

@@ -121,6 +121,8 @@ class Http2Connection:
         """Close the socket in this very step. Idempotent."""
         self._network.close()
 
+    straight: None = None  # what it does needs a task of its own
+
     async def run(self, head: RequestHead, body: BodySource | None, answer: Answer) -> Failure | None:
         """One attempt; see `canal_trio.upstream.interface.Connection`. A request to upgrade goes without the wish."""
         self._reset()

@@ -7,14 +7,17 @@ tells a finished body from a cut one. Peer trouble is returned as a `Failure`, n
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeAlias
 
 from canal_trio.errors import Failure
-from canal_trio.messages import RequestHead, ResponseHead
-from canal_trio.relay.flow import Ending, FlowSender
+from canal_trio.messages import End, RequestHead, ResponseHead
+from canal_trio.relay.flow import Ending, FlowSender, Sink
 
-__all__ = ["Answer", "BodySource", "Connection"]
+__all__ = ["Answer", "BodySource", "Connection", "Inform", "StraightConnection"]
+
+Inform: TypeAlias = Callable[[ResponseHead], Awaitable[None]]
+"""Passes an informational head on."""
 
 
 class BodySource(Protocol):
@@ -58,6 +61,10 @@ class Connection(Protocol):
         A hang-up that was seen before has it called at once.
         """
 
+    @property
+    def straight(self) -> StraightConnection | None:
+        """The same connection for a driver that needs no second task, where that is possible."""
+
     async def run(self, head: RequestHead, body: BodySource | None, answer: Answer) -> Failure | None:
         """One attempt: send `head` and `body` (None: there is none), pass the answer on.
 
@@ -68,3 +75,34 @@ class Connection(Protocol):
 
     def abort(self) -> None:
         """Close the connection to the upstream in this very step. Idempotent, never raises."""
+
+
+class StraightConnection(Protocol):
+    """An attempt in steps, for a driver which has the whole request and goes along with the answer itself.
+
+    `ask`, then `early`, then `pass_on` while there is no `end` and no failure, or once `pass_rest`; `conclude` if that
+    was not called. All deadlines run as in `run()`. Cancelled in any of them, the connection can only be aborted.
+    """
+
+    @property
+    def end(self) -> End | None:
+        """The end of the body, once it has come."""
+
+    async def ask(self, head: RequestHead, body: BodySource | None, inform: Inform) -> Failure | ResponseHead:
+        """Send a request whose `body` is ready to its end, and wait for the final head. No upgrade. A checkpoint."""
+
+    def early(self) -> bytes:
+        """The payload that came with the head, perhaps none. Not a checkpoint; once."""
+
+    async def pass_on(self, sink: Sink, most: int) -> bytes:
+        """Hand the body over to `sink` in the poller's step, in reads of up to `most` bytes. A checkpoint.
+
+        Returns when the sink has answered False (it keeps a rest) or the body is over: with the payload that came with
+        the end or before the failure, which the sink has not seen.
+        """
+
+    async def pass_rest(self, sender: FlowSender) -> Failure | None:
+        """Put the rest of the body into a flow, as `run()` does. A checkpoint."""
+
+    def conclude(self) -> Failure | None:
+        """The attempt is over; its failure, if it had one. `reusable` holds from now on. Not a checkpoint."""
