@@ -1,73 +1,37 @@
-"""The driver's half of an answer: from the upstream task's heads and flow to the client, and its honest end.
+"""The driver's half of an answer: from what the upstream said to the client, and its honest end.
 
-`Port` is where the upstream task puts what the upstream said. `Delivery` takes it from there: informational heads are
-passed on, the final head fixes the framing, the body goes batch by batch (or is handed over), and the ending of the
-flow decides the ending of the message (design, section 6). A broken upstream message never becomes a well-formed one:
-without `Ended` no terminator is ever written.
+Informational heads are passed on, the final head fixes the framing, and the body's ending decides the ending of the
+message (design, section 6). The body comes in one of two ways. `body` takes it from the flow of an upstream task,
+batch by batch, or handed over. `straight` is for a driver that has no such task: it goes along with the connection
+itself, parked while pieces are handed over; when the client blocks, the rest comes through a flow, from a task that is
+started then. A broken upstream message never becomes a well-formed one: without an end no terminator is ever written.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from email.utils import formatdate
+from collections.abc import Callable
 from typing import final
 
 import trio
 
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.gateway.exchange import Exchange
+from canal_trio.gateway.respond import http_date
 from canal_trio.gateway.writer import BROKEN, BodyWriter, ClientWriter
 from canal_trio.messages import End, ResponseHead
 from canal_trio.policy.exchange import answer_for
 from canal_trio.relay.flow import Aborted, Ended, FlowReceiver, FlowSender, open_flow
 from canal_trio.relay.idle import Reaper
 from canal_trio.settings import Settings
+from canal_trio.upstream.interface import StraightConnection
 from canal_trio.wire.bodies import content_length
 from canal_trio.wire.error_bodies import error_event
 from canal_trio.wire.headers import ForClient, for_client, is_event_stream
 from canal_trio.wire.heads import write_response_head
 from canal_trio.wire.sse import EventScanner
 
-__all__ = ["Delivery", "Port"]
-
-
-@final
-class Port:
-    """The upstream task's side is an `upstream.interface.Answer`; the driver takes heads and then the flow."""
-
-    def __init__(self, settings: Settings) -> None:
-        bounds = settings.bounds
-        self._send, self._receive = trio.open_memory_channel[ResponseHead](1)
-        self.body: FlowSender
-        self.flow: FlowReceiver
-        self.body, self.flow = open_flow(
-            bounds.capacity, piece_bytes=bounds.piece_bytes, handover_bytes=bounds.handover_bytes
-        )
-        self._failure: Failure | None = None
-
-    async def head(self, head: ResponseHead) -> None:
-        """Pass a head on; a checkpoint, waits while the one before was not taken."""
-        await self._send.send(head)
-
-    def finish(self, failure: Failure | None) -> None:
-        """The attempt is over. Not a checkpoint; idempotent."""
-        self._failure = failure
-        self._send.close()
-        self.body.abort(failure)
-
-    async def next_head(self) -> ResponseHead | Failure:
-        """The next head, or the failure that came instead. A checkpoint."""
-        try:
-            return await self._receive.receive()
-        except trio.EndOfChannel:
-            return self._failure or Failure(Side.UPSTREAM, Phase.FIRST_BYTE, Kind.CUT)
-
-    async def over(self) -> Failure | None:
-        """Wait for the end of the attempt, whose heads were taken; its failure if it had one. A checkpoint."""
-        with contextlib.suppress(trio.EndOfChannel):
-            await self._receive.receive()
-        return self._failure
+__all__ = ["Delivery"]
 
 
 @final
@@ -80,7 +44,8 @@ class Delivery:
         self._settings = settings
         self._reaper = reaper
         self._body: BodyWriter | None = None
-        self._port: Port | None = None
+        self._sender: FlowSender | None = None  # what the body comes through, if it is a flow
+        self._relaying = False
         self.begun = False
         self.close = False  # the connection cannot carry another response
         self.complete = False  # the message was ended as its framing demands
@@ -91,10 +56,17 @@ class Delivery:
         assert request is not None
         if request.version == b"1.0" or head.status == 100:
             return
-        await self._write_head(head, body=0, close=False)
+        if not await self._writer.write([self._head(head, body=0, close=False)]):
+            self._lost()
 
     async def final(self, head: ResponseHead, *, close: bool) -> None:
         """Write the final head and fix the framing of the body."""
+        block, whole = self._begin(head, close=close)
+        if not await self._writer.write([block], self._exchange.has_answer if whole else None):
+            self._lost()
+
+    def _begin(self, head: ResponseHead, *, close: bool) -> tuple[bytes, bool]:
+        """The final head, on its way from here on; and is it all there is?"""
         exchange = self._exchange
         request = exchange.head
         assert request is not None
@@ -112,7 +84,7 @@ class Delivery:
         exchange.phase = Phase.FIRST_EVENT
         self.begun = True
         exchange.status = head.status
-        await self._write_head(head, body=known, close=self.close, whole=bodyless or known == 0)
+        return self._head(head, body=known, close=self.close), bodyless or known == 0
 
     async def upgraded(self, head: ResponseHead) -> None:
         """Write the 101; from here on bytes are raw."""
@@ -121,10 +93,10 @@ class Delivery:
         exchange.status = head.status
         exchange.phase = Phase.STREAM
         self._body = BodyWriter(self._writer, exchange, chunked=False, on_terminal=self._terminal)
-        await self._write_head(head, body=0, close=False)
+        if not await self._writer.write([self._head(head, body=0, close=False)]):
+            self._lost()
 
-    async def _write_head(self, head: ResponseHead, *, body: int | None, close: bool, whole: bool = False) -> None:
-        """`whole`: with this head the client has all there is."""
+    def _head(self, head: ResponseHead, *, body: int | None, close: bool) -> bytes:
         exchange = self._exchange
         request = exchange.head
         assert request is not None
@@ -137,19 +109,20 @@ class Delivery:
             close=close,
             event_stream=exchange.scanner is not None,
             upgrade=exchange.upgrade if head.status == 101 else None,
-            date=formatdate(usegmt=True).encode("ascii"),
+            date=http_date(),
         )
-        taken = exchange.has_answer if whole else None
-        if not await self._writer.write([write_response_head(for_client(head, options))], taken):
-            self._lost()
+        return write_response_head(for_client(head, options))
 
     # -- the body ------------------------------------------------------------------------------------------------------
 
-    async def body(self, port: Port, heartbeat: float | None) -> None:
-        """Relay the body to its ending; a client's trouble is noted in the exchange."""
-        writer, flow, exchange = self._body, port.flow, self._exchange
+    async def body(self, sender: FlowSender, flow: FlowReceiver, heartbeat: float | None = None) -> None:
+        """Relay the body from a flow to its ending; a client's trouble is noted in the exchange.
+
+        `sender` is the flow's other end, for a body that is ended by us.
+        """
+        writer, exchange = self._body, self._exchange
         assert writer is not None
-        self._port = port
+        self._sender, self._relaying = sender, True
         sink = writer.sink if writer.can_hand_over else None
         beat = trio.current_time() + (heartbeat or math.inf)
         while flow.ending is None:
@@ -164,11 +137,79 @@ class Delivery:
             end = flow.ending.trailer if isinstance(flow.ending, Ended) else None
             if not await writer.write(batch, end if isinstance(end, End) else None):
                 break
-        exchange.flow = flow.statistics()
+        counts = flow.statistics()
+        exchange.handed_over += counts.handed_over
+        exchange.queued += counts.queued
         if flow.ending is not None and self._writer.trouble is None:
             self._ended(flow.ending)
         else:
             self._lost()
+
+    async def straight(
+        self, connection: StraightConnection, head: ResponseHead, *, close: bool, settle: Callable[[], None]
+    ) -> None:
+        """Relay the whole answer without an upstream task, as long as the client takes what comes.
+
+        `settle` gives the connection back; it is called once the upstream has nothing more to say. A client's trouble
+        is noted in the exchange.
+        """
+        exchange = self._exchange
+        block, _ = self._begin(head, close=close)
+        writer = self._body
+        assert writer is not None
+        last = connection.early()
+        if connection.end is None and connection.failure is None:
+            self._relaying = True
+            free = writer.open(block, last)
+            block = last = b""
+            if free:
+                last = await connection.pass_on(writer.sink, self._settings.bounds.handover_bytes)
+            exchange.handed_over = exchange.pieces
+            if exchange.left or exchange.failure is not None:
+                return  # noted by whoever saw it
+            if connection.end is None and connection.failure is None:
+                await self._rest(connection, settle)
+                return
+        await self._finish(connection, block, last, settle)
+
+    async def _finish(
+        self, connection: StraightConnection, block: bytes, last: bytes, settle: Callable[[], None]
+    ) -> None:
+        """The upstream is done: write what came last, and the end, if it is one."""
+        writer, end = self._body, connection.end
+        assert writer is not None
+        if end is None and "late_body_end" in self._exchange.flags:
+            end = End()  # ours
+        failure = connection.failure
+        self._relaying = False
+        settle()
+        if not await writer.write([last] if last else [], end, block):
+            self._lost()
+            return
+        self._exchange.handed_over += bool(last)
+        self._ended(Ended(end) if end is not None else Aborted(failure))
+
+    async def _rest(self, connection: StraightConnection, settle: Callable[[], None]) -> None:
+        """The client has blocked, or is gone: from here on a task of its own reads the upstream, into a flow."""
+        writer, bounds = self._body, self._settings.bounds
+        assert writer is not None
+        sender, flow = open_flow(
+            bounds.capacity, piece_bytes=bounds.piece_bytes, handover_bytes=bounds.handover_bytes
+        )
+        self._sender = sender
+
+        async def upstream_task() -> None:
+            with sender:
+                await connection.pass_rest(sender)
+            settle()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(upstream_task)
+            if await writer.flush():
+                await self.body(sender, flow)
+            else:
+                self._lost()
+            nursery.cancel_scope.cancel(reason="the answer was delivered or given up")
 
     async def _heartbeat(self, writer: BodyWriter, interval: float) -> float:
         """A comment between events, after silence (design, section 6: one newline, openai-python 2722).
@@ -186,6 +227,7 @@ class Delivery:
 
     def _ended(self, ending: Ended | Aborted) -> None:
         exchange = self._exchange
+        self._relaying = False
         if isinstance(ending, Ended):
             self.complete = True
             exchange.phase = Phase.DELIVER
@@ -202,10 +244,11 @@ class Delivery:
         self._reaper.add(self._late_end, trio.current_time() + self._settings.deadlines.after_done)
 
     def _late_end(self, now: float) -> float:
-        exchange, port = self._exchange, self._port
-        if port is not None and not exchange.finished.is_set() and port.flow.ending is None:
+        exchange = self._exchange
+        if self._relaying and not exchange.finished.is_set():
             exchange.flags.add("late_body_end")
-            port.body.end(End())
+            if self._sender is not None:
+                self._sender.end(End())
             if exchange.lease is not None:
                 exchange.lease.abort()
         return math.inf

@@ -23,7 +23,6 @@ from canal_trio.wire.sse import EventScanner
 if TYPE_CHECKING:
     from canal_trio.gateway.body import HeldBody
     from canal_trio.messages import RequestHead
-    from canal_trio.relay.flow import FlowStatistics
     from canal_trio.upstream.pool import Lease
 
 __all__ = ["Exchange", "ExchangeView"]
@@ -88,7 +87,8 @@ class Exchange:
         self.last_piece = 0.0
         self.longest_gap = 0.0
         self.cancel_latency: float | None = None
-        self.flow: FlowStatistics | None = None
+        self.handed_over = 0  # pieces that went straight through
+        self.queued = 0  # pieces that took the channel
         self.flags: set[str] = set()
 
     @property
@@ -236,8 +236,8 @@ class Exchange:
             if self.first_piece is not None and self.pieces > 1
             else 0.0,
             cancel_latency=self.cancel_latency,
-            handed_over=self.flow.handed_over if self.flow else 0,
-            queued=self.flow.queued if self.flow else 0,
+            handed_over=self.handed_over,
+            queued=self.queued,
             flags=tuple(sorted(self.flags)),
         )
         self.finished.set()

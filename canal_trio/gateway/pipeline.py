@@ -14,14 +14,16 @@ import msgspec
 import trio
 
 from canal_trio.errors import Failure, Kind, Phase, Retry, Side
-from canal_trio.gateway.deliver import Delivery, Port
+from canal_trio.gateway.deliver import Delivery
 from canal_trio.gateway.exchange import Exchange
+from canal_trio.gateway.port import Port
 from canal_trio.gateway.respond import continue_head
 from canal_trio.gateway.writer import ClientWriter
 from canal_trio.messages import RequestHead, ResponseHead
 from canal_trio.policy.exchange import Step, next_step, retries_status
+from canal_trio.relay.flow import Ended
 from canal_trio.settings import Settings, Upstream
-from canal_trio.upstream.interface import BodySource
+from canal_trio.upstream.interface import BodySource, StraightConnection
 from canal_trio.upstream.pool import Lease
 from canal_trio.wire.bodies import content_length
 from canal_trio.wire.headers import ForUpstream, for_upstream, wants_continue
@@ -177,13 +179,54 @@ class Pipeline:
             return lease
         exchange.lease = lease
         exchange.phase = Phase.FIRST_BYTE if exchange.received else Phase.UPLOAD
-        port = Port(self._settings)
+        straight = lease.connection.straight if self._goes_straight(upstream) else None
+        if straight is not None:
+            return await self._straight(lease, straight, head, upstream, others=others)
+        port = Port(self._settings.bounds)
         body = exchange.body.source() if exchange.body is not None else None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._upstream_task, lease, head, body, port)
             failure = await self._answer(port, upstream, others=others)
             nursery.cancel_scope.cancel(reason="the answer was delivered or given up")
         return failure
+
+    def _goes_straight(self, upstream: Upstream) -> bool:
+        """Nothing has to wait for two sides at once, unless the client blocks: no task of its own for the upstream."""
+        exchange = self._exchange
+        return (
+            exchange.received
+            and exchange.upgrade is None
+            and (exchange.body is None or isinstance(exchange.body.ending, Ended))
+            and self._writer.direct is not None
+            and upstream.heartbeat is None
+        )
+
+    async def _straight(
+        self, lease: Lease, connection: StraightConnection, head: RequestHead, upstream: Upstream, *, others: bool
+    ) -> Failure | None:
+        exchange = self._exchange
+        body = exchange.body.source() if exchange.body is not None else None
+
+        def settle() -> None:
+            if connection.conclude() is None and lease.connection.reusable:
+                lease.release()
+            else:
+                lease.abort()
+            exchange.lease = None
+
+        try:
+            answer = await connection.ask(head, body, self._delivery.informational)
+            if isinstance(answer, Failure):
+                return answer
+            another = self._worth_another(answer, upstream, others=others)
+            if another is None:
+                self._settle_body()
+                await self._delivery.straight(connection, answer, close=self.close, settle=settle)
+            return another
+        finally:
+            lease.abort()  # of no effect once it was settled
+            if exchange.lease is lease:
+                exchange.lease = None
 
     def _dialling(self) -> None:
         self._exchange.phase = Phase.DIAL
@@ -208,10 +251,9 @@ class Pipeline:
             if head.status == 101 or not head.informational:
                 break
             await delivery.informational(head)
-        replayable = exchange.body is None or exchange.body.replayable
-        if others and replayable and retries_status(head.status, retry_sent=upstream.retry_sent):
-            detail = f"It answered {head.status}."
-            return Failure(Side.UPSTREAM, Phase.FIRST_BYTE, Kind.REFUSED, detail, Retry.UNSENT)
+        another = self._worth_another(head, upstream, others=others)
+        if another is not None:
+            return another
         self._settle_body()
         if head.status == 101:
             await self._tunnel(head, port)
@@ -219,8 +261,17 @@ class Pipeline:
             self._begin_reading()
             # An upload that this answer overtook is not waited for: say so, or the client's next request meets a close.
             await delivery.final(head, close=self.close or not exchange.received)
-            await delivery.body(port, upstream.heartbeat)
+            await delivery.body(port.body, port.flow, upstream.heartbeat)
         return None
+
+    def _worth_another(self, head: ResponseHead, upstream: Upstream, *, others: bool) -> Failure | None:
+        """Why another upstream is asked instead of relaying this answer, if one is."""
+        body = self._exchange.body
+        replayable = body is None or body.replayable
+        if not (others and replayable and retries_status(head.status, retry_sent=upstream.retry_sent)):
+            return None
+        detail = f"It answered {head.status}."
+        return Failure(Side.UPSTREAM, Phase.FIRST_BYTE, Kind.REFUSED, detail, Retry.UNSENT)
 
     def _settle_body(self) -> None:
         """The answer is here: no attempt will follow, so nothing of the body is held any longer."""
@@ -242,7 +293,7 @@ class Pipeline:
         exchange.tunnels()
         await delivery.upgraded(head)
         self._begin_reading()
-        await delivery.body(port, None)
+        await delivery.body(port.body, port.flow)
         if delivery.complete and await self._writer.send_eof():
             # The upstream's direction has ended, the client's has not: it may still have something to say.
             failure = await port.over()

@@ -6,6 +6,7 @@ better than the status: the official SDKs obey it.
 
 from __future__ import annotations
 
+import time
 from email.utils import formatdate
 
 from canal_trio.errors import Failure, Kind
@@ -14,7 +15,19 @@ from canal_trio.policy.exchange import Answer, answer_for
 from canal_trio.wire.error_bodies import error_body
 from canal_trio.wire.heads import write_response_head
 
-__all__ = ["continue_head", "error_response", "own_answer"]
+__all__ = ["continue_head", "error_response", "http_date", "own_answer"]
+
+
+_last_date = (0, b"")
+
+
+def http_date() -> bytes:
+    """The time, as Date wants it (RFC 9110 5.6.7). Made once a second."""
+    global _last_date  # a cache of one value
+    now = int(time.time())
+    if _last_date[0] != now:
+        _last_date = (now, formatdate(now, usegmt=True).encode("ascii"))
+    return _last_date[1]
 
 
 def continue_head() -> bytes:
@@ -27,7 +40,7 @@ def error_response(failure: Failure, *, request_id: str, head: RequestHead | Non
     answer = answer_for(failure)
     body = error_body(answer.message, answer.type, answer.code, answer.param)
     fields = [
-        (b"date", formatdate(usegmt=True).encode("ascii")),
+        (b"date", http_date()),
         (b"content-type", b"application/json"),
         (b"content-length", b"%d" % len(body)),
         (b"x-request-id", request_id.encode("ascii")),

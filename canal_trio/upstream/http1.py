@@ -386,6 +386,11 @@ class Http1Connection:
         """The end of the body, once it has come."""
         return self._decoder.end
 
+    @property
+    def failure(self) -> Failure | None:
+        """What went wrong, if anything has."""
+        return self._failure
+
     def _take(self, data: bytes) -> bytes:
         payload = self._decoder.feed(data)
         self._faulty(self._decoder)

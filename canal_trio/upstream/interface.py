@@ -88,6 +88,10 @@ class StraightConnection(Protocol):
     def end(self) -> End | None:
         """The end of the body, once it has come."""
 
+    @property
+    def failure(self) -> Failure | None:
+        """What went wrong, if anything has."""
+
     async def ask(self, head: RequestHead, body: BodySource | None, inform: Inform) -> Failure | ResponseHead:
         """Send a request whose `body` is ready to its end, and wait for the final head. No upgrade. A checkpoint."""
 
