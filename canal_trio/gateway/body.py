@@ -2,6 +2,7 @@
 
 Pieces are held while an attempt may still have to be repeated, within a bound per exchange and a budget for the whole
 process. Beyond the bound the body streams on and can no longer be replayed. Everything is freed at the response's head.
+A body that came with its head, in one read, is held without a flow (`WholeBody`): that is the usual request.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from typing import final
 import trio
 
 from canal_trio.errors import Failure, Kind, Phase, Side
+from canal_trio.messages import End
 from canal_trio.relay.flow import Ended, Ending, FlowReceiver
 
-__all__ = ["Budget", "HeldBody"]
+__all__ = ["Budget", "HeldBody", "WholeBody"]
 
 
 @final
@@ -147,3 +149,57 @@ class _Source:
             body.stop_holding()
             body._touched = True
         return batch
+
+
+@final
+class WholeBody:
+    """A request body of one read at most, all of it here; its bytes were taken from `budget`. Otherwise as `HeldBody`."""
+
+    __slots__ = ("_budget", "_content", "ending", "replayable")
+
+    def __init__(self, content: bytes, end: End, budget: Budget) -> None:
+        self._content = content
+        self._budget = budget
+        self.ending: Ending | None = Ended(end)
+        self.replayable = True
+
+    async def hold_all(self) -> Failure | None:
+        """It is here. Not a checkpoint."""
+        return None
+
+    def beginning(self, most: int) -> bytes | None:
+        """The body, if it is still held and no longer than `most` bytes."""
+        return self._content if self.replayable and len(self._content) <= most else None
+
+    def source(self) -> _WholeSource:
+        """The body from its beginning."""
+        return _WholeSource(self._content, self.ending)
+
+    def stop_holding(self) -> None:
+        """No further attempt will be made. Idempotent."""
+        self.replayable = False
+        self._budget.give(len(self._content))
+        self._content = b""
+
+    def close(self) -> None:
+        """The exchange is over. Idempotent."""
+        self.stop_holding()
+
+
+@final
+class _WholeSource:
+    """A `BodySource` that gives everything at once."""
+
+    __slots__ = ("_content", "ending")
+
+    def __init__(self, content: bytes, ending: Ending | None) -> None:
+        self._content = content
+        self.ending = ending
+
+    def take_nowait(self) -> list[bytes]:
+        content, self._content = self._content, b""
+        return [content] if content else []
+
+    async def take(self) -> list[bytes]:
+        await trio.lowlevel.checkpoint()
+        return self.take_nowait()

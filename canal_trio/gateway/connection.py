@@ -18,7 +18,7 @@ import trio
 from trio.abc import HalfCloseableStream, Stream
 
 from canal_trio.errors import Failure, Kind, Phase, Side
-from canal_trio.gateway.body import HeldBody
+from canal_trio.gateway.body import HeldBody, WholeBody
 from canal_trio.gateway.deliver import Delivery
 from canal_trio.gateway.exchange import Exchange
 from canal_trio.gateway.pipeline import Client, Pipeline
@@ -88,6 +88,8 @@ class ClientConnection:
             self._stream,
             send,
             admit=self._admit,
+            hold=self._hold,
+            open_upload=self._open_upload,
             refuse=self._refuse,
             reaper=self._gateway.reaper,
             bounds=settings.bounds,
@@ -126,8 +128,8 @@ class ClientConnection:
 
     # -- the reader's questions ----------------------------------------------------------------------------------------
 
-    def _admit(self, head: RequestHead, started: float) -> tuple[Exchange, BodyDecoder, FlowSender]:
-        """The exchange of a head that was just read, with its body's decoder and flow. Registered from here on."""
+    def _admit(self, head: RequestHead, started: float) -> tuple[Exchange, BodyDecoder]:
+        """The exchange of a head that was just read, with its body's decoder. Registered from here on."""
         gateway = self._gateway
         bounds = gateway.settings.bounds
         client = client_address(head.headers, self._peer, gateway.trusts)
@@ -135,9 +137,6 @@ class ClientConnection:
         exchange.scope.deadline = trio.current_time() + gateway.settings.deadlines.exchange
         self.current = exchange
         gateway.begin(exchange)
-        sender, receiver = open_flow(
-            bounds.capacity, piece_bytes=bounds.piece_bytes, handover_bytes=bounds.handover_bytes
-        )
         length = content_length(head.headers)
         verdict = request_decoder(head)
         decoder: BodyDecoder = NoBody() if isinstance(verdict, Failure) else verdict
@@ -148,11 +147,25 @@ class ClientConnection:
             exchange.note(Failure(Side.CLIENT, Phase.HEAD, Kind.BODY_TOO_LARGE, detail))
         if decoder.end is not None and exchange.upgrade is None:
             exchange.received = exchange.failure is None
-            sender.end(End())
         else:
             exchange.received = exchange.upgrade is not None
-            exchange.body = HeldBody(receiver, gateway.budget, bounds.held_body_bytes)
-        return exchange, decoder, sender
+        return exchange, decoder
+
+    def _hold(self, exchange: Exchange, content: bytes, end: End) -> bool:
+        """Hold a body that is here as a whole. False: it is more than may be held."""
+        if len(content) > self._gateway.settings.bounds.held_body_bytes or not self._gateway.budget.take(len(content)):
+            return False
+        exchange.body = WholeBody(content, end, self._gateway.budget)
+        return True
+
+    def _open_upload(self, exchange: Exchange) -> FlowSender:
+        """A flow for a body that is not here as a whole."""
+        gateway, bounds = self._gateway, self._gateway.settings.bounds
+        sender, receiver = open_flow(
+            bounds.capacity, piece_bytes=bounds.piece_bytes, handover_bytes=bounds.handover_bytes
+        )
+        exchange.body = HeldBody(receiver, gateway.budget, bounds.held_body_bytes)
+        return sender
 
     def _refuse(self, failure: Failure, started: float) -> Exchange:
         """The exchange of a head that cannot be one."""

@@ -21,7 +21,7 @@ from canal_trio.wire.headers import request_id, upgrade_of
 from canal_trio.wire.sse import EventScanner
 
 if TYPE_CHECKING:
-    from canal_trio.gateway.body import HeldBody
+    from canal_trio.gateway.body import HeldBody, WholeBody
     from canal_trio.messages import RequestHead
     from canal_trio.upstream.pool import Lease
 
@@ -68,7 +68,7 @@ class Exchange:
         self.eof = False  # the client's side of the connection was shut down
         self.eof_leaves: bool | None = None  # is that leaving? None until the route is known
         self.received = head is None  # the request was read to its end
-        self.body: HeldBody | None = None
+        self.body: HeldBody | WholeBody | None = None
         self.lease: Lease | None = None
         self.upgraded: trio.Event | None = trio.Event() if self.upgrade is not None else None
         self.tunnel = False

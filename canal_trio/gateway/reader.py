@@ -23,7 +23,7 @@ import trio
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.gateway.exchange import Exchange
 from canal_trio.gateway.writer import BROKEN
-from canal_trio.messages import End, RequestHead
+from canal_trio.messages import RequestHead
 from canal_trio.relay.flow import FlowSender
 from canal_trio.relay.idle import Reaper
 from canal_trio.relay.streams import HandoverStream, handover_end
@@ -33,8 +33,8 @@ from canal_trio.wire.heads import RequestHeadReader
 
 __all__ = ["Admission", "ClientReader"]
 
-Admission = Callable[[RequestHead, float], tuple[Exchange, BodyDecoder, FlowSender]]
-"""Makes the exchange of a head that started to arrive at the given time, with its body's decoder and flow."""
+Admission = Callable[[RequestHead, float], tuple[Exchange, BodyDecoder]]
+"""Makes the exchange of a head that started to arrive at the given time, with its body's decoder."""
 
 
 class _Mode(enum.Enum):
@@ -54,6 +54,8 @@ class ClientReader:
         out: trio.MemorySendChannel[Exchange],
         *,
         admit: Admission,
+        hold: Callable[[Exchange, bytes, End], bool],
+        open_upload: Callable[[Exchange], FlowSender],
         refuse: Callable[[Failure, float], Exchange],
         reaper: Reaper,
         bounds: Bounds,
@@ -63,6 +65,8 @@ class ClientReader:
         self._socket = handover_end(stream)
         self._out = out
         self._admit = admit
+        self._hold = hold
+        self._open_upload = open_upload
         self._refuse = refuse
         self._reaper = reaper
         self._bounds = bounds
@@ -188,7 +192,7 @@ class ClientReader:
         return None
 
     def _accept(self, head: RequestHead) -> Exchange:
-        exchange, self._decoder, self._upload = self._admit(head, self._since)
+        exchange, self._decoder = self._admit(head, self._since)
         self._active = exchange
         self._held = self._heads.rest()
         self._body_bytes, self._body_waited = 0, 0.0
@@ -266,20 +270,19 @@ class ClientReader:
 
         So it leaves with the head in one write, and a refusal knows that the connection can go on.
         """
-        held = self._held
-        if exchange.received or exchange.failure is not None or not held or len(held) > self._upload.room:
+        if exchange.failure is not None or (exchange.received and exchange.upgrade is None):
             return
-        payload = self._decoder.feed(held)
-        exchange.request_bytes += len(payload)
+        decoder, held, payload = self._decoder, self._held, b""
+        if exchange.upgrade is None and held and len(held) <= self._bounds.piece_bytes:
+            payload, self._held = decoder.feed(held), b""
+            exchange.request_bytes += len(payload)
+            whole = decoder.end is not None and self._objection(exchange, decoder) is None
+            if whole and self._hold(exchange, payload, decoder.end or End()):
+                exchange.uploaded()
+                self._held = decoder.rest
+                return
+        self._upload = self._open_upload(exchange)
         self._upload.put_nowait(payload)
-        self._held = b""
-        if self._decoder.end is not None:
-            self._end_body(exchange, self._decoder.end)
-
-    def _end_body(self, exchange: Exchange, end: End) -> None:
-        exchange.uploaded()
-        self._upload.end(end)
-        self._held = self._decoder.rest
 
     async def _rest_of(self, exchange: Exchange) -> bool:
         """Read the request's body to its end. False: the connection cannot carry another request."""
@@ -301,14 +304,16 @@ class ClientReader:
             exchange.request_bytes += len(payload)
             if not await self._put(upload, payload):
                 return False
-            if decoder.end is not None:
-                self._end_body(exchange, decoder.end)
-                return True
             failure = self._objection(exchange, decoder)
             if failure is not None:
                 upload.abort(failure)
                 exchange.fail(failure)
                 return False
+            if decoder.end is not None:
+                exchange.uploaded()
+                upload.end(decoder.end)
+                self._held = decoder.rest
+                return True
             self._enter(_Mode.BODY)
             started = self._since
             data = await self._receive()
