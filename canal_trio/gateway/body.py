@@ -153,7 +153,7 @@ class _Source:
 
 @final
 class WholeBody:
-    """A request body of one read at most, all of it here; its bytes were taken from `budget`. Otherwise as `HeldBody`."""
+    """A request body of one read at most, all of it here and taken from `budget`. Otherwise as `HeldBody`."""
 
     __slots__ = ("_budget", "_content", "ending", "replayable")
 

@@ -123,6 +123,8 @@ class Gateway:
 
     def trusts(self, address: str) -> bool:
         """Is `address` one of the trusted proxies?"""
+        if not self._networks:
+            return False
         try:
             parsed = ipaddress.ip_address(address)
         except ValueError:

@@ -23,7 +23,7 @@ import trio
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.gateway.exchange import Exchange
 from canal_trio.gateway.writer import BROKEN
-from canal_trio.messages import RequestHead
+from canal_trio.messages import End, RequestHead
 from canal_trio.relay.flow import FlowSender
 from canal_trio.relay.idle import Reaper
 from canal_trio.relay.streams import HandoverStream, handover_end
