@@ -277,4 +277,3 @@ class Pipeline:
             upgrade=exchange.upgrade,
         )
         return for_upstream(head, options)
-

@@ -9,7 +9,7 @@ anything else.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast, final
+from typing import final
 
 import trio
 from trio.abc import HalfCloseableStream, Stream
@@ -24,6 +24,7 @@ __all__ = ["BROKEN", "BodyWriter", "ClientWriter"]
 
 BROKEN = "The connection to the client broke."
 
+_COPIED = 2048  # bytes: up to here a copy costs less than two more buffers
 _SLICE = 16 * 1024  # bytes per write where progress cannot be seen: a slow client must not be taken for a stalled one
 
 
@@ -79,7 +80,7 @@ class ClientWriter:
         return False
 
     async def _write_direct(self, stream: HandoverStream, report: _Report) -> None:
-        self.unsent = _send_now(stream, self.unsent)
+        self.unsent = stream.try_send_batch(self.unsent)
         report.left(len(self.unsent))
         while self.unsent:
             with trio.move_on_after(self._stall) as patience:
@@ -87,7 +88,7 @@ class ClientWriter:
             if patience.cancelled_caught:
                 self.trouble = Kind.STALLED
                 return
-            self.unsent = _send_now(stream, self.unsent)
+            self.unsent = stream.try_send_batch(self.unsent)
             report.left(len(self.unsent))
 
     async def _write_plain(self, report: _Report) -> None:
@@ -130,21 +131,6 @@ def _group(pieces: Sequence[memoryview]) -> int:
     return len(pieces)
 
 
-def _send_now(stream: HandoverStream, pieces: list[memoryview]) -> list[memoryview]:
-    """Pass on as much of `pieces` as the stream takes now; what it did not take."""
-    gathered = getattr(stream, "try_send_batch", None)
-    if gathered is not None:
-        return cast("list[memoryview]", gathered(pieces))
-    rest = list(pieces)
-    while rest:
-        sent = stream.try_send(rest[0])
-        if sent < len(rest[0]):
-            rest[0] = rest[0][sent:]
-            return rest
-        del rest[0]
-    return rest
-
-
 @final
 class BodyWriter:
     """One response body on its way to one client. `on_terminal` is called once, when its last event was delivered."""
@@ -181,7 +167,7 @@ class BodyWriter:
             self._exchange.leave(BROKEN)
             return False
         if sent < len(framed):
-            self._writer.unsent.append(memoryview(framed)[sent:])
+            self._writer.unsent += _rest(piece, framed, sent)
             self._pending = piece
             return False
         self._delivered(piece, trio.current_time())
@@ -211,26 +197,45 @@ class BodyWriter:
 
     async def write(self, batch: list[bytes], end: End | None) -> bool:
         """Pass on `batch`, and with the last piece the end of the body, in one write. False: see the writer."""
-        framed = [encode_chunk(piece) for piece in batch] if self._chunked else list(batch)
+        framed: list[bytes] = []
+        ends: list[int] = []  # how many of `framed` there are with each piece of the batch
+        for piece in batch:
+            framed += _gathered(piece) if self._chunked else (piece,)
+            ends.append(len(framed))
         if end is not None and self._chunked:
             framed.append(encode_last_chunk(end.trailers))
-
-        done = 0
+        total, done = len(framed), 0
 
         def taken(count: int) -> None:
             nonlocal done
             now = trio.current_time()
-            for piece in batch[done:count]:
-                self._delivered(piece, now)
-            done = count
-            if end is not None and count == len(framed):
-                self._exchange.answered = True
+            while done < len(ends) and ends[done] <= count:
+                self._delivered(batch[done], now)
+                done += 1
+            if end is not None and count == total:
+                self._exchange.has_answer()
 
         written = await self._writer.write(framed, taken)
         if written and end is not None:
-            self._exchange.answered = True  # there may have been nothing left to write
+            self._exchange.has_answer()  # there may have been nothing left to write
         return written
 
     async def inject(self, event: bytes) -> bool:
         """Pass on an event of the gateway's own: an error or a heartbeat. Not counted as the upstream's."""
         return await self._writer.write([encode_chunk(event) if self._chunked else event])
+
+
+def _gathered(piece: bytes) -> tuple[bytes, ...]:
+    """`piece` as a chunk, in buffers to send together. A large one is not copied: the flow's bound counts it once."""
+    if len(piece) <= _COPIED:
+        return (encode_chunk(piece),)
+    return b"%x\r\n" % len(piece), piece, b"\r\n"
+
+
+def _rest(piece: bytes, framed: bytes, sent: int) -> list[memoryview]:
+    """`framed` from byte `sent` on, as a view of `piece` where it can be, so that one of the two can go."""
+    before = len(framed) - len(piece) - 2 if len(framed) > len(piece) else 0
+    at = sent - before
+    if not 0 <= at < len(piece):
+        return [memoryview(framed)[sent:]]
+    return [memoryview(piece)[at:], *([memoryview(b"\r\n")] if before else [])]
