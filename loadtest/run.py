@@ -54,6 +54,7 @@ def run(
                 f"{tally.finished / seconds:.0f} requests/s, {tally.events / seconds:.0f} events/s{errors}"
             )
 
+        engine.after(scenario.seconds / 2, lambda _argument: engine.leave_together(), 0)
         seconds = engine.run(scenario.seconds, progress)
         tally, engine.tally = engine.tally, Tally()
         result |= tally.summary(seconds)
