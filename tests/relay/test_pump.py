@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import trio
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from relay_pairs import reset, socket_pair
 from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
@@ -163,6 +163,7 @@ def expected(script: Script) -> Outcome:
     return Outcome(data, pumped is not None, pumped, pumped)
 
 
+@settings(deadline=None)  # virtual time is what counts here
 @given(SCRIPTS)
 def test_every_path_gives_the_same_bytes_and_endings(script):
     """Plain, handed over, or either half alone: what the script says comes out, and the bound is never passed."""
