@@ -16,6 +16,8 @@ from loadtest.processes import NotStarted, pinned
 from loadtest.safety import Refused, target_of
 from loadtest.scenario import ScenarioError, changed, load, names
 
+OUT = Path(__file__).parent / "out"
+
 
 class Progress:
     """One line on stderr that overwrites itself on a terminal; silent elsewhere, so that logs stay readable."""
@@ -179,6 +181,28 @@ def compare(peers: str, only: str, rounds: int, quick: bool, tls: bool, json_to:
     )
     progress.end()
     _give(result, comparing.shown(result), json_to)
+    return 0
+
+
+@cli.command()
+@click.argument("results", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--page", default=OUT / "report.html", show_default=True, type=click.Path(path_type=Path))
+@click.option("--png", default=OUT / "report.png", show_default=True, type=click.Path(path_type=Path))
+def report(results: tuple[Path, ...], page: Path, png: Path) -> int:
+    """Make one HTML page and one PNG of RESULTS (JSON files; all in loadtest/out unless given)."""
+    from loadtest import report as reports
+
+    chosen = results or tuple(sorted(OUT.glob("*.json")))
+    if not chosen:
+        raise click.UsageError(f"no results in {OUT}; make some with `python -m loadtest compare --json FILE`")
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        absent = reports.build(reports.read(chosen), page, png)
+    except (ValueError, OSError, reports.NoPlots) as exc:
+        raise click.ClickException(str(exc)) from None
+    for title in absent:
+        click.echo(f"no plot of {title!r}: nobody measured it", err=True)
+    click.echo(f"wrote {page} and {png}")
     return 0
 
 

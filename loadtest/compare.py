@@ -116,6 +116,7 @@ def compare(
                     curves.setdefault(measure, {})[name] = {
                         "event": result["event_ms"].get("curve"),
                         "cancel": result.get("cancel", {}).get("ms", {}).get("curve"),
+                        "memory": result.get("memory_curve"),
                     }
     return {
         "kind": "compare",
