@@ -239,6 +239,8 @@ def shown(result: dict[str, Any]) -> str:
         if any(row["errors"] for row in rows)
     }
     notes.append(f"errors: {errors or 'none'}")
+    if busy := disturbed(result):
+        notes.append(f"CAUTION: {busy}")
     notes += [
         f"{name} carried {PEERS[name].share:g} of the streams" for name in result["peers"] if PEERS[name].share < 1
     ]
@@ -249,6 +251,27 @@ def shown(result: dict[str, Any]) -> str:
         f"{'; TLS to the client' if result['tls'] else ''}; {result['seconds']} s"
     )
     return "\n\n".join([*blocks, "\n".join(notes)])
+
+
+def disturbed(result: dict[str, Any]) -> str:
+    """Why the figures may not be those of a quiet machine; empty if nothing says so.
+
+    A gateway that is kept from its core reads several events at once and looks cheaper per event than it is.
+    """
+    reasons = []
+    short = [
+        name
+        for name, row in result["medians"].get("steady", {}).items()
+        if row.get("events_per_s", 0) < 0.95 * 10_000 * PEERS[name].share
+    ]
+    if short:
+        reasons.append(f"not all events of the steady load got through in time at {', '.join(short)}")
+    late = result["medians"].get("steady", {}).get("direct", {}).get("event_p99_ms", 0)
+    if late > 5:
+        reasons.append(f"the direct connection's p99 was {late:.1f} ms")
+    if result["load_average"][0] > 0.5:
+        reasons.append(f"others were at work (load average {result['load_average'][0]:.1f} before we began)")
+    return "; ".join(reasons)
 
 
 def _cell(medians: Any, ratios: Any, name: str, measure: str, key: str, scale: float) -> str:

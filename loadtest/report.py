@@ -27,10 +27,6 @@ SHOWN: dict[str, Callable[[dict[str, Any]], str]] = {
     "promises": check.shown,
     "run": run.shown,
 }
-    "compare": compare.shown,
-    "promises": check.shown,
-    "run": run.shown,
-}
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 pre { background: #f6f6f4; padding: 1rem; overflow-x: auto; font-size: 13px; line-height: 1.35; }
@@ -138,7 +134,7 @@ def _cpu(axes: Any, result: dict[str, Any]) -> bool:
         axes.bar_label(bars, [f" {value:.1f} ({label})" for value in values], fontsize=8)
     axes.set_yticks([at + 0.18 for at in range(len(names))], names)
     axes.invert_yaxis()
-    axes.margins(x=0.3)
+    axes.margins(x=0.45)
     axes.set_xlabel("µs of CPU, user + system, whole process tree")
     return True
 

@@ -43,7 +43,7 @@ def run(
 
         def warming() -> None:
             say(f"{scenario.name}: warming up, {engine.in_flight} in flight")
-            if gateway:
+            if gateway and (not growth or growth[-1][0] < engine.in_flight):
                 growth.append([engine.in_flight, gateway.memory() - memory_before])
 
         engine.run(scenario.warm_up, warming)
@@ -71,7 +71,7 @@ def run(
             result["cpu_us_per_event"] = cpu * 1e6 / tally.events if tally.events else None
             result["cpu_us_per_request"] = cpu * 1e6 / tally.finished if tally.finished else None
             result["rss_bytes"] = gateway.memory()
-            result["memory_curve"] = growth
+            result["memory_curve"] = [*growth, [engine.in_flight, result["rss_bytes"] - memory_before]]
             result["rss_per_stream"] = (result["rss_bytes"] - memory_before) / max(engine.in_flight, 1)
         if upstream:
             engine.run(0.3)  # those who left last are seen
