@@ -271,8 +271,10 @@ class ClientReader:
             return
         payload = self._decoder.feed(held)
         exchange.request_bytes += len(payload)
-        self._upload.put_nowait(payload)
         self._held = b""
+        if self._objection(exchange, self._decoder) is not None:
+            return  # raised in its turn, by `_body`
+        self._upload.put_nowait(payload)
         if self._decoder.end is not None:
             self._end_body(exchange, self._decoder.end)
 
@@ -299,16 +301,16 @@ class ClientReader:
         while True:
             payload = decoder.feed(data)
             exchange.request_bytes += len(payload)
-            if not await self._put(upload, payload):
-                return False
-            if decoder.end is not None:
-                self._end_body(exchange, decoder.end)
-                return True
             failure = self._objection(exchange, decoder)
             if failure is not None:
                 upload.abort(failure)
                 exchange.fail(failure)
                 return False
+            if not await self._put(upload, payload):
+                return False
+            if decoder.end is not None:
+                self._end_body(exchange, decoder.end)
+                return True
             self._enter(_Mode.BODY)
             started = self._since
             data = await self._receive()
