@@ -34,6 +34,7 @@ def test_members_of_a_list_come_from_all_its_lines():
     headers = Headers(FIELDS)
     assert headers.tokens(b"via") == [b"1.1 a", b"1.1 b", b"1.0 c"]
     assert headers.tokens(b"empty") == []
+    assert headers.tokens(b"absent") == []
 
 
 def test_fields_are_values():
