@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from loadtest.peers import PEERS, Missing
 from loadtest.processes import NotStarted, pinned
 from loadtest.safety import Refused, target_of
 from loadtest.scenario import ScenarioError, changed, load, names
+
+OUT = Path(__file__).parent / "out"
 
 
 class Progress:
@@ -43,6 +46,15 @@ def _give(result: dict[str, Any], text: str, json_to: str | None) -> None:
         Path(json_to).write_text(json.dumps(result) + "\n")
 
 
+def _some_of(text: str, known: Collection[str], option: str) -> list[str]:
+    """The comma-separated names in `text`, all of them known."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise click.UsageError(f"{option}: {name!r} is none of {', '.join(known)}")
+    return names
+
+
 _JSON = click.option("--json", "json_to", metavar="FILE", help="Write the result as JSON; - for stdout.")
 
 
@@ -60,10 +72,7 @@ def promises(peer: str, only: str, quick: bool, json_to: str | None) -> int:
     """Measure what a gateway promises; exits 1 if a promise breaks."""
     from loadtest.promises.check import PARTS, check, shown
 
-    parts = [part.strip() for part in only.split(",") if part.strip()]
-    for part in parts:
-        if part not in PARTS:
-            raise click.UsageError(f"--only {part}: expected some of {', '.join(PARTS)}")
+    parts = _some_of(only, PARTS, "--only")
     progress = Progress()
     result = check(peer, parts, progress, quick=quick)
     progress.end()
@@ -148,6 +157,52 @@ def run(
             result["peer"] = peer
     progress.end()
     _give(result, runs.shown(result), json_to)
+    return 0
+
+
+@cli.command()
+@click.option(
+    "--peers", default="nginx,envoy,caddy,canal,direct", show_default=True, help=f"Some of {', '.join(PEERS)}."
+)
+@click.option("--only", default="", help="Some of the measures, instead of all.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1, 50))
+@click.option("--quick", is_flag=True, help="One round, short windows: to see that it works.")
+@click.option("--tls", is_flag=True, help="Peers terminate TLS to the client.")
+@_JSON
+def compare(peers: str, only: str, rounds: int, quick: bool, tls: bool, json_to: str | None) -> int:
+    """Compare gateways: CPU per event and request, added latency, throughput, memory, in interleaved rounds."""
+    from loadtest import compare as comparing
+
+    wanted = _some_of(only or ",".join(comparing.DEFAULT), comparing.MEASURES, "--only")
+    who = _some_of(peers, PEERS, "--peers")
+    progress = Progress()
+    result = comparing.compare(
+        who, wanted, progress, rounds=1 if quick else rounds, shorter=0.3 if quick else 1.0, tls=tls
+    )
+    progress.end()
+    _give(result, comparing.shown(result), json_to)
+    return 0
+
+
+@cli.command()
+@click.argument("results", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--page", default=OUT / "report.html", show_default=True, type=click.Path(path_type=Path))
+@click.option("--png", default=OUT / "report.png", show_default=True, type=click.Path(path_type=Path))
+def report(results: tuple[Path, ...], page: Path, png: Path) -> int:
+    """Make one HTML page and one PNG of RESULTS (JSON files; all in loadtest/out unless given)."""
+    from loadtest import report as reports
+
+    chosen = results or tuple(sorted(OUT.glob("*.json")))
+    if not chosen:
+        raise click.UsageError(f"no results in {OUT}; make some with `python -m loadtest compare --json FILE`")
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        absent = reports.build(reports.read(chosen), page, png)
+    except (ValueError, OSError, reports.NoPlots) as exc:
+        raise click.ClickException(str(exc)) from None
+    for title in absent:
+        click.echo(f"no plot of {title!r}: nobody measured it", err=True)
+    click.echo(f"wrote {page} and {png}")
     return 0
 
 

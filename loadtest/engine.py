@@ -111,12 +111,20 @@ class Engine:
                 return
         request = self._requests.get(part) or part.request(self.target.authority, self.target.path, ident)
         link.begin(part, request, ident, intended)
-        if part.leave and link.part is not None:
+        if part.leave == "random" and link.part is not None:
             lasting = part.upstream.lasting
             when = self._random.uniform(0, min(60, lasting))
-            how = self._random.choice(("fin", "rst")) if part.leave_by == "both" else part.leave_by
-            serial, one = link.serial, link
+            serial, one, how = link.serial, link, self._how(part)
             self.after(when, lambda _serial: one.leave(serial, how), 0)
+
+    def leave_together(self) -> None:
+        """All clients that wait for this leave now."""
+        for link in list(self.links.values()):
+            if link.part is not None and link.part.leave == "together":
+                link.leave(link.serial, self._how(link.part))
+
+    def _how(self, part: Part) -> str:
+        return self._random.choice(("fin", "rst")) if part.leave_by == "both" else part.leave_by
 
     def _lost(self) -> None:
         self.in_flight -= 1

@@ -44,8 +44,8 @@ class Peer:
     environ: tuple[tuple[str, str], ...] = ()
     tls: str = ""  # the template with TLS to the client
     seconds: float = 30  # it may take this long to come up
-    model: str = "m"
-    stamp: str = "field"
+    stamp: str = "field"  # where the upstream puts its time stamps, so that they get through
+    share: float = 1.0  # of a load's streams, for one that could not carry all
 
 
 @dataclass(slots=True)
@@ -132,6 +132,7 @@ PEERS: dict[str, Peer] = {
             seconds=120,
             environ=(("LITELLM_LOG", "ERROR"), ("LITELLM_LOCAL_MODEL_COST_MAP", "True")),
             stamp="content",
+            share=0.04,
         ),
     )
 }  # fmt: skip

@@ -39,7 +39,14 @@ def run(
             engine.open(scenario.rate, scenario.arrivals, scenario.most_in_flight)
         else:
             engine.closed(scenario.streams, scenario.warm_up / 2)
-        engine.run(scenario.warm_up, lambda: say(f"{scenario.name}: warming up, {engine.in_flight} in flight"))
+        growth: list[list[int]] = []
+
+        def warming() -> None:
+            say(f"{scenario.name}: warming up, {engine.in_flight} in flight")
+            if gateway and (not growth or growth[-1][0] < engine.in_flight):
+                growth.append([engine.in_flight, gateway.memory() - memory_before])
+
+        engine.run(scenario.warm_up, warming)
         if upstream:
             upstream.reset()
         engine.tally = Tally()
@@ -54,6 +61,7 @@ def run(
                 f"{tally.finished / seconds:.0f} requests/s, {tally.events / seconds:.0f} events/s{errors}"
             )
 
+        engine.after(scenario.seconds / 2, lambda _argument: engine.leave_together(), 0)
         seconds = engine.run(scenario.seconds, progress)
         tally, engine.tally = engine.tally, Tally()
         result |= tally.summary(seconds)
@@ -63,6 +71,7 @@ def run(
             result["cpu_us_per_event"] = cpu * 1e6 / tally.events if tally.events else None
             result["cpu_us_per_request"] = cpu * 1e6 / tally.finished if tally.finished else None
             result["rss_bytes"] = gateway.memory()
+            result["memory_curve"] = [*growth, [engine.in_flight, result["rss_bytes"] - memory_before]]
             result["rss_per_stream"] = (result["rss_bytes"] - memory_before) / max(engine.in_flight, 1)
         if upstream:
             engine.run(0.3)  # those who left last are seen

@@ -27,7 +27,7 @@ CHOICES = {
     "mode": ("closed", "open", "ramp"),
     "arrivals": ("poisson", "even"),
     "read": ("full", "slow", "never"),
-    "leave": ("", "random"),
+    "leave": ("", "random", "together"),
     "leave_by": ("fin", "rst", "both"),
     "method": ("POST", "GET"),
 }
@@ -51,7 +51,7 @@ class Part:
     keep_alive: bool = True
     read: str = "full"
     read_rate: int = 2000  # bytes/s of a slow reader
-    leave: str = ""  # "random": at a random moment of the exchange
+    leave: str = ""  # "random": at a random moment of the exchange; "together": all at half time
     leave_by: str = "both"
     upstream: Behaviour = field(default_factory=Behaviour)
 

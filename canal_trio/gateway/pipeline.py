@@ -328,4 +328,3 @@ class Pipeline:
             upgrade=exchange.upgrade,
         )
         return for_upstream(head, options)
-

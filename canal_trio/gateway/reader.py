@@ -276,8 +276,9 @@ class ClientReader:
         if exchange.upgrade is None and held and len(held) <= self._bounds.piece_bytes:
             payload, self._held = decoder.feed(held), b""
             exchange.request_bytes += len(payload)
-            whole = decoder.end is not None and self._objection(exchange, decoder) is None
-            if whole and self._hold(exchange, payload, decoder.end or End()):
+            if self._objection(exchange, decoder) is not None:
+                payload = b""  # raised in its turn, by `_body`
+            elif decoder.end is not None and self._hold(exchange, payload, decoder.end):
                 exchange.uploaded()
                 self._held = decoder.rest
                 return
@@ -302,12 +303,12 @@ class ClientReader:
         while True:
             payload = decoder.feed(data)
             exchange.request_bytes += len(payload)
-            if not await self._put(upload, payload):
-                return False
             failure = self._objection(exchange, decoder)
             if failure is not None:
                 upload.abort(failure)
                 exchange.fail(failure)
+                return False
+            if not await self._put(upload, payload):
                 return False
             if decoder.end is not None:
                 exchange.uploaded()

@@ -62,7 +62,7 @@ class RelayLimits:
     def __post_init__(self) -> None:
         if min(self.capacity, self.piece_bytes, self.handover_bytes) < 1:
             raise ValueError("capacity, piece_bytes and handover_bytes are at least 1")
-        if not min(self.idle_timeout, self.write_timeout, self.total_timeout) > 0:
+        if not all(seconds > 0 for seconds in (self.idle_timeout, self.write_timeout, self.total_timeout)):  # nor NaN
             raise ValueError("idle_timeout, write_timeout and total_timeout are more than 0")
 
 

@@ -128,7 +128,7 @@ class _State:
 
     def close_receiver(self) -> None:
         self.receive.close()
-        self.held = 0
+        self.held = min(self.held, 0)  # below 0: a waiting put's piece was taken, and is still to enter the books
         self.wake(trio.ClosedResourceError("this receiver was closed"))
 
     def statistics(self) -> FlowStatistics:

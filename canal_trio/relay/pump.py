@@ -178,6 +178,7 @@ async def deliver(
                 await out.finish()
                 await out.write(batch)
             except _BROKEN as exc:
+                progress.blocked_since = math.inf  # it is over: no deadline waits for this sink any more
                 return RelayFailure(Trouble.SEND, str(exc))
         if isinstance(receiver.ending, Aborted):
             cause = receiver.ending.failure

@@ -2,10 +2,11 @@
 
 HTTP/2 only. Between the socket and httpcore, the frames that arrive are looked at (RFC 9113 4.1), because httpcore
 1.0.9 gives up a response that is under way when its upstream says GOAWAY, even if only to say that it will take no
-*further* requests, as every upstream does that restarts gracefully. Such a GOAWAY is kept from it and remembered.
+*further* requests, as every upstream does that restarts gracefully. Such a GOAWAY is kept from it and remembered. A
+frame that is too large is refused by its first bytes; h2 would wait for all of it, up to 16 MiB.
 
-Invariants: bytes reach httpcore in order, whole frames are dropped or none; one read is at most a piece, so that is
-what httpcore holds; what arrives while a request is still being sent is bounded by `early_bytes`.
+Invariants: bytes reach httpcore in order, whole frames are dropped or none; it holds at most one read, which is a
+piece, and one frame; what arrives while a request is still being sent is bounded by `early_bytes`.
 """
 
 from __future__ import annotations
@@ -19,12 +20,16 @@ from trio.abc import Stream
 
 from canal_trio.relay.streams import HandoverStream
 
-__all__ = ["FrameFilter", "NetworkStream"]
+__all__ = ["FrameFault", "FrameFilter", "NetworkStream"]
 
 _HEADER = 9
 _GOAWAY = 7
-_FRAME_BYTES = 16_384  # what we allow (SETTINGS_MAX_FRAME_SIZE at its default); a larger one is for h2 to refuse
+_FRAME_BYTES = 16_384  # what we allow: SETTINGS_MAX_FRAME_SIZE at its default
 _TROUBLE = (trio.BrokenResourceError, trio.ClosedResourceError)
+
+
+class FrameFault(httpcore.RemoteProtocolError):
+    """What arrives cannot be HTTP/2."""
 
 
 @final
@@ -38,7 +43,7 @@ class FrameFilter:
         self._held = b""  # the beginning of a frame about which nothing can be said yet
 
     def feed(self, data: bytes) -> bytes:
-        """What of `data` goes on, perhaps nothing."""
+        """What of `data` goes on, perhaps nothing. Raises FrameFault."""
         if not self._held and self._left >= len(data):
             self._left -= len(data)
             return data
@@ -49,7 +54,9 @@ class FrameFilter:
         while len(data) - at >= _HEADER:
             size = int.from_bytes(data[at : at + 3], "big")
             end = at + _HEADER + size
-            if data[at + 3] == _GOAWAY and size <= _FRAME_BYTES:
+            if size > _FRAME_BYTES:
+                raise FrameFault(f"a frame of {size} bytes, where {_FRAME_BYTES} is the most")
+            if data[at + 3] == _GOAWAY:
                 if end > len(data):
                     break
                 if self._graceful(data[at + _HEADER : end]):
@@ -92,7 +99,7 @@ class NetworkStream(httpcore.AsyncNetworkStream):
         self._early = 0
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """At most a piece; `b""` at the end. Raises httpcore.ReadError."""
+        """At most a piece; `b""` at the end. Raises httpcore.ReadError and FrameFault."""
         while True:
             try:
                 data = bytes(await self._stream.receive_some(min(max_bytes, self._piece_bytes)))

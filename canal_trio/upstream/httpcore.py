@@ -36,7 +36,7 @@ from canal_trio.relay.flow import Aborted, FlowSender
 from canal_trio.relay.idle import Reaper
 from canal_trio.relay.streams import HandoverStream
 from canal_trio.settings import Bounds, Deadlines
-from canal_trio.upstream.frames import NetworkStream
+from canal_trio.upstream.frames import FrameFault, NetworkStream
 from canal_trio.upstream.idle import is_quiet, watch_hangup
 from canal_trio.upstream.interface import Answer, BodySource
 from canal_trio.wire.heads import ResponseHeadReader
@@ -272,7 +272,7 @@ class Http2Connection:
             if not self._relaying and event.error_code == _REFUSED_STREAM:
                 return Failure(Side.UPSTREAM, phase, Kind.REFUSED, detail, Retry.UNSENT)
             return Failure(Side.UPSTREAM, phase, Kind.RESET, detail, Retry.NO if self._relaying else Retry.SENT)
-        if isinstance(exc, h2.exceptions.H2Error | httpcore.LocalProtocolError):
+        if isinstance(exc, h2.exceptions.H2Error | httpcore.LocalProtocolError | FrameFault):
             return _malformed(f"It breaks the rules of HTTP/2: {event}.", phase)
         goaway = event if isinstance(event, h2.events.ConnectionTerminated) else None
         # RFC 9113 6.8: a stream above the last one that GOAWAY names was not looked at.

@@ -228,48 +228,48 @@ class Client:
         if method == "HEAD" or head.status in (204, 304) or head.status < 200:
             head.framing, head.complete = "none", True
             return
+        body = bytearray()
         try:
             if coding:
                 assert coding == ["chunked"], coding
                 head.framing = "chunked"
-                await self._chunked(head)
+                await self._chunked(head, body)
             elif length:
                 assert len(length) == 1, length
                 head.framing = "length"
-                await self._length(head, int(length[0]))
+                await self._length(int(length[0]), body)
             else:
                 head.framing = "close"
-                head.body += await self.rest()
-                head.complete = self.ended_by == "fin"
+                body += await self.rest()
+            head.complete = head.framing != "close" or self.ended_by == "fin"
         except Ended:
             pass
+        finally:
+            head.body = bytes(body)
         head.ended_by = self.ended_by
 
-    async def _length(self, head: Response, left: int) -> None:
+    async def _length(self, left: int, body: bytearray) -> None:
         while left:
             if not self.buffer and not await self.fill():
                 raise Ended
-            taken = bytes(self.buffer[:left])
+            taken = self.buffer[:left]
             del self.buffer[: len(taken)]
-            head.body += taken
+            body += taken
             left -= len(taken)
-        head.complete = True
 
-    async def _chunked(self, head: Response) -> None:
+    async def _chunked(self, head: Response, body: bytearray) -> None:
         while True:
             line = await self.until(b"\r\n")
             assert re.fullmatch(rb"[0-9a-fA-F]{1,16}\r\n", line), f"not a chunk size: {line!r}"
             size = int(line, 16)
             if size == 0:
                 break
-            await self._length(head, size)
-            head.complete = False
+            await self._length(size, body)
             assert await self.exactly(2) == b"\r\n"
         while (line := await self.until(b"\r\n")) != b"\r\n":
             name, colon, value = line[:-2].decode("latin-1").partition(":")
             assert colon, line
             head.trailers.append((name.lower(), value.strip()))
-        head.complete = True
 
     def fin(self) -> None:
         """Close in the usual way: FIN. (With unread input the kernel makes it a reset.)"""

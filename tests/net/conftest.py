@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "gateway"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "upstream"))
 
-from kit import open_sockets  # found by the line above
+from kit import open_sockets  # found by the lines above
 
 
 @pytest.fixture(autouse=True)

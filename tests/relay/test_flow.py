@@ -251,6 +251,19 @@ async def test_closing_the_receiver_breaks_puts():
     assert receiver.statistics().held == 0
 
 
+async def test_a_closed_flow_seemed_to_hold_a_piece():
+    """A waiting put whose piece was taken just before the receiver closed leaves nothing behind in the books."""
+    sender, receiver = open_flow(1)
+    sender.put_nowait(b"one")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(sender.put, b"two")
+        await wait_all_tasks_blocked()
+        assert receiver.take_nowait() == [b"one", b"two"]
+        receiver.close()
+    assert sender.statistics().held == 0
+    assert sender.statistics().queued == 2
+
+
 @pytest.mark.parametrize("sink", [None, lambda _piece: True])
 async def test_closing_by_another_task_wakes_the_parked_owner(sink):
     """It is woken with ClosedResourceError, and no put reaches its sink any more."""

@@ -188,3 +188,19 @@ async def test_an_armed_sink_is_never_called_from_inside_the_send():
         a.try_send(b"two")
     assert calls == [b"one", b"two"]
     assert "open" in repr(b)
+
+
+async def test_one_task_sends_at_a_time():
+    """A second one is refused, by whichever method, while the first waits for room."""
+    a, b = await clogged(handover=True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(a.send_all, b"x")
+        await wait_all_tasks_blocked()
+        with pytest.raises(trio.BusyResourceError):
+            await a.send_all(b"y")
+        with pytest.raises(trio.BusyResourceError):
+            a.try_send(b"y")
+        with pytest.raises(trio.BusyResourceError):
+            a.try_send_batch([b"y"])
+        await b.receive_some()
+    assert await b.receive_some() == b"x"

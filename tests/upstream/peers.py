@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import h2.config
 import h2.connection
 import h2.events
+import h2.exceptions
 import hypercorn.config
 import hypercorn.trio
 import trio
@@ -206,7 +207,11 @@ class H2Peer:
         if not data:
             self.ended = True
             return False
-        for event in self.h2.receive_data(data):
+        try:
+            events = self.h2.receive_data(data)
+        except h2.exceptions.ProtocolError:
+            return True  # after a GOAWAY of ours h2 hears nothing any more
+        for event in events:
             if isinstance(event, h2.events.RequestReceived):
                 self.heads[event.stream_id] = event.headers
                 self.bodies[event.stream_id] = b""
