@@ -31,15 +31,15 @@ from canal_trio.relay.idle import Reaper
 from canal_trio.settings import Bounds, Deadlines
 from canal_trio.upstream.idle import is_quiet, watch_hangup
 from canal_trio.upstream.interface import Answer, BodySource, Inform
+from canal_trio.upstream.response_body import ResponseBody
 from canal_trio.upstream.switched import Tunnel
 from canal_trio.upstream.turns import Turn, Turns
-from canal_trio.wire.bodies import BodyDecoder, NoBody, encode_chunk, encode_last_chunk, response_decoder
+from canal_trio.wire.bodies import encode_chunk, encode_last_chunk, response_decoder
 from canal_trio.wire.headers import keep_alive
 from canal_trio.wire.heads import ResponseHeadReader, write_request_head
 
 __all__ = ["Http1Connection"]
 
-_INCOMPLETE = Failure(Side.UPSTREAM, Phase.STREAM, Kind.CUT, "The response body is incomplete.")
 _PEER_TROUBLE = (trio.BrokenResourceError, trio.ClosedResourceError)
 _SLICE = 16 * 1024  # bytes per send where progress within one cannot be seen
 
@@ -67,7 +67,7 @@ class Http1Connection:
         self._relaying = False  # the final head was passed on
         self._failure: Failure | None = None
         self._final: ResponseHead | None = None
-        self._decoder: BodyDecoder = NoBody()
+        self._body: ResponseBody | None = None  # from the final head on
 
     def __repr__(self) -> str:
         return f"<Http1Connection {self._stream!r}, {self._turns.turn.name.lower()}>"
@@ -99,13 +99,14 @@ class Http1Connection:
         """The attempt is over: what became of it, and of the connection."""
         self._used = True
         self._turns.begin(Turn.NOBODY)
-        final, decoder = self._final, self._decoder
+        final, body = self._final, self._body
         self.reusable = (
             self._failure is None
             and self._sent
             and final is not None
-            and decoder.end is not None
-            and not decoder.rest
+            and body is not None
+            and body.end is not None
+            and not body.rest
             and keep_alive(final.version, final.headers)
         )
         return self._failure
@@ -224,20 +225,24 @@ class Http1Connection:
         if head.status == 101:
             await self._tunnel(self._heads.rest(), head, body, answer)
             return
-        if self._open(head, request):
+        out = self._open(head, request)
+        if out is not None:
             await answer.head(head)
-            await self._body(self._heads.rest(), answer.body)
+            await out.into(answer.body, self._heads.rest())
 
-    def _open(self, head: ResponseHead, request: RequestHead) -> bool:
-        """The final head is here. False: its framing is in doubt."""
+    def _open(self, head: ResponseHead, request: RequestHead) -> ResponseBody | None:
+        """The body of the final head that is here. None: its framing is in doubt."""
         decoder = response_decoder(head, request.method)
         if isinstance(decoder, Failure):
             self._note(decoder)
-            return False
-        self._decoder, self._final = decoder, head
+            return None
+        self._body = body = ResponseBody(
+            self._stream, decoder, self._turns, self._note, piece_bytes=self._bounds.piece_bytes
+        )
+        self._final = head
         self._relaying = True
         self._turns.begin(Turn.BODY)
-        return True
+        return body
 
     async def _final_head(self, request: RequestHead, inform: Inform) -> ResponseHead | None:
         """Read heads, passing the informational ones on, up to the final one; None with a failure noted."""
@@ -272,89 +277,6 @@ class Http1Connection:
             await inform(verdict)
             data = reader.rest()
 
-    # -- the response body ---------------------------------------------------------------------------------------------
-
-    async def _body(self, data: bytes, sender: FlowSender) -> None:
-        decoder = self._decoder
-        handover = self._stream if can_hand_over(self._stream) else None
-        while not await self._finished(decoder, decoder.feed(data), sender):
-            while handover is not None and sender.room:
-                if await self._hand_over(handover, decoder, sender):
-                    return
-            # The flow is full (or the stream cannot hand over): one more piece in this hand, then wait for room.
-            data = bytes(await self._stream.receive_some(self._bounds.piece_bytes))
-            self._turns.moved = trio.current_time()
-            if not data:
-                self._eof(decoder, sender)
-                return
-
-    async def _finished(self, decoder: BodyDecoder, payload: bytes, sender: FlowSender) -> bool:
-        """Put `payload`, waiting for room, and the ending if this was it."""
-        try:
-            if payload:
-                if decoder.end is not None and len(payload) <= sender.room:
-                    sender.put_last(payload, decoder.end)
-                    return True
-                turn, self._turns.turn = self._turns.turn, Turn.CLIENT
-                await sender.put(payload)
-                self._turns.begin(turn)
-        except _PEER_TROUBLE:
-            return True  # the driver takes no more; it has noted why
-        if decoder.end is not None:
-            sender.end(decoder.end)
-            return True
-        return self._faulty(decoder)
-
-    def _faulty(self, decoder: BodyDecoder) -> bool:
-        if decoder.fault is None:
-            return False
-        self._note(Failure(Side.UPSTREAM, Phase.STREAM, Kind.MALFORMED, decoder.fault))
-        return True
-
-    def _eof(self, decoder: BodyDecoder, sender: FlowSender) -> None:
-        decoder.close()
-        if decoder.end is not None:
-            sender.end(decoder.end)
-        else:
-            self._note(_INCOMPLETE)
-
-    async def _hand_over(self, stream: HandoverStream, decoder: BodyDecoder, sender: FlowSender) -> bool:
-        """Serve the body in the poller's step. True: the body is over; False: the flow is full."""
-        over = False
-
-        def sink() -> bool:
-            nonlocal over
-            room = sender.room
-            if not room:
-                return False
-            try:
-                data = stream.try_receive(room)
-                if data is None:
-                    return True
-                self._turns.moved = trio.current_time()
-                if not data:
-                    over = True
-                    self._eof(decoder, sender)
-                    return False
-                payload = decoder.feed(data)
-                if decoder.end is not None:
-                    over = True
-                    sender.put_last(payload, decoder.end) if payload else sender.end(decoder.end)
-                    return False
-                if payload:
-                    sender.put_nowait(payload)
-            except trio.BrokenResourceError as exc:
-                # Either the upstream reset the connection, or the driver closed the flow and has noted why.
-                over = True
-                self._note(Failure(Side.UPSTREAM, Phase.STREAM, Kind.RESET, str(exc)))
-                return False
-            over = self._faulty(decoder)
-            return not over
-
-        stream.arm(sink)
-        await stream.wait_disarmed()
-        return over
-
     # -- for a driver without a second task ----------------------------------------------------------------------------
 
     @property
@@ -371,7 +293,7 @@ class Http1Connection:
         except _PEER_TROUBLE as exc:
             self._note(self._broken(str(exc)))
         else:
-            if final is not None and self._open(final, head):
+            if final is not None and self._open(final, head) is not None:
                 return final
         failure = self._over()
         assert failure is not None
@@ -379,63 +301,28 @@ class Http1Connection:
 
     def early(self) -> bytes:
         """The payload that came with the head."""
-        return self._take(self._heads.rest())
+        assert self._body is not None
+        return self._body.take(self._heads.rest())
 
     @property
     def end(self) -> End | None:
         """The end of the body, once it has come."""
-        return self._decoder.end
+        return self._body.end if self._body is not None else None
 
     @property
     def failure(self) -> Failure | None:
         """What went wrong, if anything has."""
         return self._failure
 
-    def _take(self, data: bytes) -> bytes:
-        payload = self._decoder.feed(data)
-        self._faulty(self._decoder)
-        return payload
-
     async def pass_on(self, sink: Sink, most: int) -> bytes:
         """Hand the body over to `sink`, until it refuses or the body is over; the payload that came with the end."""
-        stream = self._stream
-        assert can_hand_over(stream)
-        last = b""
-
-        def move() -> bool:
-            nonlocal last
-            try:
-                data = stream.try_receive(most)
-            except trio.BrokenResourceError as exc:
-                self._note(Failure(Side.UPSTREAM, Phase.STREAM, Kind.RESET, str(exc)))
-                return False
-            if data is None:
-                return True
-            self._turns.moved = trio.current_time()
-            if not data:
-                self._decoder.close()
-                if self._decoder.end is None:
-                    self._note(_INCOMPLETE)
-                return False
-            payload = self._take(data)
-            if self._decoder.end is not None or self._failure is not None:
-                last = payload
-                return False
-            return sink(payload) if payload else True
-
-        try:
-            stream.arm(move)
-            await stream.wait_disarmed()
-        except _PEER_TROUBLE as exc:
-            self._note(Failure(Side.UPSTREAM, Phase.STREAM, Kind.RESET, str(exc)))
-        return last
+        assert self._body is not None
+        return await self._body.pass_on(sink, most)
 
     async def pass_rest(self, sender: FlowSender) -> Failure | None:
         """The rest of the body through a flow, for a client that has blocked."""
-        try:
-            await self._body(b"", sender)
-        except _PEER_TROUBLE as exc:
-            self._note(Failure(Side.UPSTREAM, Phase.STREAM, Kind.RESET, str(exc)))
+        assert self._body is not None
+        await self._body.into(sender, b"")
         failure = self._over()
         if failure is not None:
             sender.abort(failure)

@@ -1,0 +1,183 @@
+"""The body of one response on its way out of an upstream's stream: through the decoder, into a flow or a sink.
+
+In hand-over it moves in the poller's step; otherwise a task reads piece by piece, and a full flow stops it.
+
+Invariants: payload before a fault or an end is passed on before it; a body that the framing does not prove complete
+never ends, it is noted as a failure. While the flow is full it is the client's turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import final
+
+import trio
+from trio.abc import Stream
+
+from canal_trio.errors import Failure, Kind, Phase, Side
+from canal_trio.messages import End
+from canal_trio.relay.flow import FlowSender, Sink
+from canal_trio.relay.handover import HandoverStream, can_hand_over
+from canal_trio.upstream.turns import Turn, Turns
+from canal_trio.wire.bodies import BodyDecoder
+
+__all__ = ["ResponseBody"]
+
+_PEER_TROUBLE = (trio.BrokenResourceError, trio.ClosedResourceError)
+
+
+@final
+class ResponseBody:
+    """`note` keeps the first failure; `failed` says whether there is one, of whoever's."""
+
+    __slots__ = ("_decoder", "_note", "_piece_bytes", "_stream", "_turns", "failed")
+
+    def __init__(
+        self, stream: Stream, decoder: BodyDecoder, turns: Turns, note: Callable[[Failure], None], *, piece_bytes: int
+    ) -> None:
+        self._stream = stream
+        self._decoder = decoder
+        self._turns = turns
+        self._note = note
+        self._piece_bytes = piece_bytes
+        self.failed = False
+
+    @property
+    def end(self) -> End | None:
+        """The body's end, once it has come."""
+        return self._decoder.end
+
+    @property
+    def rest(self) -> bytes:
+        """What came behind the end."""
+        return self._decoder.rest
+
+    def take(self, data: bytes) -> bytes:
+        """The payload in `data`; broken framing is noted. Not a checkpoint."""
+        payload = self._decoder.feed(data)
+        if self._decoder.fault is not None and not self.failed:
+            self._fail(Kind.MALFORMED, self._decoder.fault)
+        return payload
+
+    def _fail(self, kind: Kind, detail: str) -> None:
+        self.failed = True
+        self._note(Failure(Side.UPSTREAM, Phase.STREAM, kind, detail))
+
+    def _eof(self) -> None:
+        self._decoder.close()
+        if self._decoder.end is None:
+            self._fail(Kind.CUT, "The response body is incomplete.")
+
+    # -- into a sink ---------------------------------------------------------------------------------------------------
+
+    async def pass_on(self, sink: Sink, most: int) -> bytes:
+        """Hand over to `sink`, in reads of up to `most` bytes, until it answers False or the body is over.
+
+        Returns the payload that came with the end or before a failure, which the sink has not seen. A checkpoint; only
+        for a stream that can hand over.
+        """
+        last = b""
+
+        def move(data: bytes) -> bool:
+            nonlocal last
+            payload = self.take(data)
+            if self._decoder.end is not None or self.failed:
+                last = payload
+                return False
+            return sink(payload) if payload else True
+
+        stream = self._stream
+        assert can_hand_over(stream)
+        await self._serve(stream, lambda: most, move)
+        return last
+
+    async def _serve(self, stream: HandoverStream, room: Callable[[], int], move: Callable[[bytes], bool]) -> None:
+        """Have `move` called with what arrives, up to `room()` bytes, until it answers False or there is no room."""
+        turns = self._turns
+
+        def sink() -> bool:
+            most = room()
+            if not most:
+                return False
+            try:
+                data = stream.try_receive(most)
+            except trio.BrokenResourceError as exc:
+                self._fail(Kind.RESET, str(exc))
+                return False
+            if data is None:
+                return True
+            turns.moved = trio.current_time()
+            if not data:
+                self._eof()
+                return False
+            return move(data)
+
+        try:
+            stream.arm(sink)
+            await stream.wait_disarmed()
+        except _PEER_TROUBLE as exc:
+            self._fail(Kind.RESET, str(exc))
+
+    # -- into a flow ---------------------------------------------------------------------------------------------------
+
+    async def into(self, sender: FlowSender, data: bytes) -> None:
+        """Put `data`, then what arrives, to the body's end, and end the flow with it. A checkpoint.
+
+        A flow whose receiver has closed ends it as well: whoever closed it has noted why.
+        """
+        stream = self._stream
+        direct = stream if can_hand_over(stream) else None
+        try:
+            while not await self._put(sender, self.take(data)):
+                while direct is not None and sender.room:
+                    if await self._hand_over(direct, sender):
+                        return
+                # The flow is full (or the stream cannot hand over): one more piece in this hand, then wait for room.
+                data = bytes(await stream.receive_some(self._piece_bytes))
+                self._turns.moved = trio.current_time()
+                if not data:
+                    self._eof()
+                    if self._decoder.end is not None:
+                        sender.end(self._decoder.end)
+                    return
+        except _PEER_TROUBLE as exc:
+            self._fail(Kind.RESET, str(exc))
+
+    async def _put(self, sender: FlowSender, payload: bytes) -> bool:
+        """Put `payload`, waiting for room, and the ending if this was it. True: there is nothing more to put."""
+        end = self._decoder.end
+        try:
+            if payload:
+                if end is not None and len(payload) <= sender.room:
+                    sender.put_last(payload, end)
+                    return True
+                turn, self._turns.turn = self._turns.turn, Turn.CLIENT
+                await sender.put(payload)
+                self._turns.begin(turn)
+        except _PEER_TROUBLE:
+            return True
+        if end is not None:
+            sender.end(end)
+        return end is not None or self.failed
+
+    async def _hand_over(self, stream: HandoverStream, sender: FlowSender) -> bool:
+        """Serve the flow in the poller's step. True: the body is over; False: the flow is full."""
+        over = False
+
+        def move(data: bytes) -> bool:
+            nonlocal over
+            payload, end = self.take(data), self._decoder.end
+            try:
+                if end is not None:
+                    sender.put_last(payload, end) if payload else sender.end(end)
+                elif payload:
+                    sender.put_nowait(payload)
+            except trio.BrokenResourceError:
+                over = True  # the driver takes no more
+            over = over or end is not None
+            return not over and not self.failed
+
+        await self._serve(stream, lambda: sender.room, move)
+        if self._decoder.end is not None:
+            sender.end(self._decoder.end)  # a body that ends with the connection
+        return over or self.failed or self._decoder.end is not None
