@@ -91,13 +91,13 @@ class Connection:
                 self.refuse()
             return
         self.head = data[: end + 4]
-        self.upstream.totals["requests"] += 1
         length = _LENGTH.search(self.head)
         self.decoder = BodyDecoder(-1 if _CHUNKED.search(self.head) else int(length[1]) if length else 0)
         self.body = self.tail = b""
         if self.head.startswith((b"GET ", b"HEAD ")) and b" /_loadtest/" in self.head[:80]:
-            self._control()
+            self._control()  # our own business is not load
             return
+        self.upstream.totals["requests"] += 1
         self.answer = Answer(self)
         self._on_body(data[end + 4 :])
 
@@ -136,7 +136,6 @@ class Connection:
 
     def _control(self) -> None:
         status, document = self.upstream.control(self.head.split(b" ", 2)[1].decode("latin-1"))
-        self.upstream.totals["requests"] -= status == 200  # our own business is not load
         body = json.dumps(document).encode()
         self.sock.setblocking(True)
         self.sock.settimeout(5)
