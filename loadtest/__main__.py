@@ -14,7 +14,7 @@ from loadtest.behaviour import BehaviourError, parse
 from loadtest.peers import PEERS, Missing
 from loadtest.processes import NotStarted, pinned
 from loadtest.safety import Refused, target_of
-from loadtest.scenario import ScenarioError, changed, load, names
+from loadtest.scenario import ScenarioError, changed, load, names, stamped
 
 OUT = Path(__file__).parent / "out"
 
@@ -153,6 +153,7 @@ def run(
             running(peer or "", served.port, core=own, tls=tls, say=progress) as gateway,
             pinned(others),
         ):
+            wanted = stamped(wanted, gateway.peer.stamp if gateway.peer else "field")
             result = runs.run(wanted, target_of(gateway.url), progress, served, gateway.process)
             result["peer"] = peer
     progress.end()

@@ -21,7 +21,7 @@ from loadtest import run as runs
 from loadtest.peers import PEERS, Gateway, Missing, running
 from loadtest.processes import UpstreamProcess, cores, pinned, upstream_process
 from loadtest.safety import target_of
-from loadtest.scenario import Scenario, load
+from loadtest.scenario import Scenario, load, stamped
 from loadtest.table import table
 
 __all__ = ["MEASURES", "compare", "shown"]
@@ -145,8 +145,7 @@ def _scaled(measure: Measure, peer: str, shorter: float) -> Scenario:
     )
     about = PEERS[peer]
     streams = max(int(scenario.streams * about.share), 1)
-    parts = tuple(replace(part, upstream=replace(part.upstream, stamp=about.stamp)) for part in scenario.parts)
-    return replace(scenario, streams=streams, parts=parts)
+    return stamped(replace(scenario, streams=streams), about.stamp)
 
 
 @contextmanager
