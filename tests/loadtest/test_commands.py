@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -14,12 +16,14 @@ from pathlib import Path
 import pytest
 
 from loadtest import bodies, compare, report
+from loadtest.behaviour import Behaviour
 from loadtest.peers import PEERS, Gateway, Missing, running
 from loadtest.processes import ROOT, NotStarted, cpu_seconds, resident, started, upstream_process
-from loadtest.promises.check import check, shown
+from loadtest.promises.check import PARTS, check, shown
 from loadtest.promises.endings import endings
 from loadtest.promises.exact import exact_bytes
 from loadtest.promises.kit import Site
+from loadtest.scenario import names
 
 
 def silent(_text: str) -> None:
@@ -102,6 +106,14 @@ def test_cpu_and_memory_are_those_of_the_whole_tree():
         assert process.cpu() >= burned - 0.03  # the kernel counts in ticks of 10 ms, rounded down
         assert process.memory() > 2 * 4_000_000  # two interpreters
     assert (cpu_seconds(process.pid), resident(process.pid)) == (0, 0)
+
+
+def test_the_document_names_everything_that_can_be_asked_for():
+    """Every key of a behaviour, every scenario, measure, promise and peer is in docs/measuring.md."""
+    text = (ROOT / "docs" / "measuring.md").read_text()
+    asked = [field.name for field in dataclasses.fields(Behaviour)]
+    asked += [*names(), *compare.MEASURES, *PARTS, *(peer.package.split("[")[0] for peer in PEERS.values())]
+    assert [name for name in asked if not re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE)] == []
 
 
 def test_every_peer_has_its_configuration():
