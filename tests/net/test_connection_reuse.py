@@ -42,37 +42,43 @@ async def test_reload_touches_no_stream() -> None:
     go = trio.Event()
     whole = stream([EVENT, EVENT])
     slow = Script((*whole.steps[:2], WaitFor(go), *whole.steps[2:]))
-    async with ScriptedUpstream(slow) as old, ScriptedUpstream(reply({"new": 1})) as new:
-        async with running_gateway(settings_for(old.url)) as gateway:
-            client, other = await gateway.connect(), await gateway.connect()
-            await client.send(chat())
-            head = await client.final_head()
-            gateway.gateway.reload(settings_for(new.url))
-            await other.send(chat())
-            assert (await other.response()).json == {"new": 1}
-            go.set()
-            await client.body(head)
-            assert head.complete
-            assert head.body == EVENT * 2
-            await client.send(chat())
-            assert (await client.response()).json == {"new": 1}
-            await old.until(lambda: old.open_connections == 0)
-            assert len(old.requests) == 1
+    async with (
+        ScriptedUpstream(slow) as old,
+        ScriptedUpstream(reply({"new": 1})) as new,
+        running_gateway(settings_for(old.url)) as gateway,
+    ):
+        client, other = await gateway.connect(), await gateway.connect()
+        await client.send(chat())
+        head = await client.final_head()
+        gateway.gateway.reload(settings_for(new.url))
+        await other.send(chat())
+        assert (await other.response()).json == {"new": 1}
+        go.set()
+        await client.body(head)
+        assert head.complete
+        assert head.body == EVENT * 2
+        await client.send(chat())
+        assert (await client.response()).json == {"new": 1}
+        await old.until(lambda: old.open_connections == 0)
+        assert len(old.requests) == 1
 
 
 @pytest.mark.parametrize("changed", [False, True], ids=["same-bounds", "other-bounds"])
 async def test_reload_keeps_the_connections_of_unchanged_upstreams(changed: bool) -> None:
     """An upstream that did not change keeps its pool, unless bounds or deadlines did; a removed one loses its."""
-    async with ScriptedUpstream(reply({})) as kept, ScriptedUpstream(reply({})) as removed:
-        async with running_gateway(settings_for(kept.url, removed.url)) as gateway:
-            assert (await gateway.ask(chat())).status == 200
-            await eventually(lambda: gateway.gateway.statistics().pools["u0"].idle == 1)
-            bounds = Bounds(capacity=2) if changed else Bounds()
-            gateway.gateway.reload(settings_for(kept.url, bounds=bounds))
-            assert (await gateway.ask(chat())).status == 200
-            assert len(kept.connections) == (2 if changed else 1)
-            assert set(gateway.gateway.statistics().pools) == {"u0"}
-            assert gateway.gateway.ready()
+    async with (
+        ScriptedUpstream(reply({})) as kept,
+        ScriptedUpstream(reply({})) as removed,
+        running_gateway(settings_for(kept.url, removed.url)) as gateway,
+    ):
+        assert (await gateway.ask(chat())).status == 200
+        await eventually(lambda: gateway.gateway.statistics().pools["u0"].idle == 1)
+        bounds = Bounds(capacity=2) if changed else Bounds()
+        gateway.gateway.reload(settings_for(kept.url, bounds=bounds))
+        assert (await gateway.ask(chat())).status == 200
+        assert len(kept.connections) == (2 if changed else 1)
+        assert set(gateway.gateway.statistics().pools) == {"u0"}
+        assert gateway.gateway.ready()
 
 
 async def test_drain_waits_for_what_is_in_flight() -> None:
@@ -136,13 +142,15 @@ async def test_bug_outside_of_the_pipeline(monkeypatch: pytest.MonkeyPatch, capl
 
 async def test_base_url_with_a_path() -> None:
     """`/v1/x` goes to `<base>/x`; dot segments never leave the base."""
-    async with ScriptedUpstream(reply({})) as upstream:
-        async with running_gateway(settings_for(upstream.url + "/deep/base")) as gateway:
-            assert (await gateway.ask(request("GET", "/v1/models?limit=1"))).status == 200
-            assert upstream.requests[0].target == "/deep/base/models?limit=1"
-            for target in ("/v1/../../secret", "/v1/%2e%2e/%2E%2e/secret"):
-                assert (await gateway.ask(request("GET", target))).status == 400
-            assert len(upstream.requests) == 1
+    async with (
+        ScriptedUpstream(reply({})) as upstream,
+        running_gateway(settings_for(upstream.url + "/deep/base")) as gateway,
+    ):
+        assert (await gateway.ask(request("GET", "/v1/models?limit=1"))).status == 200
+        assert upstream.requests[0].target == "/deep/base/models?limit=1"
+        for target in ("/v1/../../secret", "/v1/%2e%2e/%2E%2e/secret"):
+            assert (await gateway.ask(request("GET", target))).status == 400
+        assert len(upstream.requests) == 1
 
 
 async def test_idle_client_connection_is_closed_quietly() -> None:
