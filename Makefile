@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ONCE ?=
 
-.PHONY: demo test check lint types clean
+.PHONY: demo test bench check lint types clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -17,6 +17,11 @@ $(VENV)/.product: pyproject.toml | $(VENV)/bin/python
 # The product with the runner, the real clients and the real servers it is tested against.
 $(VENV)/.tests: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary xllamacpp --editable '.[test]'
+	touch $@ $(VENV)/.product
+
+# The product with what the load tests need.
+$(VENV)/.bench: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	touch $@ $(VENV)/.product
 
 # `exec`, so that Ctrl-C reaches the gateway itself and its exit code is ours.
@@ -33,6 +38,13 @@ test: $(VENV)/.tests lint types
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest
 	$(BIN)/coverage report --fail-under=80 --include='canal_trio/errors.py,canal_trio/messages.py,canal_trio/settings.py,canal_trio/hooks.py,canal_trio/wire/*,canal_trio/policy/*,canal_trio/relay/*'
+
+# A few minutes: gateways side by side, the promises, and a page with both. Fails if a promise breaks.
+PEERS ?= nginx,envoy,caddy,canal,direct
+bench: $(VENV)/.bench
+	$(BIN)/python -m loadtest compare --peers $(PEERS) --json loadtest/out/compare.json
+	@$(BIN)/python -m loadtest promises --json loadtest/out/promises.json; status=$$?; \
+	$(BIN)/python -m loadtest report loadtest/out/compare.json loadtest/out/promises.json && exit $$status
 
 check: lint types
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,28 @@ from loadtest.behaviour import BehaviourError, parse
 from loadtest.peers import PEERS, Missing
 from loadtest.processes import NotStarted, pinned
 from loadtest.safety import Refused, target_of
-from loadtest.scenario import ScenarioError, changed, load, names
+from loadtest.scenario import ScenarioError, changed, load, names, stamped
 
 OUT = Path(__file__).parent / "out"
 
 
 class Progress:
-    """One line on stderr that overwrites itself on a terminal; silent elsewhere, so that logs stay readable."""
+    """One line on stderr: it overwrites itself on a terminal; in a log one appears every ten seconds."""
 
     def __init__(self) -> None:
-        self._shown = sys.stderr.isatty()
+        self._terminal = sys.stderr.isatty()
+        self._last = time.monotonic()
 
     def __call__(self, text: str) -> None:
-        if self._shown:
+        if self._terminal:
             click.echo(f"\r\x1b[K{text[:110]}", nl=False, err=True)
+        elif time.monotonic() - self._last > 10:
+            self._last = time.monotonic()
+            click.echo(text, err=True)
 
     def end(self) -> None:
         """Clear the line."""
-        if self._shown:
+        if self._terminal:
             click.echo("\r\x1b[K", nl=False, err=True)
 
 
@@ -153,6 +158,7 @@ def run(
             running(peer or "", served.port, core=own, tls=tls, say=progress) as gateway,
             pinned(others),
         ):
+            wanted = stamped(wanted, gateway.peer.stamp if gateway.peer else "field")
             result = runs.run(wanted, target_of(gateway.url), progress, served, gateway.process)
             result["peer"] = peer
     progress.end()

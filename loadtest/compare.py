@@ -19,9 +19,9 @@ from typing import Any
 
 from loadtest import run as runs
 from loadtest.peers import PEERS, Gateway, Missing, running
-from loadtest.processes import UpstreamProcess, cores, pinned, upstream_process
+from loadtest.processes import UpstreamProcess, busy_seconds, cores, pinned, upstream_process
 from loadtest.safety import target_of
-from loadtest.scenario import Scenario, load
+from loadtest.scenario import Scenario, load, stamped
 from loadtest.table import table
 
 __all__ = ["MEASURES", "compare", "shown"]
@@ -92,7 +92,7 @@ def compare(
     found: dict[str, dict[str, list[dict[str, float]]]] = {}
     curves: dict[str, dict[str, Any]] = {}
     began = time.time()
-    load_before = os.getloadavg()[0]
+    others_before = busy_seconds() - sum(os.times()[:4])
     with ExitStack() as stack:
         upstream = stack.enter_context(upstream_process(core=others))
         gateways: dict[str, Gateway] = {}
@@ -118,11 +118,13 @@ def compare(
                         "cancel": result.get("cancel", {}).get("ms", {}).get("curve"),
                         "memory": result.get("memory_curve"),
                     }
+    # By now all we started has ended and was waited for, so its time is in ours.
+    others_used = busy_seconds() - sum(os.times()[:4]) - others_before
     return {
         "kind": "compare",
         "at": time.strftime("%Y-%m-%d %H:%M", time.localtime(began)),
         "machine": machine(),
-        "load_average": [load_before, os.getloadavg()[0]],
+        "others_cores": max(others_used, 0) / (time.time() - began),
         "seconds": round(time.time() - began),
         "rounds": rounds,
         "tls": tls,
@@ -145,8 +147,7 @@ def _scaled(measure: Measure, peer: str, shorter: float) -> Scenario:
     )
     about = PEERS[peer]
     streams = max(int(scenario.streams * about.share), 1)
-    parts = tuple(replace(part, upstream=replace(part.upstream, stamp=about.stamp)) for part in scenario.parts)
-    return replace(scenario, streams=streams, parts=parts)
+    return stamped(replace(scenario, streams=streams), about.stamp)
 
 
 @contextmanager
@@ -244,9 +245,8 @@ def shown(result: dict[str, Any]) -> str:
     notes += [
         f"{name} carried {PEERS[name].share:g} of the streams" for name in result["peers"] if PEERS[name].share < 1
     ]
-    before, after = result["load_average"]
     notes.append(
-        f"{result['machine']}; load average {before:.1f} before, {after:.1f} after; "
+        f"{result['machine']}; others used {result.get('others_cores', 0):.1f} cores; "
         f"medians of {result['rounds']} interleaved rounds, × is the ratio to {BASE} within a round"
         f"{'; TLS to the client' if result['tls'] else ''}; {result['seconds']} s"
     )
@@ -269,8 +269,8 @@ def disturbed(result: dict[str, Any]) -> str:
     late = result["medians"].get("steady", {}).get("direct", {}).get("event_p99_ms", 0)
     if late > 5:
         reasons.append(f"the direct connection's p99 was {late:.1f} ms")
-    if result["load_average"][0] > 0.5:
-        reasons.append(f"others were at work (load average {result['load_average'][0]:.1f} before we began)")
+    if result.get("others_cores", 0) > 0.25:
+        reasons.append(f"others used {result.get('others_cores', 0):.1f} cores meanwhile")
     return "; ".join(reasons)
 
 

@@ -31,6 +31,7 @@ _USER = re.compile(rb'"user"\s*:\s*"([^"\\]{0,400})"')
 _STREAM = re.compile(rb'"stream"\s*:\s*true')
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,18})[ \t]*\r\n", re.IGNORECASE)
 _CHUNKED = re.compile(rb"\r\ntransfer-encoding:[ \t]*chunked[ \t]*\r\n", re.IGNORECASE)
+_OWN = re.compile(rb"GET (/_loadtest/|/v1/models |/models )")
 _CLOSE = re.compile(rb"\r\nconnection:[ \t]*close[ \t]*\r\n", re.IGNORECASE)
 _KEPT = 65536  # of a request's body, where `user` and `stream` are looked for
 _now = time.monotonic_ns
@@ -91,13 +92,13 @@ class Connection:
                 self.refuse()
             return
         self.head = data[: end + 4]
-        self.upstream.totals["requests"] += 1
         length = _LENGTH.search(self.head)
         self.decoder = BodyDecoder(-1 if _CHUNKED.search(self.head) else int(length[1]) if length else 0)
         self.body = self.tail = b""
-        if self.head.startswith((b"GET ", b"HEAD ")) and b" /_loadtest/" in self.head[:80]:
-            self._control()
+        if self.head.startswith(b"GET ") and _OWN.match(self.head):
+            self._control()  # our own business is not load
             return
+        self.upstream.totals["requests"] += 1
         self.answer = Answer(self)
         self._on_body(data[end + 4 :])
 
@@ -136,7 +137,6 @@ class Connection:
 
     def _control(self) -> None:
         status, document = self.upstream.control(self.head.split(b" ", 2)[1].decode("latin-1"))
-        self.upstream.totals["requests"] -= status == 200  # our own business is not load
         body = json.dumps(document).encode()
         self.sock.setblocking(True)
         self.sock.settimeout(5)

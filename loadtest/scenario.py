@@ -16,7 +16,7 @@ from typing import Any
 
 from loadtest.behaviour import Behaviour, BehaviourError
 
-__all__ = ["SCENARIOS", "Part", "Scenario", "ScenarioError", "changed", "from_table", "load", "names"]
+__all__ = ["SCENARIOS", "Part", "Scenario", "ScenarioError", "changed", "from_table", "load", "names", "stamped"]
 
 SCENARIOS = Path(__file__).parent / "scenarios"
 MOST: dict[str, float] = {
@@ -112,6 +112,12 @@ def changed(scenario: Scenario, **values: float | None) -> Scenario:
     """With these values instead of its own, where they are not None; raises `ScenarioError`."""
     given = {key: value for key, value in values.items() if value is not None}
     return replace(scenario, **_checked(given, Scenario, scenario.name))
+
+
+def stamped(scenario: Scenario, stamp: str) -> Scenario:
+    """With the time stamps where a gateway that writes events anew lets them through."""
+    parts = tuple(replace(part, upstream=replace(part.upstream, stamp=stamp)) for part in scenario.parts)
+    return replace(scenario, parts=parts)
 
 
 def names() -> list[str]:

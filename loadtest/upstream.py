@@ -1,7 +1,8 @@
 """An OpenAI-compatible upstream that keeps its time and counts what it sent: one process, one epoll loop.
 
 Any request is answered by a stream of events (or one document) as its behaviour says (`behaviour.py`). Paths of its
-own: `/_loadtest/report` (JSON), `/_loadtest/reset`, `/_loadtest/left?user=ID` (a client says that it left now).
+own: `/v1/models`, and `/_loadtest/report` (JSON), `/_loadtest/reset`, `/_loadtest/left?user=ID` (a client says that it
+left now).
 
 Invariants: an event's stamp is taken right before its send; the next token is due one interval after the last one was
 *due*, so a blocked socket delays tokens and never drops them; what a socket does not take is kept (one send's worth)
@@ -192,6 +193,11 @@ class Upstream:
     def control(self, target: str) -> tuple[int, dict[str, Any]]:
         """Answer one of our own paths: a status and a JSON document."""
         path, _, query = target.partition("?")
+        if path.endswith("/models"):
+            return 200, {
+                "object": "list",
+                "data": [{"id": "m", "object": "model", "created": 1, "owned_by": "loadtest"}],
+            }
         action = path.removeprefix("/_loadtest/")
         if action == "report":
             return 200, self.report()

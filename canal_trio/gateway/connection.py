@@ -74,6 +74,9 @@ class ClientConnection:
             elif self._clean:  # TLS has something to say at the end, and a body that ends there needs it
                 with trio.move_on_after(self._gateway.settings.deadlines.linger, shield=True):
                     await self._stream.aclose()
+            end = handover_end(self._stream)
+            if end is not None:
+                end.close()  # without a word: what was cut must look cut inside of TLS, too
             await trio.aclose_forcefully(self._stream)
 
     def drain(self) -> None:
@@ -117,11 +120,13 @@ class ClientConnection:
                         return
                 except Exception as exc:
                     exchange.note(Failure(Side.GATEWAY, exchange.phase, Kind.INTERNAL, type(exc).__name__))
+                    self._break(exchange)
                     raise
                 finally:
                     # Of no effect unless the whole connection was cancelled: then the gateway stops now.
                     if trio.current_effective_deadline() == -math.inf:
                         exchange.note(_stopped(exchange))
+                        self._break(exchange)
                     if not again and self._reader is not None:
                         self._reader.stop()
                     self._finish(exchange)
@@ -229,6 +234,8 @@ class ClientConnection:
 
     def _break(self, exchange: Exchange) -> None:
         """Close so that the body looks broken: enough for a framed one, a close-delimited one needs a reset."""
+        if exchange.answered:
+            return
         self._broken_off = True
         head = exchange.head
         if head is not None and head.version == b"1.0":

@@ -336,6 +336,7 @@ class RunningGateway:
     def __init__(self, gateway: Gateway, records: Records, port: int, nursery: trio.Nursery) -> None:
         self._nursery = nursery
         self.gateway = gateway
+        self.scopes: list[trio.CancelScope] = []  # of the connections
         self.records = records
         self.port = port
         self.clients: list[Client] = []
@@ -359,6 +360,11 @@ class RunningGateway:
         response = await client.response(method or data.partition(b" ")[0].decode())
         client.fin()
         return response
+
+    def stop(self) -> None:
+        """Cancel the connections, as a second SIGTERM does."""
+        for scope in self.scopes:
+            scope.cancel()
 
     async def settle(self) -> None:
         """Close the clients and see that nothing is left in the gateway."""
@@ -398,7 +404,7 @@ async def running_gateway(
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, bound)
             stream = TcpStream(raw)
             running.accepted.append(stream)
-            connections.start_soon(_handle, gateway, stream, address[0])
+            connections.start_soon(_handle, running, stream, address[0])
 
     try:
         async with trio.open_nursery() as nursery:
@@ -424,8 +430,10 @@ async def scene(answer: Answer, **settings: Any) -> AsyncIterator[tuple[Scripted
         yield upstream, gateway
 
 
-async def _handle(gateway: Gateway, stream: TcpStream, peer: str) -> None:
-    await gateway.handle(stream, peer=peer)
+async def _handle(running: RunningGateway, stream: TcpStream, peer: str) -> None:
+    with trio.CancelScope() as scope:
+        running.scopes.append(scope)
+        await running.gateway.handle(stream, peer=peer)
 
 
 def sse(*payloads: str) -> list[bytes]:

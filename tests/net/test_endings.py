@@ -388,3 +388,19 @@ async def test_stream_that_ends_before_the_drain_deadline_is_whole() -> None:
         assert await client.rest() == b""
         assert client.ended_by == "fin"
         assert (await gateway.records.one()).outcome is Outcome.COMPLETED
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+async def test_stop_in_mid_stream_looked_like_an_end(version: str) -> None:
+    """A gateway that stops at once leaves no answer that looks finished, to an HTTP/1.0 client neither."""
+    script = cut_after(chat_stream(5), 2, Stall())
+    async with ScriptedUpstream(script) as upstream:
+        async with running_gateway(settings_for(upstream.url), settle=False) as gateway:
+            client = await gateway.connect()
+            await client.send(chat(version=version))
+            await client.until(b"word1")
+            gateway.stop()
+            await client.rest()
+            assert not client.seen.endswith(b"0\r\n\r\n")
+            assert client.ended_by == ("reset" if version == "1.0" else "fin")
+        assert (await gateway.records.one()).outcome is Outcome.DRAINED

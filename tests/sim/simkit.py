@@ -11,21 +11,40 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import trio
 import trio.testing
 from kit import Client, Records, settings_for
 from trio.abc import HalfCloseableStream
 
-from canal_trio.errors import Failure
+from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.gateway import Gateway
 from canal_trio.hooks import ExchangeRecord
 from canal_trio.settings import Settings, Upstream
 from canal_trio.testing.simstream import SimLink, SimStream, sim_stream_pair
 
-__all__ = ["Conversation", "PlainStream", "Play", "World", "comparable", "read_request", "world"]
+__all__ = [
+    "EXACT",
+    "OK",
+    "SSE",
+    "Conversation",
+    "PlainStream",
+    "Play",
+    "World",
+    "comparable",
+    "ended",
+    "failed",
+    "little",
+    "only_record",
+    "read_request",
+    "since",
+    "world",
+]
 
 URL = "http://upstream.test/v1"
 FOR_EVER = 1_000_000  # virtual seconds
+EXACT = 0.01  # seconds of virtual time: the reaper's grain, and nothing else
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 SSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
@@ -205,3 +224,36 @@ def comparable(record: ExchangeRecord) -> ExchangeRecord:
     """The record without what may differ from run to run, and between hand-over and the plain path."""
     latency = None if record.cancel_latency is None else 0.0
     return replace(record, started_at=0.0, request_id="", cancel_latency=latency, handed_over=0, queued=0)
+
+
+# -- small helpers of the tests ---------------------------------------------------------------------------------------
+
+
+def since(start: float) -> Any:
+    """Virtual seconds since `start`, comparable to an exact number."""
+    return pytest.approx(trio.current_time() - start, abs=EXACT)
+
+
+def little(*, handover: bool) -> int:
+    """Bytes that are progress: any, or a whole write where the progress within one cannot be seen."""
+    return 1000 if handover else 20_000
+
+
+async def ended(client: Client) -> str:
+    """How the connection ended; what still comes is dropped."""
+    await client.rest()
+    assert client.ended_by is not None
+    return client.ended_by
+
+
+async def only_record(here: World) -> ExchangeRecord:
+    """The one record, however long it takes."""
+    await here.records.wait(seconds=10_000)
+    await trio.testing.wait_all_tasks_blocked()  # what was closed in that step is seen at the other ends
+    return await here.records.one()
+
+
+def failed(record: ExchangeRecord, side: Side, phase: Phase, kind: Kind) -> None:
+    """Check the record's failure."""
+    assert record.failure is not None
+    assert (record.failure.side, record.failure.phase, record.failure.kind) == (side, phase, kind)

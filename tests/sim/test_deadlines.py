@@ -8,22 +8,14 @@ import pytest
 import trio
 import trio.testing
 from kit import Client, Response, chat, request
-from simkit import SSE, Conversation, World, world
+from simkit import EXACT, OK, SSE, Conversation, ended, failed, little, only_record, since, world
 
 from canal_trio.errors import Kind, Phase, Side
-from canal_trio.hooks import ExchangeRecord, Outcome
+from canal_trio.hooks import Outcome
 from canal_trio.policy.exchange import blames_upstream
 from canal_trio.settings import Deadlines, Upstream
-from canal_trio.testing.simstream import SimLink
 
 EVENT = b'data: {"n":1}\n\n'
-OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
-EXACT = 0.01  # seconds of virtual time: the reaper's grain, and nothing else
-
-
-def since(start: float) -> Any:
-    """Virtual seconds since `start`, comparable to an exact number."""
-    return pytest.approx(trio.current_time() - start, abs=EXACT)
 
 
 async def answer_ok(upstream: Conversation) -> None:
@@ -34,11 +26,6 @@ async def answer_ok(upstream: Conversation) -> None:
 async def say_nothing(_upstream: Conversation) -> None:
     """No answer, ever."""
     await trio.sleep_forever()
-
-
-def little(*, handover: bool) -> int:
-    """Bytes that are progress: any, or a whole write where the progress within one cannot be seen."""
-    return 1000 if handover else 20_000
 
 
 async def take(upstream: Conversation, size: int) -> bytes:
@@ -54,26 +41,6 @@ async def one_event_then_silence(upstream: Conversation) -> None:
     await upstream.say(SSE)
     await upstream.chunk(EVENT)
     await trio.sleep_forever()
-
-
-async def ended(client: Client) -> str:
-    """How the connection ended; what still comes is dropped."""
-    await client.rest()
-    assert client.ended_by is not None
-    return client.ended_by
-
-
-async def only_record(here: World) -> ExchangeRecord:
-    """The one record, however long it takes."""
-    await here.records.wait(seconds=10_000)
-    await trio.testing.wait_all_tasks_blocked()  # what was closed in that step is seen at the other ends
-    return await here.records.one()
-
-
-def failed(record: ExchangeRecord, side: Side, phase: Phase, kind: Kind) -> None:
-    """Check the record's failure."""
-    assert record.failure is not None
-    assert (record.failure.side, record.failure.phase, record.failure.kind) == (side, phase, kind)
 
 
 # -- the client's side -------------------------------------------------------------------------------------------------
@@ -468,105 +435,3 @@ async def test_tunnel_idle(autojump_clock: Any, handover: bool, talker: str) -> 
         assert record.failure is not None
         assert not blames_upstream(record.failure)
         assert record.failure.kind is Kind.TIMEOUT
-
-
-# -- a client that does not read ---------------------------------------------------------------------------------------
-
-NARROW = SimLink(buffer=20_000)
-
-
-async def floods(upstream: Conversation) -> None:
-    """An endless stream."""
-    await upstream.say(SSE)
-    while True:
-        await upstream.chunk(b"data: " + b"x" * 1000 + b"\n\n")
-
-
-async def test_client_write(autojump_clock: Any, handover: bool) -> None:
-    """30 s after the client's kernel took its last byte: reset, `client_stalled`, the upstream closed, not blamed."""
-    async with world(floods, handover=handover) as here:
-        client = here.connect(to_client=NARROW)
-        await client.send(chat())
-        await client.final_head()
-        await trio.testing.wait_all_tasks_blocked()
-        start = trio.current_time()
-        record = await only_record(here)
-        assert since(start) == 30
-        assert record.outcome is Outcome.CLIENT_STALLED
-        failed(record, Side.CLIENT, Phase.STREAM, Kind.STALLED)
-        assert record.failure is not None
-        assert not blames_upstream(record.failure)
-        assert here.conversations[0].left == pytest.approx(start + 30, abs=EXACT)
-        assert record.cancel_latency is None
-        await ended(client)
-        assert client.ended_by == "reset"
-
-
-async def test_client_write_of_a_head(autojump_clock: Any, handover: bool) -> None:
-    """A client that does not even take the head stalls as well."""
-    async with world(answer_ok, handover=handover) as here:
-        client = here.connect(to_client=SimLink(buffer=10))
-        start = trio.current_time()
-        await client.send(chat())
-        record = await only_record(here)
-        assert since(start) == 30
-        assert record.outcome is Outcome.CLIENT_STALLED
-        await ended(client)
-        assert client.ended_by == "reset"
-
-
-async def test_client_write_of_an_error(autojump_clock: Any, handover: bool) -> None:
-    """Nor may a client hold a connection open by not taking the gateway's own answer."""
-    async with world(handover=handover) as here:
-        client = here.connect(to_client=SimLink(buffer=10))
-        start = trio.current_time()
-        await client.send(b"nonsense\r\n\r\n")
-        assert (await only_record(here)).outcome is Outcome.REJECTED
-        assert since(start) == 30
-        await ended(client)
-        assert client.ended_by == "reset"
-
-
-async def test_slow_client_is_no_stalled_upstream(autojump_clock: Any, handover: bool) -> None:
-    """Five minutes of a client that reads a little every 29 s: nobody is blamed, and all bytes arrive in the end."""
-    events = [b"data: %d %b\n\n" % (index, b"x" * 1000) for index in range(1000)]
-
-    async def answers(upstream: Conversation) -> None:
-        await upstream.say(SSE)
-        await upstream.chunk(*events)
-        await upstream.say(b"0\r\n\r\n")
-
-    async with world(answers, handover=handover, deadlines=Deadlines(upstream_idle=5, body_idle=5)) as here:
-        client = here.connect(to_client=NARROW)
-        await client.send(chat())
-        head = await client.final_head()
-        start = trio.current_time()
-        while trio.current_time() < start + 300:
-            await trio.sleep(29)
-            before = len(client.seen)
-            while len(client.seen) - before < little(handover=handover):
-                assert await client.fill(500)
-        await client.body(head)
-        assert head.complete
-        assert head.body == b"".join(events)
-        record = await only_record(here)
-        assert record.outcome is Outcome.COMPLETED
-        assert record.failure is None
-        assert record.longest_gap > 25
-
-
-async def test_slow_client_that_stops_altogether(autojump_clock: Any, handover: bool) -> None:
-    """After minutes of slow reading the 30 s still count from the last byte the client's kernel took."""
-    async with world(floods, handover=handover) as here:
-        client = here.connect(to_client=NARROW)
-        await client.send(chat())
-        await client.final_head()
-        for _ in range(10):
-            await trio.sleep(29)
-            for _ in range(50):
-                assert await client.fill(1000)
-        await trio.testing.wait_all_tasks_blocked()
-        start = trio.current_time()
-        record = await only_record(here)
-        assert since(start) == 30
-        assert record.outcome is Outcome.CLIENT_STALLED

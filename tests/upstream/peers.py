@@ -122,7 +122,6 @@ class Http2Upstream:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch, seen, receive, nursery.cancel_scope)
             await self._answer(seen, send)
-            seen.answered = True
             nursery.cancel_scope.cancel()
 
     async def _watch(self, seen: Seen, receive: Receive, scope: trio.CancelScope) -> None:
@@ -140,6 +139,7 @@ class Http2Upstream:
             fields = [(b"content-type", b"text/plain"), (b"x-method", seen.method.encode())]
             await send({"type": "http.response.start", "status": wish.get("status", 200), "headers": fields})
             body = b"" if seen.method == "HEAD" else b"%d bytes" % len(seen.body)
+            seen.answered = True  # before the last message: after it a disconnect is no news
             await send({"type": "http.response.body", "body": body})
             return
         fields = [(b"content-type", b"text/event-stream")]
@@ -150,6 +150,7 @@ class Http2Upstream:
             await trio.sleep(wish.get("gap", 0))
         if wish.get("stall"):
             await trio.sleep_forever()
+        seen.answered = True
         await send({"type": "http.response.body", "body": DONE})
 
 

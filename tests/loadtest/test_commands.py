@@ -1,0 +1,176 @@
+"""The commands of the load test: promises that can break, peers that are missing, refusals, the page."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from loadtest import bodies, compare, report
+from loadtest.behaviour import Behaviour
+from loadtest.peers import PEERS, Gateway, Missing, running
+from loadtest.processes import ROOT, NotStarted, cpu_seconds, resident, started, upstream_process
+from loadtest.promises.check import PARTS, check, shown
+from loadtest.promises.endings import endings
+from loadtest.promises.exact import exact_bytes
+from loadtest.promises.kit import Site
+from loadtest.scenario import names
+
+
+def silent(_text: str) -> None:
+    """Say nothing."""
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m loadtest` as a user runs it."""
+    argv = [sys.executable, "-m", "loadtest", *arguments]
+    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+@contextmanager
+def liar() -> Iterator[Gateway]:
+    """A gateway that gives every client the same finished stream, whatever its upstream did."""
+    stream = b"".join(bodies.frame(piece) for piece in bodies.canned("three")) + bodies.LAST
+    answer = bodies.head(200, "chunked", "text/event-stream") + stream
+    stopping = threading.Event()
+
+    def serve() -> None:
+        while not stopping.is_set():
+            peer, _address = server.accept()
+            with peer:
+                peer.settimeout(5)
+                if peer.recv(65536):
+                    peer.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield Gateway("liar", *server.getsockname()[:2], None)
+        stopping.set()
+        socket.create_connection(server.getsockname()).close()
+        thread.join(10)
+
+
+def test_a_gateway_that_makes_up_endings_is_found_out():
+    """Finished answers to cut streams break the promise, and so do bytes nobody sent."""
+    with upstream_process() as upstream, liar() as gateway:
+        site = Site(gateway, upstream, silent, quick=True)
+        verdicts = [*endings(site), *exact_bytes(site)]
+    assert [verdict.kept for verdict in verdicts] == [False, False, False]
+
+
+def test_promises_hold_on_a_direct_connection():
+    """The measuring itself adds nothing: with nobody in between every ending is right."""
+    result = check("direct", ["endings"], silent, quick=True)
+    assert result["broken"] == 0
+    assert "0 broken" in shown(result)
+
+
+def test_a_missing_peer_is_named(monkeypatch: pytest.MonkeyPatch):
+    """It is in the result and in the text, with where to get it; the others are measured all the same."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    result = compare.compare(["haproxy", "direct"], ["small"], silent, rounds=1, shorter=0.1)
+    assert "Debian's package: haproxy" in result["missing"]["haproxy"]
+    assert result["medians"]["small"]["direct"]["requests_per_s"] > 0
+    assert "missing: haproxy" in compare.shown(result)
+
+
+def test_a_peer_without_tls_is_named_when_tls_is_asked_for():
+    """Nobody is compared in the clear by accident."""
+    with pytest.raises(Missing, match="no configuration with TLS"), running("envoy", 1, tls=True):
+        pass
+
+
+def test_a_program_that_does_not_come_up_is_named_with_its_last_words():
+    """What it said is in the error."""
+    argv = [sys.executable, "-c", "print('no such flag')"]
+    with pytest.raises(NotStarted, match="no such flag"), started("thing", argv) as process:
+        process.saying("listening")
+
+
+def test_cpu_and_memory_are_those_of_the_whole_tree():
+    """A child's work counts for its parent, while it lives."""
+    child = "import time, signal; sum(range(10**6)); print('burned', time.process_time(), flush=True); signal.pause()"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    with started("parent", [sys.executable, "-c", parent]) as process:
+        burned = float(process.saying(r"^burned ([\d.]+)$")[1])
+        assert process.cpu() >= burned - 0.03  # the kernel counts in ticks of 10 ms, rounded down
+        assert process.memory() > 2 * 4_000_000  # two interpreters
+    assert (cpu_seconds(process.pid), resident(process.pid)) == (0, 0)
+
+
+def test_the_document_names_everything_that_can_be_asked_for():
+    """Every key of a behaviour, every scenario, measure, promise and peer is in docs/measuring.md."""
+    text = (ROOT / "docs" / "measuring.md").read_text()
+    asked = [field.name for field in dataclasses.fields(Behaviour)]
+    asked += [*names(), *compare.MEASURES, *PARTS, *(peer.package.split("[")[0] for peer in PEERS.values())]
+    assert [name for name in asked if not re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE)] == []
+
+
+def test_every_peer_has_its_configuration():
+    """Each file a peer needs is there."""
+    folder = Path(compare.__file__).parent / "peers"
+    for peer in PEERS.values():
+        for name in filter(None, (peer.config, peer.tls)):
+            assert (folder / name).is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "steady", "--target", "http://192.0.2.1"], "--allow-remote"),
+        (["run", "stedy", "--target", "http://127.0.0.1:1"], "no scenario 'stedy'"),
+        (["run", "steady"], "either --target URL or --peer NAME"),
+        (["run", "steady", "--target", "http://127.0.0.1:1", "--streams", "99999"], "streams is 99999"),
+        (["compare", "--peers", "nginx,enovy"], "'enovy' is none of"),
+        (["promises", "--only", "speed"], "'speed' is none of latency"),
+        (["upstream", "--listen", "9000"], "expected HOST:PORT"),
+        (["upstream", "--behaviour", "tokns=1"], "unknown key 'tokns'"),
+    ],
+)
+def test_bad_usage_is_refused_by_name(arguments: list[str], words: str):
+    """Exit code 2, what is wrong, what is expected, and no traceback."""
+    done = command(*arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_upstream_reports_when_it_ends():
+    """On SIGTERM one line of JSON says what was counted."""
+    with upstream_process() as upstream:
+        assert upstream.process is not None
+        assert upstream.process.stop() == 0
+        line = upstream.process.said().splitlines()[-1]
+    assert json.loads(line)["totals"]["requests"] == 0
+
+
+def test_the_page_is_self_contained(tmp_path: Path):
+    """One HTML file with the figures and a plot, loading nothing from anywhere; what was not measured is named."""
+    result = compare.compare(["direct"], ["steady"], silent, rounds=1, shorter=0.1)
+    file = tmp_path / "compare.json"
+    file.write_text(json.dumps(result))
+    absent = report.build(report.read([file]), tmp_path / "page.html", tmp_path / "page.png")
+    page = (tmp_path / "page.html").read_text()
+    assert "<svg" in page
+    assert "Latency in ms" in page
+    assert "Cancel latency, by phase" in absent
+    assert not any(loads in page for loads in ("src=", "<script", "<link", "@import"))
+    assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_file_that_is_no_result_is_named(tmp_path: Path):
+    """The report says which file it cannot use."""
+    file = tmp_path / "other.json"
+    file.write_text("[1]")
+    with pytest.raises(ValueError, match=r"other\.json: not a result"):
+        report.read([file])
