@@ -190,14 +190,16 @@ class WholeBody:
 class _WholeSource:
     """A `BodySource` that gives everything at once."""
 
-    __slots__ = ("_content", "ending")
+    __slots__ = ("_content", "_ending", "ending")
 
     def __init__(self, content: bytes, ending: Ending | None) -> None:
         self._content = content
-        self.ending = ending
+        self._ending = ending
+        self.ending = None if content else ending
 
     def take_nowait(self) -> list[bytes]:
         content, self._content = self._content, b""
+        self.ending = self._ending
         return [content] if content else []
 
     async def take(self) -> list[bytes]:
