@@ -103,7 +103,7 @@ class ClientConnection:
             await self._exchanges(receive)
             nursery.cancel_scope.cancel(reason="the connection is over")
         self._clean = not self._broken_off and self._writer.trouble is None
-        if self._unread and self._clean:
+        if (self._unread or self._reader.superfluous) and self._clean:
             await self._linger()
 
     async def _exchanges(self, requests: trio.MemoryReceiveChannel[Exchange]) -> None:

@@ -82,6 +82,7 @@ class ClientReader:
         self._active: Exchange | None = None
         self._held = b""  # read, not parsed yet
         self._stopped = False
+        self.superfluous = False  # when it was stopped the client had sent more than will be looked at
         self.timed_out: Failure | None = None
 
     async def run(self) -> None:
@@ -102,6 +103,7 @@ class ClientReader:
     def stop(self) -> None:
         """Begin no other request, whatever was read already (RFC 9112 9.6)."""
         self._stopped = True
+        self.superfluous = bool(self._held)
 
     def stop_if_idle(self) -> None:
         """Draining: no new request on this connection."""

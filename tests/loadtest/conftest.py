@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -21,7 +22,8 @@ def upstream() -> Iterator[Upstream]:
     thread.start()
     yield server
     server.stop()
-    socket.create_connection((server.host, server.port)).close()  # wakes it
+    with suppress(OSError):  # it may be gone already
+        socket.create_connection((server.host, server.port)).close()  # wakes it
     thread.join(10)
     assert not thread.is_alive()
 

@@ -174,3 +174,16 @@ async def test_upstream_that_says_more_than_its_answer_is_not_used_again() -> No
             assert (await client.response()).json == {"n": 1}
         assert b"evil" not in client.seen
         assert len(upstream.connections) == 3
+
+
+async def test_pipelined_bytes_after_the_last_request_cost_its_answer() -> None:
+    """What a client sends behind `Connection: close` is dropped, and must not reset the connection under the answer."""
+    async with scene(reply({"n": 1})) as (upstream, gateway):
+        client = await gateway.connect()
+        await client.send(request("GET", "/", None, "Connection: close") + request("GET", "/more") * 3000)
+        response = await client.response()
+        assert response.json == {"n": 1}
+        assert await client.rest() == b""
+        assert client.ended_by == "fin", "a reset can overtake the answer's last bytes"
+        assert len(upstream.requests) == 1
+        assert len(gateway.records.all) == 1

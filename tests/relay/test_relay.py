@@ -236,12 +236,16 @@ async def test_an_end_that_cannot_be_passed_on_is_a_failure(handover):
     run = Running(handover=handover)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run.run)
-        await wait_all_tasks_blocked()
-        await run.b.send_eof()  # somebody else ended it before
-        run.b.close()
+        await run.left.send_all(b"all")
+        assert await run.right.receive_some() == b"all"
+        await run.right.send_eof()
+        assert await all_of(run.left) == b""
+        run.b.close()  # by somebody else, with nothing more to receive from it
         await run.left.send_eof()
-    assert run.report.failure is not None
+    assert run.report.failure == RelayFailure(Trouble.SEND, "this stream was closed", "b")
     assert not run.report.a_to_b.complete
+    assert run.report.a_to_b.bytes == 3
+    assert run.report.b_to_a.complete
 
 
 @PATHS

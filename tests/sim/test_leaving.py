@@ -5,18 +5,20 @@ Over real sockets the same is in `tests/net/test_cancellation.py`; here are also
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
 from kit import Client, chat, request
-from simkit import SSE, Conversation, World, world
+from simkit import SSE, Conversation, World, read_request, world
+from trio.abc import Stream
 
 from canal_trio.errors import Kind, Phase
 from canal_trio.hooks import ExchangeRecord, Outcome
 from canal_trio.settings import Upstream
-from canal_trio.testing.simstream import SimLink
+from canal_trio.testing.simstream import SimLink, SimStream, sim_stream_pair
 
 EVENT = b"data: 1\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -183,3 +185,57 @@ async def test_last_event_counts_once_its_blank_line_is_there(autojump_clock: An
         assert response.body == EVENT + DONE
         assert trio.current_time() - start == pytest.approx(6, abs=0.01)
         assert (await here.records.one()).flags == ("late_body_end",)
+
+
+class OneEnded(Stream):
+    """A stream that cannot be half-closed, as Trio's own TLS cannot."""
+
+    def __init__(self, inner: SimStream) -> None:
+        self.transport_stream = inner
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """As the stream below."""
+        await self.transport_stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """As the stream below."""
+        await self.transport_stream.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """As the stream below."""
+        return await self.transport_stream.receive_some(max_bytes)
+
+    async def aclose(self) -> None:
+        """As the stream below."""
+        await self.transport_stream.aclose()
+
+
+async def test_end_of_a_client_whose_upstream_cannot_be_half_closed(autojump_clock: Any, handover: bool) -> None:
+    """Where an end cannot be passed on by itself the tunnel ends with it, behind the bytes before it."""
+    seen: list[bytes] = []
+
+    async with world(handover=handover) as here:
+
+        async def dial(_upstream: Upstream) -> Any:
+            ours, theirs = sim_stream_pair()
+            here.streams.append(ours)
+            here.nursery.start_soon(far_end, theirs)
+            return OneEnded(ours)
+
+        async def far_end(stream: SimStream) -> None:
+            await read_request(stream)
+            await stream.send_all(SWITCH)
+            with suppress(trio.BrokenResourceError):
+                while piece := await stream.receive_some():
+                    seen.append(piece)
+            stream.close()
+
+        here.dialer = dial
+        client = here.connect()
+        await client.send(UPGRADE)
+        assert (await client.final_head()).status == 101
+        await client.send(b"last words")
+        await client.stream.send_eof()  # type: ignore[attr-defined]  # a simulated stream
+        assert await client.rest() == b""
+        assert b"".join(seen) == b"last words"
+        assert (await here.records.one()).outcome is Outcome.CLIENT_GONE
