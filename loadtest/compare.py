@@ -31,10 +31,9 @@ BASE = "nginx"
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """One load, and the figures taken from its result. `fresh`: a new process each time, since memory is looked at."""
+    """One load. `fresh`: a new process each time, since memory is looked at; `once`: in one round only."""
 
     scenario: str
-    figures: tuple[str, ...]
     seconds: float
     warm_up: float
     fresh: bool = False
@@ -42,13 +41,13 @@ class Measure:
 
 
 MEASURES = {
-    "steady": Measure("steady", ("cpu_us_per_event", "event_p50_ms", "event_p99_ms", "events_per_s"), 4, 2),
-    "burst": Measure("burst", ("cpu_us_per_event", "events_per_s", "events_per_cpu_s"), 3, 0.5),
-    "batched": Measure("burst_batched", ("cpu_us_per_event", "events_per_s", "events_per_cpu_s"), 3, 0.5),
-    "small": Measure("small", ("cpu_us_per_request", "requests_per_s"), 3, 0.5),
-    "upload": Measure("upload", ("mib_per_cpu_s", "upload_mib_per_s"), 4, 0.5),
-    "idle": Measure("idle", ("rss_per_stream", "event_p50_ms", "event_p99_ms"), 8, 6, fresh=True, once=True),
-    "leave": Measure("leave_together", ("cancel_p99_ms", "cancel_max_ms", "tokens_wasted"), 2, 1.5),
+    "steady": Measure("steady", 4, 2),
+    "burst": Measure("burst", 2.5, 0.5),
+    "batched": Measure("burst_batched", 2, 0.5),
+    "small": Measure("small", 2.5, 0.5),
+    "upload": Measure("upload", 2, 0.5),
+    "idle": Measure("idle", 6, 6, fresh=True, once=True),
+    "leave": Measure("leave_together", 2, 1.5),
 }
 DEFAULT = ("steady", "burst", "batched", "small", "upload", "idle", "leave")
 
