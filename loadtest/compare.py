@@ -108,9 +108,15 @@ def compare(
                 for name, gateway in gateways.items():
                     say(f"{measure}, round {number + 1}, {name}")
                     scenario = _scaled(wanted, name, shorter)
-                    with _maybe_fresh(wanted, gateway, upstream, own, tls) as one:
-                        target = target_of(one.url)
-                        result = runs.run(scenario, target, say, upstream, one.process)
+                    try:
+                        with _maybe_fresh(wanted, gateway, upstream, own, tls) as one:
+                            target = target_of(one.url)
+                            result = runs.run(scenario, target, say, upstream, one.process)
+                            if one.process is not None and one.process.popen.poll() is not None:
+                                raise Missing(f"it ended under the load: {one.process.said()[-300:]!r}")
+                    except Missing as exc:
+                        missing[f"{name} ({measure})"] = str(exc)
+                        continue
                     found.setdefault(measure, {}).setdefault(name, []).append(_figures(result))
                     curves.setdefault(measure, {})[name] = {
                         "event": result["event_ms"].get("curve"),

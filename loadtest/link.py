@@ -198,6 +198,8 @@ class Link:
         tally = self.engine.tally
         tally.events += count
         self._events += count
+        if not self.reads:
+            return  # what a slow reader sees is its own doing
         if self._last:
             tally.gap.counts[(now - self._last) // 1000] += 1
             if count > 1:
