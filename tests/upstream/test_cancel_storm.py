@@ -185,8 +185,11 @@ async def test_a_cancel_storm_over_http_1_1(seed: int) -> None:
         async with storm_over(Upstream("u", upstream.url, connections=SLOTS), seed) as storm:
             await rage(storm)
             await upstream.until(lambda: upstream.open_connections == storm.pool.statistics().idle)
+            # The end may have been read before the request was parsed: it is the connection that was left.
+            cut = [request for request in upstream.requests if not request.answered]
+            assert len(cut) > ROUNDS / 20
+            assert all(request.connection.left for request in cut)
         await upstream.until(lambda: upstream.open_connections == 0)
-        assert all(request.answered or request.left for request in upstream.requests if request.complete)
     assert not open_sockets() - before
 
 
