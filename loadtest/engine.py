@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import random
 import select
+import socket
 import ssl
 import time
 from collections import deque
@@ -56,6 +57,7 @@ class Engine:
         self._most_in_flight = 0
         self._arrivals: tuple[float, str] | None = None
         self._queue: deque[tuple[Part, int]] = deque()
+        self._buried: set[socket.socket] = set()
         self._stopping = False
 
     # --- loads ---------------------------------------------------------------------------------------------------
@@ -180,6 +182,16 @@ class Engine:
             if link.part is None and link in self._idle:
                 self._idle.remove(link)
 
+    def bury(self, sock: socket.socket) -> None:
+        """Close a socket that has sent its FIN, but not at once: unread bytes would make an RST of it."""
+        self._buried.add(sock)
+
+        def close(_argument: int) -> None:
+            self._buried.discard(sock)
+            sock.close()
+
+        self.after(0.5, close, 0)
+
     def close(self) -> None:
         """Close all connections; what was in flight is not counted any more."""
         self._stopping = True
@@ -187,4 +199,6 @@ class Engine:
         for link in list(self.links.values()):
             link.part = None
             link.close()
+        for sock in self._buried:
+            sock.close()
         self.poll.close()

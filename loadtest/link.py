@@ -288,8 +288,7 @@ class Link:
                 self.sock.shutdown(socket.SHUT_RDWR)
             except OSError:
                 at = 0
-            sock = self.sock
-            self.engine.after(0.5, lambda _serial: sock.close(), 0)  # not at once: unread bytes would make it an RST
+            self.engine.bury(self.sock)
         if at:
             self.engine.tally.left[self.ident] = at
         self._over()
