@@ -130,7 +130,7 @@ class Engine:
         self.in_flight -= 1
         self._next()
 
-    def over(self, link: Link) -> None:
+    def over(self, link: Link, pause: float) -> None:
         """An exchange of ours is over, and counted."""
         self.in_flight -= 1
         if link.fd >= 0:
@@ -139,8 +139,8 @@ class Engine:
             part, at = self._queue.popleft()
             self._start(part, at)
         elif self._wanted:
-            # On the next round: a peer that answers at once must not make this recursive.
-            self.after(0, lambda _serial: self._next(), 0)
+            # On the next round at the earliest: a peer that answers at once must not make this recursive.
+            self.after(pause, lambda _serial: self._next(), 0)
 
     # --- the loop ------------------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ __all__ = ["Link"]
 
 _IN, _OUT = select.EPOLLIN, select.EPOLLOUT
 _ZEROS = memoryview(bytes(1 << 18))
+_AFTER_FAILURE = 0.02  # seconds, so that a dead target is not dialled as fast as we can
 _SLICE = 0.05  # seconds between the reads of a slow reader
 _MOST_STAMPS = 8  # per read: in a burst a sample is enough
 _now = time.monotonic_ns
@@ -198,6 +199,8 @@ class Link:
         tally = self.engine.tally
         tally.events += count
         self._events += count
+        if not self.reads:
+            return  # what a slow reader sees is its own doing
         if self._last:
             tally.gap.counts[(now - self._last) // 1000] += 1
             if count > 1:
@@ -227,15 +230,15 @@ class Link:
             self.close()
         self._over()
 
-    def _over(self) -> None:
-        """The exchange is counted; tell the engine, once."""
+    def _over(self, pause: float = 0.0) -> None:
+        """The exchange is counted; tell the engine, once. A closed loop goes on after `pause` seconds."""
         self.part = None
         self.used = True
         self.serial += 1
         if self.fd >= 0:
             self.reads = True
             self._want(_IN)
-        self.engine.over(self)
+        self.engine.over(self, pause)
 
     def _eof(self) -> None:
         if self.part is None:
@@ -266,7 +269,7 @@ class Link:
             if self.response.headed and self.response.status != 200:
                 kind = f"status {self.response.status}, {kind}"
             self.engine.tally.errors[kind] += 1
-            self._over()
+            self._over(_AFTER_FAILURE)
 
     # --- misbehaving on purpose ----------------------------------------------------------------------------------
 

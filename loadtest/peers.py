@@ -116,6 +116,7 @@ PEERS: dict[str, Peer] = {
             "a Rust gateway close to us in purpose; Tokio sized by its one core",
             (
                 "$binary", "launch", "--worker-urls", "$upstream", "--host", "127.0.0.1", "--port", "$port",
+                "--prometheus-host", "127.0.0.1", "--prometheus-port", "$admin_port",
                 "--policy", "round_robin", "--max-concurrent-requests", "-1", "--log-level", "error",
             ),
             package="smg",

@@ -218,6 +218,7 @@ class ClientConnection:
         failure = exchange.failure
         if exchange.left or (failure is not None and failure.side is Side.CLIENT and failure.kind in _NOBODY_THERE):
             self._reset = failure is not None and failure.kind is Kind.STALLED
+            self._broken_off = True  # nothing is left to be said
             return False
         self._unread = not exchange.received
         if failure is None:

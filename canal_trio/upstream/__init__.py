@@ -1,1 +1,1 @@
-"""One exchange on one leased upstream connection: dialling, pooling, HTTP/1.1 of our own, the rest through httpcore."""
+"""One exchange on one leased upstream connection: dialling, proxies, pooling; HTTP/1.1 is ours, HTTP/2 httpcore's."""

@@ -16,9 +16,7 @@ The deadline that runs is that of the side whose turn it is.
 from __future__ import annotations
 
 import contextlib
-import enum
 import http
-import math
 import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -39,6 +37,7 @@ from canal_trio.settings import Bounds, Deadlines
 from canal_trio.upstream.frames import FrameFault, NetworkStream
 from canal_trio.upstream.idle import is_quiet, watch_hangup
 from canal_trio.upstream.interface import Answer, BodySource
+from canal_trio.upstream.turns import Turn, Turns
 from canal_trio.wire.heads import ResponseHeadReader
 from canal_trio.wire.targets import BaseUrl
 
@@ -57,15 +56,6 @@ _UNFIT = re.compile(rb"[\x00\r\n]")
 _REFUSED_STREAM = 7  # RFC 9113 7: the upstream has done nothing for it
 _UNWIND = 1.0  # seconds for httpcore to see that its socket is closed; it takes no time at all
 _REASONS = {status.value: status.phrase.encode("ascii") for status in http.HTTPStatus}
-
-
-class _Turn(enum.Enum):
-    """Whose turn it is, so whose deadline runs."""
-
-    CLIENT = enum.auto()  # the request body is awaited, or the flow is full: nothing runs here
-    SEND = enum.auto()  # the upstream does not take the request
-    ANSWER = enum.auto()  # waiting for the response head
-    BODY = enum.auto()  # waiting for response bytes
 
 
 class _UploadCut(Exception):
@@ -88,9 +78,8 @@ class Http2Connection:
     ) -> None:
         self._raw = raw
         self._base = base
-        self._reaper = reaper
         self._bounds = bounds
-        self._deadlines = deadlines
+        self._turns = Turns(deadlines, reaper, self._expire)
         self._network = NetworkStream(
             stream, raw, piece_bytes=bounds.piece_bytes, early_bytes=bounds.upstream_receive_bytes
         )
@@ -100,14 +89,12 @@ class Http2Connection:
 
     def _reset(self) -> None:
         self.reusable = False
-        self._turn = _Turn.SEND
-        self._moved = trio.current_time()
         self._relaying = False  # the final head was passed on
         self._failure: Failure | None = None
         self._scope = trio.CancelScope()
 
     def __repr__(self) -> str:
-        return f"<Http2Connection to {self._base.host}, {self._turn.name.lower()}>"
+        return f"<Http2Connection to {self._base.host}, {self._turns.turn.name.lower()}>"
 
     def usable(self) -> bool:
         """Nothing has arrived and the peer has not hung up since the last exchange. One system call."""
@@ -119,6 +106,7 @@ class Http2Connection:
 
     def abort(self) -> None:
         """Close the socket in this very step. Idempotent."""
+        self._turns.stop()
         self._network.close()
 
     straight: None = None  # what it does needs a task of its own
@@ -126,47 +114,20 @@ class Http2Connection:
     async def run(self, head: RequestHead, body: BodySource | None, answer: Answer) -> Failure | None:
         """One attempt; see `canal_trio.upstream.interface.Connection`. A request to upgrade goes without the wish."""
         self._reset()
+        self._turns.begin(Turn.SEND)
         with self._scope:
-            watch = self._reaper.add(self._check, trio.current_time() + self._period())
-            try:
-                await self._exchange(head, body, answer)
-            finally:
-                watch.cancel()
+            await self._exchange(head, body, answer)
+        self._turns.begin(Turn.NOBODY)
         if self._failure is not None:
             answer.body.abort(self._failure)
             self.reusable = False
         self._used = True
         return self._failure
 
-    # -- deadlines -----------------------------------------------------------------------------------------------------
-
-    def _limit(self) -> float:
-        if self._turn is _Turn.CLIENT:
-            return math.inf
-        return self._deadlines.first_byte if self._turn is _Turn.ANSWER else self._deadlines.upstream_idle
-
-    def _period(self) -> float:
-        """How often to look: no deadline is shorter, so none is ever seen late."""
-        return min(self._deadlines.upstream_idle, self._deadlines.first_byte)
-
-    def _check(self, now: float) -> float:
-        due = self._moved + self._limit()
-        if now < due:
-            return min(due, now + self._period())
-        if self._turn is _Turn.ANSWER:
-            detail = f"No response within {self._deadlines.first_byte:g} s."
-            failure = Failure(Side.UPSTREAM, Phase.FIRST_BYTE, Kind.TIMEOUT, detail, Retry.SENT)
-        else:
-            phase = Phase.SEND if self._turn is _Turn.SEND else Phase.STREAM
-            detail = f"No byte moved for {self._limit():g} s."
-            failure = Failure(Side.UPSTREAM, phase, Kind.STALLED, detail, Retry.SENT)
+    def _expire(self, failure: Failure) -> None:
+        """A deadline has passed."""
         self._note(failure)
         self._scope.cancel(reason=failure.detail)
-        return math.inf
-
-    def _pass_turn(self, turn: _Turn) -> None:
-        self._turn = turn
-        self._moved = trio.current_time()
 
     def _note(self, failure: Failure) -> None:
         if self._failure is None:
@@ -176,7 +137,7 @@ class Http2Connection:
         """httpcore's report of its steps; these few are all that is asked of it."""
         if name == "http2.receive_response_headers.started":
             self._network.uploading = False
-            self._pass_turn(_Turn.ANSWER)
+            self._turns.begin(Turn.ANSWER)
 
     # -- the exchange --------------------------------------------------------------------------------------------------
 
@@ -191,7 +152,7 @@ class Http2Connection:
             head.method,
             self._url(head.target),
             headers=[(name, value) for name, lower, value in head.headers.lowered() if lower not in dropped],
-            content=_Upload(self, body if has_body else None),
+            content=_Upload(self._turns, body if has_body else None),
             extensions={"trace": self._trace},
         )
         self._network.begin()
@@ -213,7 +174,7 @@ class Http2Connection:
             return
         await answer.head(final)
         self._relaying = True
-        self._pass_turn(_Turn.BODY)
+        self._turns.begin(Turn.BODY)
         bodyless = head.method == b"HEAD" or final.status in (204, 304)
         await self._body(response, answer.body, bodyless=bodyless)
 
@@ -238,12 +199,12 @@ class Http2Connection:
             if bodyless and piece:
                 self._note(_malformed("It sent a body where there is none.", Phase.STREAM))
                 return False
-            self._pass_turn(_Turn.CLIENT)
+            self._turns.begin(Turn.CLIENT)
             try:
                 await sender.put(piece)
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 return False  # the driver takes no more; it has noted why
-            self._pass_turn(_Turn.BODY)
+            self._turns.begin(Turn.BODY)
         return True
 
     async def _unwind(self, pieces: AsyncIterator[bytes]) -> None:
@@ -294,8 +255,8 @@ class Http2Connection:
 class _Upload:
     """The request body as httpcore takes it. Not an async generator: nothing of it outlives a cancelled request."""
 
-    def __init__(self, connection: Http2Connection, body: BodySource | None) -> None:
-        self._connection = connection
+    def __init__(self, turns: Turns, body: BodySource | None) -> None:
+        self._turns = turns
         self._body = body
 
     def __aiter__(self) -> Self:
@@ -306,9 +267,9 @@ class _Upload:
         if body is None:
             raise StopAsyncIteration
         if body.ending is None:
-            self._connection._pass_turn(_Turn.CLIENT)
+            self._turns.begin(Turn.CLIENT)
             pieces = await body.take()
-            self._connection._pass_turn(_Turn.SEND)
+            self._turns.begin(Turn.SEND)
             if pieces:
                 return b"".join(pieces)
         if isinstance(body.ending, Aborted):

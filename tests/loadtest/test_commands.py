@@ -17,7 +17,7 @@ import pytest
 
 from loadtest import bodies, compare, report
 from loadtest.behaviour import Behaviour
-from loadtest.peers import PEERS, Gateway, Missing, running
+from loadtest.peers import PEERS, Gateway, Missing, Peer, running
 from loadtest.processes import ROOT, NotStarted, cpu_seconds, resident, started, upstream_process
 from loadtest.promises.check import PARTS, check, shown
 from loadtest.promises.endings import endings
@@ -82,6 +82,26 @@ def test_a_missing_peer_is_named(monkeypatch: pytest.MonkeyPatch):
     assert "Debian's package: haproxy" in result["missing"]["haproxy"]
     assert result["medians"]["small"]["direct"]["requests_per_s"] > 0
     assert "missing: haproxy" in compare.shown(result)
+
+
+FRAGILE = """
+import socket, sys
+server = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+server.accept()  # whoever looks whether we are up
+server.accept()
+sys.exit("out of breath")
+"""
+
+
+def test_a_peer_that_dies_under_the_load_is_named(monkeypatch: pytest.MonkeyPatch):
+    """What it had measured before it died is not shown as a figure, and the others go on."""
+    fragile = Peer("fragile", "dies at the first request", (sys.executable, "-c", FRAGILE, "$port"))
+    monkeypatch.setitem(PEERS, "fragile", fragile)
+    result = compare.compare(["fragile", "direct"], ["small"], silent, rounds=1, shorter=0.1)
+    assert "out of breath" in result["missing"]["fragile (small)"]
+    assert "fragile" not in result["medians"]["small"]
+    assert "direct" in result["medians"]["small"]
+    assert "missing: fragile" in compare.shown(result)
 
 
 def test_a_peer_without_tls_is_named_when_tls_is_asked_for():
