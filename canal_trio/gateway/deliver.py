@@ -127,8 +127,11 @@ class Delivery:
         beat = trio.current_time() + (heartbeat or math.inf)
         while flow.ending is None:
             batch: list[bytes] | None = None
-            with trio.move_on_at(beat):
+            if heartbeat is None:
                 batch = await flow.take(sink)
+            else:
+                with trio.move_on_at(beat):
+                    batch = await flow.take(sink)
             if not await writer.flush():
                 break
             if batch is None:

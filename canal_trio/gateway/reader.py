@@ -162,7 +162,10 @@ class ClientReader:
             if exchange is None:
                 return
             refused = exchange.failure is not None  # asked before the driver has it: it may fail for its own reasons
-            await self._out.send(exchange)
+            try:
+                self._out.send_nowait(exchange)  # the driver waits for it, as a rule
+            except trio.WouldBlock:
+                await self._out.send(exchange)
             if refused:
                 return
 

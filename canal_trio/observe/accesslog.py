@@ -7,6 +7,7 @@ thread.
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any, final
 
@@ -17,6 +18,9 @@ from canal_trio.observe.lines import LineWriter
 from canal_trio.observe.log import printable, timestamp
 
 __all__ = ["AccessLog", "json_line", "text_line"]
+
+
+_PLAIN = re.compile(r'[!#-<>-\[\]-~]{1,200}').fullmatch  # visible ASCII without quotes, `=` and backslash
 
 
 def _duration(seconds: float) -> str:
@@ -38,6 +42,8 @@ def _size(count: int) -> str:
 
 def _word(text: str) -> str:
     """One word of the line: a stranger's text with blanks, quotes or `=` is quoted."""
+    if _PLAIN(text):
+        return text
     text = printable(text)
     if not text or any(char in text for char in ' "=\\'):
         return '"' + text.replace('"', '\\"') + '"'

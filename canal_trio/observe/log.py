@@ -6,6 +6,7 @@ One message is one line. An exception is described in that line (type, text, whe
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
@@ -27,7 +28,12 @@ LOGGER = "canal_trio"
 def timestamp(unix_time: float) -> str:
     """`unix_time` as RFC 3339 in UTC, with milliseconds."""
     whole, milliseconds = divmod(int(unix_time * 1000), 1000)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(whole))}.{milliseconds:03d}Z"
+    return f"{_second(whole)}.{milliseconds:03d}Z"
+
+
+@functools.lru_cache(maxsize=8)  # lines come many a second
+def _second(whole: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole))
 
 
 def printable(text: str, limit: int = 256) -> str:

@@ -248,9 +248,7 @@ class Http1Connection:
         """Read heads, passing the informational ones on, up to the final one; None with a failure noted."""
         informational = 0
         data = b""
-        reader = self._heads = ResponseHeadReader(
-            head_bytes=self._bounds.head_bytes, head_fields=self._bounds.head_fields
-        )
+        reader = self._heads
         while True:
             verdict = reader.feed(data)
             if isinstance(verdict, Failure):

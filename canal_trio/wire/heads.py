@@ -215,6 +215,7 @@ class ResponseHeadReader:
         self._scanner: Scanner | None = None
         self._verdict: ResponseHead | Failure | None = None
         self._rest = b""
+        self._last: tuple[bytes, ResponseHead] | None = None  # the head before this one, and its bytes
         self.started = False
 
     def feed(self, data: bytes) -> ResponseHead | Failure | None:
@@ -242,9 +243,16 @@ class ResponseHeadReader:
 
     def _judge(self, data: bytes, size: int, *, plain: bool) -> ResponseHead | Failure:
         self._rest = data[size:]
-        verdict = _parse_response(data[:size], plain=plain)
-        self._verdict = self._refuse(verdict.detail) if isinstance(verdict, Fault) else verdict
-        return self._verdict
+        block = data[:size]
+        if self._last is not None and self._last[0] == block:
+            self._verdict = self._last[1]
+            return self._verdict
+        verdict = _parse_response(block, plain=plain)
+        if isinstance(verdict, Fault):
+            return self._refuse(verdict.detail)
+        self._last = (block, verdict)
+        self._verdict = verdict
+        return verdict
 
     def _refuse(self, detail: str) -> Failure:
         failure = Failure(Side.UPSTREAM, Phase.FIRST_BYTE, Kind.MALFORMED, detail)

@@ -90,6 +90,35 @@ def test_a_right_body_is_read_as_h11_reads_it(
     assert chunked(data) == right
 
 
+BURST = st.lists(
+    st.tuples(
+        st.binary(min_size=1, max_size=60) | st.sampled_from([b"\r\n", b"\r\n\r\n", b"a\r\nb", b"5\r\nhello\r\n"]),
+        st.sampled_from([b"%x", b"%X", b"%04x", b"%x;a=b", b"%x ;a"]),
+    ),
+    min_size=10,
+    max_size=60,
+)
+
+
+@given(burst=BURST, plain=st.booleans(), ended=st.booleans(), rest=st.binary(max_size=9), positions=CUTS)
+@settings(deadline=None)
+def test_a_burst_of_chunks_is_read_as_h11_reads_it(
+    burst: list[tuple[bytes, bytes]], plain: bool, ended: bool, rest: bytes, positions: list[int]
+) -> None:
+    """Many chunks in one read, plain or not, give the payload and the rest that h11 finds, at any split."""
+    data = b"".join(
+        (b"%x" if plain else size) % len(payload) + b"\r\n" + payload + b"\r\n" for payload, size in burst
+    )
+    data += b"0\r\n\r\n" + rest if ended else b""
+    seen = chunked(data)
+    assert decode(ChunkedDecoder(), cut(data, positions)) == seen
+    assert seen == (b"".join(payload for payload, _ in burst), End() if ended else None, None, rest if ended else b"")
+    if b" ;" not in data:  # which h11 refuses
+        theirs, _, refused, behind = oracle(data)
+        assert (theirs, refused) == (seen[0], False)
+        assert behind == seen[3] or not ended
+
+
 FRAGMENTS = st.sampled_from(
     [
         b"5\r\nhello\r\n",
