@@ -23,6 +23,7 @@ from trio.abc import Stream
 
 from canal_trio.errors import CanalError, Failure, Kind, Phase, Retry, Side
 from canal_trio.relay.streams import TcpStream
+from canal_trio.relay.tls import TlsStream
 from canal_trio.settings import Bounds, Deadlines, Upstream
 from canal_trio.upstream.resolve import Address, Resolver
 from canal_trio.upstream.tunnel import Proxy, open_tunnel, parse_proxy
@@ -183,7 +184,8 @@ class TcpDialer:
     ) -> Stream | Failure:
         """`stream` inside TLS with a peer that proves to be `host`. Failed or cancelled, the stream is closed.
 
-        The handshake is done at `until` (Trio's clock; None: `deadlines.connect_tls` from now). A checkpoint.
+        What comes out can hand over, and tells a bare FIN from close_notify, or a cut body would look complete. The
+        handshake is done at `until` (Trio's clock; None: `deadlines.connect_tls` from now). A checkpoint.
         """
         name = host.rstrip(".")  # RFC 6066 3: without the trailing dot
         result: Stream | Failure = _failure(Kind.TIMEOUT, f"{host} did not finish the TLS handshake in time.")
@@ -193,12 +195,13 @@ class TcpDialer:
                 if isinstance(context, Failure):
                     result = context
                 else:
-                    # Not https_compatible: a bare FIN must be told from close_notify, or a cut body looks complete.
-                    tls = trio.SSLStream(stream, context, server_hostname=name, https_compatible=False)
+                    tls = TlsStream(stream, context, server_hostname=name)
                     await tls.do_handshake()
                     result = tls
         except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
             result = _failure(Kind.TLS, f"{host}: {_reason(exc)}.")
+        except ValueError as exc:  # from `wrap_bio`, or as the name is encoded for it
+            result = _failure(Kind.TLS, f"{host} is no name to ask for in TLS: {exc}.")
         except BaseException:
             stream.close()
             raise

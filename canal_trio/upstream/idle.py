@@ -1,9 +1,16 @@
-"""An idle connection's socket: is it quiet, and tell me when it dies. The same for every protocol."""
+"""An idle connection: is it quiet, and tell me when it dies. The same for every protocol.
+
+Inside of TLS, bytes may wait that the kernel knows nothing of, and what the kernel has may mean nothing (a session
+ticket).
+Invariant: what arrived unasked is seen before the connection is used again, or it would be the next client's answer.
+"""
 
 from __future__ import annotations
 
 import select
 from collections.abc import Callable
+
+import trio
 
 from canal_trio.relay.streams import HandoverStream
 
@@ -11,9 +18,18 @@ __all__ = ["is_quiet", "watch_hangup"]
 
 
 def is_quiet(raw: HandoverStream) -> bool:
-    """Nothing has arrived and the peer has not hung up. One system call at most."""
+    """Nothing has arrived and the peer has not hung up. Not a checkpoint; one system call, inside of TLS a few.
+
+    Where it is not quiet, only closing is sensible: a byte of what came is lost.
+    """
     if raw.hangup:
         return False
+    if getattr(raw, "transport_stream", None) is not None:
+        try:
+            if raw.try_receive(1) is not None:
+                return False
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return False
     probe = getattr(raw, "socket", None)
     if probe is None:
         return True
