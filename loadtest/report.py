@@ -59,7 +59,7 @@ def build(results: Sequence[tuple[str, dict[str, Any]]], page: Path, png: Path |
     figures, absent = [], []
     compared = [result for _name, result in results if result["kind"] == "compare"]
     promised = [result for _name, result in results if result["kind"] == "promises"]
-    plots = {
+    plots: dict[str, tuple[Callable[[Any, dict[str, Any]], bool], list[dict[str, Any]]]] = {
         "CPU per streamed event": (_cpu, compared),
         "Latency of an event, 250 streams × 40/s": (_latency, compared),
         "Memory over idle streams": (_memory, compared),

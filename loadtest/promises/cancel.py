@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from loadtest import bodies
@@ -215,6 +216,10 @@ def _syn_sent(port: int) -> int:
     return sum(row[3] == "02" and int(row[2].rpartition(":")[2], 16) == port for row in rows)
 
 
+def _at_most(folder: Path, most: int) -> bool:
+    return len(os.listdir(folder)) <= most
+
+
 def _dial(site: Site, times: Latency) -> tuple[int, int]:
     """The upstream never answers the dial; the client leaves meanwhile."""
     seen = tried = 0
@@ -227,10 +232,10 @@ def _dial(site: Site, times: Latency) -> tuple[int, int]:
             client.ask(Behaviour(), tag="dialling")
             if not until(lambda: _syn_sent(port) > ours, 2, every=0.001):
                 raise Missing("this kernel does not keep a dial waiting")
-            both = len(os.listdir(files)) - 2  # without the client's socket and the one that dials
+            most = len(os.listdir(files)) - 2  # without the client's socket and the one that dials
             left = client.leave(how)
             tried += 1
-            if until(lambda most=both: len(os.listdir(files)) <= most, 2, every=0.0005):
+            if until(partial(_at_most, files, most), 2, every=0.0005):
                 seen += 1
                 times.record((time.monotonic_ns() - left) / 1000)
             client.close()

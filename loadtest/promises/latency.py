@@ -37,14 +37,15 @@ def _one_run(gateway: Gateway) -> list[float]:
 def latency(site: Site) -> list[Verdict]:
     """Interleaved runs, direct and through the gateway; the first of each only warms up."""
     through, direct = Latency(), Latency()
-    worsts, direct_worsts = [], []
+    worsts: list[float] = []
+    direct_worsts: list[float] = []
     began, others = time.monotonic(), _others(site)
     for run in range(1 + (2 if site.quick else RUNS)):
-        for gateway, into, worst in ((site.direct, direct, direct_worsts), (site.gateway, through, worsts)):
+        for gateway, into, worst_of_runs in ((site.direct, direct, direct_worsts), (site.gateway, through, worsts)):
             site.say(f"added latency: run {run}, {gateway.name}")
             seen = _one_run(gateway)
             if run:
-                worst.append(max(seen) / 1000)
+                worst_of_runs.append(max(seen) / 1000)
                 for value in seen:
                     into.record(value)
     added = (through.at(50) - direct.at(50)) / 1000
