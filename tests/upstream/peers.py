@@ -296,7 +296,7 @@ async def _listening(serve: Callable[[trio.SocketStream], Awaitable[None]]) -> A
 
 @contextmanager
 def forward_proxy(*flags: str) -> Iterator[int]:
-    """proxy.py, one process, on a port of loopback. It is told to end, and killed if it does not."""
+    """proxy.py on a port of loopback. It ends with the pipe to us, so also when the tests are killed."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port = probe.getsockname()[1]
@@ -304,8 +304,14 @@ def forward_proxy(*flags: str) -> Iterator[int]:
     command += ["--num-workers", "1", "--num-acceptors", "1", "--threaded", "--log-level", "ERROR", *flags]
     environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        ["sh", "-c", '"$@" & cat; trap "" TERM; kill 0; wait', "sh", *command],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
+    assert process.stdin is not None
     try:
         for _ in range(400):
             with socket.socket() as probe:
@@ -319,8 +325,7 @@ def forward_proxy(*flags: str) -> Iterator[int]:
             raise AssertionError("proxy.py does not listen")
         yield port
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
+        process.stdin.close()
         try:
             process.wait(5)
         except subprocess.TimeoutExpired:
