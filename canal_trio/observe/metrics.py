@@ -145,6 +145,9 @@ class Metrics:
         self.accept_errors = Counter(
             "canal_accept_errors", "Connections that could not be accepted, by cause.", ["cause"], registry=registry
         )
+        self.tls_handshakes = Counter(
+            "canal_tls_handshakes", "Handshakes of clients: ok, or how they ended.", ["result"], registry=registry
+        )
         self.reloads = Counter("canal_reloads", "Reloads of the configuration.", ["result"], registry=registry)
 
     def finished(self, record: ExchangeRecord) -> None:
