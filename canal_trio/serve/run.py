@@ -12,37 +12,33 @@ one waits for the streams; the outer one is cancelled when they are done. Every 
 from __future__ import annotations
 
 import dataclasses
-import ipaddress
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import Protocol, final
 
 import trio
 
-from canal_trio import __version__
-from canal_trio.errors import ConfigError
 from canal_trio.hooks import Recorder
 from canal_trio.observe.accesslog import AccessLog
 from canal_trio.observe.admin import Admin
 from canal_trio.observe.lines import LineWriter
-from canal_trio.observe.log import describe, logging_to
+from canal_trio.observe.log import logging_to
 from canal_trio.observe.metrics import Metrics, Statistics
 from canal_trio.relay.streams import TcpStream
+from canal_trio.serve.greeting import greet
 from canal_trio.serve.limits import Capacity, capacity_of, freeze_garbage, raise_descriptor_limit
-from canal_trio.serve.listen import Acceptor, Slots, listening_texts, open_listeners, set_options
+from canal_trio.serve.listen import Acceptor, Slots, open_listeners, set_options
+from canal_trio.serve.reload import Reloader
 from canal_trio.serve.tls import Certificates, Terminator
 from canal_trio.settings import Settings
 
-__all__ = ["Served", "ServedGateway", "run", "serve"]
+__all__ = ["GRACE", "SIGNALS", "Served", "ServedGateway", "Server", "real_gateway", "run", "serve"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 GRACE = 3.0  # seconds after the drain deadline and the lingering close, in which an honest ending is written
-
-# What a running process cannot change: it needs new sockets, another process or another log.
-_NEEDS_RESTART = ("listen", "admin", "workers", "log")
 
 _log = logging.getLogger("canal_trio.serve")
 
@@ -93,7 +89,8 @@ def run(settings: Settings, *, config_loader: Callable[[], Settings] | None = No
     )
 
 
-def _real_gateway(settings: Settings, recorders: Sequence[Recorder]) -> ServedGateway:
+def real_gateway(settings: Settings, recorders: Sequence[Recorder]) -> ServedGateway:
+    """`canal_trio.gateway.Gateway`, as a maker of gateways."""
     from canal_trio.gateway import Gateway  # late: tests serve others
 
     return Gateway(settings, recorders=recorders)
@@ -103,7 +100,7 @@ async def serve(
     settings: Settings,
     *,
     config_loader: Callable[[], Settings] | None = None,
-    make_gateway: Callable[[Settings, Sequence[Recorder]], ServedGateway] = _real_gateway,
+    make_gateway: Callable[[Settings, Sequence[Recorder]], ServedGateway] = real_gateway,
     descriptors: int = 1024,
     log_fd: int = 2,
     on_listening: Callable[[], None] = lambda: None,
@@ -126,9 +123,25 @@ async def serve(
                 _close(listening)
                 raise
             capacity = capacity_of(settings, descriptors)
-            server = _Server(settings, config_loader, make_gateway, capacity, writer, certificates)
+            server = Server(settings, make_gateway, capacity, writer, certificates)
+            reloader = Reloader(settings, config_loader, server.apply, server.count_reload, server.stop.is_set)
+
+            def started() -> None:
+                on_listening()
+                greet(writer, settings, capacity, listening, admin)
+                task_status.started(Served(_addresses(listening), _addresses(admin), server.gateway))
+
+            async def orders(services: trio.Nursery) -> None:
+                async for number in signals:
+                    if number == signal.SIGHUP:
+                        reloader.begin(services)
+                    elif not server.stop.is_set():
+                        server.stop.set()
+                    else:
+                        server.cut()
+
             try:
-                return await server.run(listening, admin, signals, on_listening, task_status)
+                return await server.run(listening, admin, orders, started)
             finally:
                 _close(listening + admin)
     finally:
@@ -142,21 +155,27 @@ def _close(sockets: Iterable[socket.socket]) -> None:
             sock.close()
 
 
+def _addresses(sockets: Iterable[socket.socket]) -> tuple[tuple[str, int], ...]:
+    return tuple(sock.getsockname()[:2] for sock in sockets)
+
+
 @final
-class _Server:
+class Server:
+    """A gateway with its doors: what serves in this process, whoever gives the orders.
+
+    `stop` begins the drain, `cut` ends everything at once, `apply` swaps settings.
+    """
+
     def __init__(
         self,
         settings: Settings,
-        config_loader: Callable[[], Settings] | None,
         make_gateway: Callable[[Settings, Sequence[Recorder]], ServedGateway],
         capacity: Capacity,
         writer: LineWriter,
         certificates: Certificates | None,
     ) -> None:
         self.settings = settings
-        self.config_loader = config_loader
         self.capacity = capacity
-        self.writer = writer
         self.metrics = metrics = Metrics()
         self.gateway = make_gateway(settings, [metrics, AccessLog(writer, settings.log)])
         metrics.watch(self.gateway)
@@ -172,20 +191,22 @@ class _Server:
         self.stop = trio.Event()
         self.stopped = trio.CancelScope()  # around the connections
         self.forced = False
-        self.reloading = False
-        self.reload_again = False
 
     async def run(
         self,
         listening: list[socket.socket],
         admin: list[socket.socket],
-        signals: AsyncIterator[int],
-        on_listening: Callable[[], None],
-        task_status: trio.TaskStatus[Served],
+        orders: Callable[[trio.Nursery], Awaitable[None]],
+        started: Callable[[], None],
     ) -> int:
+        """Serve until `stop` is set, then drain; the exit code. The sockets stay the caller's to close.
+
+        `orders` is a task that runs meanwhile, in the nursery it gets; `started` is called when connections are
+        accepted. Cancelling it cancels every connection.
+        """
         self.sockets = listening
         async with trio.open_nursery() as services:
-            services.start_soon(self._obey, signals, services)
+            services.start_soon(orders, services)
             await services.start(self.gateway.run)
             page = Admin(self.gateway, self.metrics)
             admin_slots = Slots(self.settings.bounds.admin_connections)
@@ -198,15 +219,7 @@ class _Server:
                     async with trio.open_nursery() as open_doors:
                         for door in doors:
                             open_doors.start_soon(door.run)
-                        on_listening()
-                        self._greet(listening, admin)
-                        task_status.started(
-                            Served(
-                                tuple(sock.getsockname()[:2] for sock in listening),
-                                tuple(sock.getsockname()[:2] for sock in admin),
-                                self.gateway,
-                            )
-                        )
+                        started()
                         await self.stop.wait()
                         self._begin_drain()
                         open_doors.cancel_scope.cancel(reason="draining")
@@ -240,21 +253,13 @@ class _Server:
             self.metrics.internal_errors.inc()
             _log.error("a bug ended a connection from %s", peer, exc_info=group)
 
-    # -- signals -------------------------------------------------------------------------------------------------------
+    # -- orders --------------------------------------------------------------------------------------------------------
 
-    async def _obey(self, signals: AsyncIterator[int], services: trio.Nursery) -> None:
-        async for number in signals:
-            if number == signal.SIGHUP:
-                if self.reloading:
-                    self.reload_again = True
-                else:
-                    self.reloading = True
-                    services.start_soon(self._reload)
-            elif not self.stop.is_set():
-                self.stop.set()
-            else:
-                self.forced = True
-                self.stopped.cancel(reason="a second signal")
+    def cut(self) -> None:
+        """End everything now."""
+        self.stop.set()
+        self.forced = True
+        self.stopped.cancel(reason="a second signal")
 
     def _begin_drain(self) -> None:
         deadlines = self.settings.deadlines
@@ -264,31 +269,12 @@ class _Server:
         count = self.gateway.statistics().in_flight
         _log.info("draining: %d exchanges have %g seconds to finish; signal again to stop now", count, deadlines.drain)
 
-    async def _reload(self) -> None:
-        """Read the configuration again, in a thread, and swap it in; a bad one changes nothing."""
-        while True:
-            self.reload_again = False
-            try:
-                await self._reload_once()
-            except ConfigError as exc:
-                self._refuse(str(exc))
-            except Exception as exc:
-                self._refuse(describe(exc))
-            if not self.reload_again:
-                self.reloading = False
-                return
+    def count_reload(self, result: str) -> None:
+        """For the metrics: `ok` or `refused`."""
+        self.metrics.reloads.labels(result).inc()
 
-    async def _reload_once(self) -> None:
-        if self.config_loader is None or self.stop.is_set():
-            _log.warning("not reloaded: %s", "draining" if self.stop.is_set() else "there is nothing to read again")
-            return
-        new = await trio.to_thread.run_sync(self.config_loader, abandon_on_cancel=True)
-        old = self.settings
-        fixed = {name: getattr(old, name) for name in _NEEDS_RESTART}
-        if (new.tls is None) is not (old.tls is None):
-            fixed["tls"] = old.tls
-        changed = [name for name in fixed if fixed[name] != getattr(new, name)]
-        new = dataclasses.replace(new, **fixed)
+    async def apply(self, new: Settings) -> None:
+        """Swap settings and certificates, touching no stream. Raises `ConfigError`, with nothing changed."""
         certificates: Certificates | None = None
         if new.tls is not None:  # the same names may be other files by now
             certificates = await trio.to_thread.run_sync(Certificates, new.tls, abandon_on_cancel=True)
@@ -300,51 +286,3 @@ class _Server:
         for sock in self.sockets:
             if sock.fileno() >= 0:
                 set_options(sock, new.bounds, new.deadlines)
-        self.metrics.reloads.labels("ok").inc()
-        _log.info("reloaded the configuration")
-        if changed:
-            _log.warning("a change of %s needs a restart; the old value stays", ", ".join(changed))
-
-    def _refuse(self, reason: str) -> None:
-        self.metrics.reloads.labels("refused").inc()
-        for line in reason.splitlines() or [""]:
-            _log.error("the new configuration is refused, the old one stays: %s", line)
-
-    # -- the first lines -----------------------------------------------------------------------------------------------
-
-    def _greet(self, listening: list[socket.socket], admin: list[socket.socket]) -> None:
-        """A few lines, then the one that says that connections are accepted, last and by itself."""
-        capacity, settings = self.capacity, self.settings
-        lines = [f"canal-trio {__version__}"]
-        lines += [f"upstream {upstream.name}: {upstream.base_url}" for upstream in settings.upstreams]
-        lines.append(f"capacity: {capacity.connections} client connections ({capacity.descriptors} descriptors)")
-        lines += [f"admin on {url}" for url in listening_texts(admin)]
-        warnings = list(_warnings(settings, capacity, listening, admin))
-        if settings.log == "json":
-            for line in lines:
-                _log.info("%s", line)
-            for line in warnings:
-                _log.warning("%s", line)
-        else:
-            for line in [*lines, *(f"warning: {warning}" for warning in warnings)]:
-                self.writer.write(f"{line}\n".encode())
-        for url in listening_texts(listening, "http" if settings.tls is None else "https"):
-            self.writer.write(f"listening on {url}\n".encode())
-
-
-def _warnings(
-    settings: Settings, capacity: Capacity, listening: list[socket.socket], admin: list[socket.socket]
-) -> Iterable[str]:
-    if capacity.wanted is not None:
-        yield (
-            f"client_connections = {capacity.wanted} needs more descriptors than the limit of {capacity.descriptors}; "
-            f"{capacity.connections} are accepted (raise it with ulimit -n)"
-        )
-    if not settings.keys and not all(map(_private, listening)):
-        yield "no keys are configured: whoever reaches this address may use the upstreams"
-    if not all(map(_private, admin)):
-        yield "the admin address can be reached from other machines; it asks for no key"
-
-
-def _private(sock: socket.socket) -> bool:
-    return ipaddress.ip_address(sock.getsockname()[0].partition("%")[0]).is_loopback

@@ -1,0 +1,94 @@
+"""SIGHUP: read the configuration again, in a thread, and have it applied; a bad one changes nothing.
+
+Invariants: one reload at a time, and a signal that comes meanwhile leads to another one, so that the last state of the
+file counts. What a running process cannot change keeps its old value, and that is told.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Awaitable, Callable
+from typing import final
+
+import trio
+
+from canal_trio.errors import ConfigError
+from canal_trio.observe.log import describe
+from canal_trio.settings import Settings
+
+__all__ = ["Reloader"]
+
+# What a running process cannot change: it needs new sockets, another process or another log.
+_NEEDS_RESTART = ("listen", "admin", "workers", "log")
+
+_log = logging.getLogger("canal_trio.serve")
+
+
+@final
+class Reloader:
+    """Loads with `load` (in a thread; None: there is nothing to read again) and applies with `apply`.
+
+    `apply` raises `ConfigError` if it cannot, having changed nothing. `count(result)` gets `ok` or `refused`, `stopped`
+    says that the end has begun, and `settings` are those in use.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        load: Callable[[], Settings] | None,
+        apply: Callable[[Settings], Awaitable[None]],
+        count: Callable[[str], None],
+        stopped: Callable[[], bool],
+    ) -> None:
+        self.settings = settings
+        self._load = load
+        self._apply = apply
+        self._count = count
+        self._stopped = stopped
+        self._running = False
+        self._again = False
+
+    def begin(self, nursery: trio.Nursery) -> None:
+        """Reload, in a task of `nursery`."""
+        if self._running:
+            self._again = True
+        else:
+            self._running = True
+            nursery.start_soon(self._run)
+
+    async def _run(self) -> None:
+        while True:
+            self._again = False
+            try:
+                await self._once()
+            except ConfigError as exc:
+                self._refuse(str(exc))
+            except Exception as exc:
+                self._refuse(describe(exc))
+            if not self._again:
+                self._running = False
+                return
+
+    async def _once(self) -> None:
+        if self._load is None or self._stopped():
+            _log.warning("not reloaded: %s", "draining" if self._stopped() else "there is nothing to read again")
+            return
+        new = await trio.to_thread.run_sync(self._load, abandon_on_cancel=True)
+        old = self.settings
+        fixed = {name: getattr(old, name) for name in _NEEDS_RESTART}
+        if (new.tls is None) is not (old.tls is None):
+            fixed["tls"] = old.tls
+        changed = [name for name in fixed if fixed[name] != getattr(new, name)]
+        new = dataclasses.replace(new, **fixed)
+        await self._apply(new)
+        self.settings = new
+        self._count("ok")
+        _log.info("reloaded the configuration")
+        if changed:
+            _log.warning("a change of %s needs a restart; the old value stays", ", ".join(changed))
+
+    def _refuse(self, reason: str) -> None:
+        self._count("refused")
+        for line in reason.splitlines() or [""]:
+            _log.error("the new configuration is refused, the old one stays: %s", line)
