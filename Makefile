@@ -16,7 +16,7 @@ $(VENV)/.product: pyproject.toml | $(VENV)/bin/python
 
 # The product with the runner, the real clients and the real servers it is tested against.
 $(VENV)/.tests: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary xllamacpp --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary xllamacpp,pycurl --editable '.[test]'
 	touch $@ $(VENV)/.product
 
 # The product with what the load tests need.

@@ -36,7 +36,7 @@ _CLIENT: dict[Kind, Answer] = {
     Kind.HEAD_TOO_LARGE: Answer(431, _INVALID, "headers_too_large", "The request's header fields are too large."),
     Kind.TARGET_TOO_LONG: Answer(414, _INVALID, "uri_too_long", "The request target is too long."),
     Kind.BODY_TOO_LARGE: Answer(413, _INVALID, "body_too_large", "The request body is too large."),
-    Kind.UNSUPPORTED_CODING: Answer(501, _INVALID, "unsupported_transfer_coding", "This transfer coding is not supported."),
+    Kind.UNSUPPORTED_CODING: Answer(501, _INVALID, "unsupported_transfer_coding", "This coding is not supported."),
     Kind.UNSUPPORTED_VERSION: Answer(505, _INVALID, "unsupported_http_version", "Speak HTTP/1.1 or HTTP/1.0."),
     Kind.METHOD_NOT_ALLOWED: Answer(405, _INVALID, "method_not_allowed", "The method is not allowed."),
     Kind.EXPECTATION: Answer(417, _INVALID, "expectation_failed", "Only the expectation 100-continue is understood."),

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "gateway"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "upstream"))
 
 from kit import open_sockets  # found by the lines above
+from peers import Certificates
 
 
 @pytest.fixture(autouse=True)
@@ -20,3 +21,9 @@ def no_socket_left() -> Iterator[None]:
     before = open_sockets()
     yield
     assert not open_sockets() - before
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """One authority for the tests of a module."""
+    return Certificates(tmp_path_factory.mktemp("certificates"))

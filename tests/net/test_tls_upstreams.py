@@ -21,12 +21,6 @@ from canal_trio.upstream.dial import TcpDialer
 from canal_trio.upstream.idle import is_quiet
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    """One authority for these tests."""
-    return Certificates(tmp_path_factory.mktemp("certificates"))
-
-
 def trusting(upstream: ScriptedUpstream, certificates: Certificates) -> Upstream:
     """The upstream as the gateway knows it."""
     return Upstream("u0", upstream.url, ca_file=certificates.ca_file)

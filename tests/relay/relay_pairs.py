@@ -1,4 +1,4 @@
-"""Connected pairs of real sockets for the tests of the relay floor."""
+"""Connected pairs of streams for the tests of the relay floor."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import struct
 import trio
 
 from canal_trio.relay.streams import TcpStream
+from canal_trio.testing.simstream import SimStream, sim_stream_pair
 
 
 def socket_pair(*, small: bool = False) -> tuple[socket.socket, socket.socket]:
@@ -63,3 +64,8 @@ def reset(stream: TcpStream) -> None:
     """Close so that the peer sees a reset."""
     stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     stream.close()
+
+
+async def sim_pair() -> tuple[SimStream, SimStream]:
+    """Two connected SimStreams with hand-over."""
+    return sim_stream_pair()

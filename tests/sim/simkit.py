@@ -257,3 +257,16 @@ def failed(record: ExchangeRecord, side: Side, phase: Phase, kind: Kind) -> None
     """Check the record's failure."""
     assert record.failure is not None
     assert (record.failure.side, record.failure.phase, record.failure.kind) == (side, phase, kind)
+
+
+async def answer_ok(upstream: Conversation) -> None:
+    """A whole answer at once."""
+    await upstream.say(OK)
+
+
+async def take(upstream: Conversation, size: int) -> bytes:
+    """The next `size` bytes, or up to the end of what came with the last of them."""
+    data = b""
+    while len(data) < size and not data.endswith(b"!"):
+        data += await upstream.stream.receive_some(1000)
+    return data

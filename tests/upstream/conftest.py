@@ -11,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "gateway"))
 
 from kit import open_sockets  # found by the line above
+from peers import Certificates
 
 
 @pytest.fixture(autouse=True)
@@ -19,3 +20,9 @@ def no_socket_left() -> Iterator[None]:
     before = open_sockets()
     yield
     assert not open_sockets() - before
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """One authority for the tests of a module."""
+    return Certificates(tmp_path_factory.mktemp("certificates"))
