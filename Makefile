@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ONCE ?=
 
-.PHONY: demo test bench check lint types clean
+.PHONY: demo test promises bench check lint types clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -24,7 +24,8 @@ $(VENV)/.bench: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	touch $@ $(VENV)/.product
 
-# `exec`, so that Ctrl-C reaches the gateway itself and its exit code is ours.
+# `exec`, so that a signal reaches the gateway itself and its exit code is ours. (After a Ctrl-C in the terminal make
+# waits for the drain, too, and then says 130 of itself.)
 demo: $(VENV)/.product
 	@exec $(BIN)/canal-trio demo $(if $(ONCE),--once)
 
@@ -38,6 +39,10 @@ test: $(VENV)/.tests lint types
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest
 	$(BIN)/coverage report --fail-under=100 --include='canal_trio/errors.py,canal_trio/messages.py,canal_trio/settings.py,canal_trio/hooks.py,canal_trio/wire/*,canal_trio/policy/*,canal_trio/relay/*'
+
+# A minute: what the README promises, measured on this machine. Fails if a promise breaks.
+promises: $(VENV)/.bench
+	$(BIN)/python -m loadtest promises
 
 # A few minutes: gateways side by side, the promises, and a page with both. Fails if a promise breaks.
 PEERS ?= nginx,envoy,caddy,canal,direct
