@@ -61,6 +61,12 @@ class Headers:
         found = self._values().get(name)
         return [] if found is None else list(found)
 
+    def replaced(self, name: bytes, value: bytes) -> Headers:
+        """The same fields with another value for each `name` (lower case)."""
+        changed = Headers()
+        changed._fields = tuple([(n, low, value if low == name else old) for n, low, old in self._fields])
+        return changed
+
     def tokens(self, name: bytes) -> list[bytes]:
         """The lower-cased members of the comma list `name`, all its lines together, empty members dropped
         (RFC 9110 5.6.1)."""

@@ -21,8 +21,9 @@ from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.gateway.body import HeldBody, WholeBody
 from canal_trio.gateway.deliver import Delivery
 from canal_trio.gateway.exchange import Exchange
-from canal_trio.gateway.pipeline import Client, Pipeline
+from canal_trio.gateway.pipeline import Pipeline
 from canal_trio.gateway.reader import ClientReader
+from canal_trio.gateway.requests import UpstreamRequests
 from canal_trio.gateway.respond import error_response, own_answer
 from canal_trio.gateway.writer import ClientWriter
 from canal_trio.messages import End, RequestHead
@@ -50,7 +51,7 @@ class ClientConnection:
         self._gateway = gateway
         self._stream = stream
         self._peer = peer
-        self._scheme = scheme
+        self._requests = UpstreamRequests(peer=peer, scheme=scheme)
         self._writer = ClientWriter(stream, stall=gateway.settings.deadlines.client_write)
         self._reader: ClientReader | None = None
         self._reset = False  # close so that the client sees an error
@@ -197,8 +198,8 @@ class ClientConnection:
         if own is not None:
             exchange.status = own[0]
             return await self._writer.write([own[1]], exchange.has_answer) and keep and exchange.received
-        client = Client(self._peer, gateway.trusts(self._peer), self._scheme)
-        pipeline = Pipeline(exchange, generation, client, self._writer, delivery)
+        trusted = gateway.trusts(self._peer)
+        pipeline = Pipeline(exchange, generation, self._writer, delivery, self._requests, trusted=trusted)
         pipeline.close = not keep
         try:
             with exchange.scope:

@@ -134,7 +134,7 @@ class Http1Connection:
 
     async def _exchange(self, head: RequestHead, body: BodySource | None, answer: Answer) -> None:
         chunked = b"transfer-encoding" in head.headers
-        await self._begin(head, body)
+        await self._begin(head, body, write_request_head(head))
         if body is None or self._sent:
             await self._receive(head, body, answer)
             return
@@ -144,9 +144,9 @@ class Http1Connection:
             await self._receive(head, body, answer)
             nursery.cancel_scope.cancel(reason="the upstream has answered")
 
-    async def _begin(self, head: RequestHead, body: BodySource | None) -> None:
+    async def _begin(self, head: RequestHead, body: BodySource | None, block: bytes) -> None:
         """Send the head with what is ready of the body. `_sent` afterwards: that was all."""
-        first = [write_request_head(head)]
+        first = [block]
         upgrading = b"upgrade" in head.headers
         if body is not None and not upgrading:
             chunked = b"transfer-encoding" in head.headers
@@ -282,11 +282,13 @@ class Http1Connection:
         """Itself, if it can serve an attempt without a task of its own; see `interface.StraightConnection`."""
         return self if can_hand_over(self._stream) else None
 
-    async def ask(self, head: RequestHead, body: BodySource | None, inform: Inform) -> Failure | ResponseHead:
+    async def ask(
+        self, head: RequestHead, body: BodySource | None, inform: Inform, block: bytes
+    ) -> Failure | ResponseHead:
         """Send a whole request and wait for the final head. See `interface.StraightConnection`; so for what follows."""
         self._reset()
         try:
-            await self._begin(head, body)
+            await self._begin(head, body, block)
             final = await self._final_head(head, inform)
         except _PEER_TROUBLE as exc:
             self._note(self._broken(str(exc)))
