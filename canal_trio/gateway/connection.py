@@ -18,6 +18,7 @@ import trio
 from trio.abc import HalfCloseableStream, Stream
 
 from canal_trio.errors import Failure, Kind, Phase, Side
+from canal_trio.gateway.answers import ClientHeads
 from canal_trio.gateway.body import HeldBody, WholeBody
 from canal_trio.gateway.deliver import Delivery
 from canal_trio.gateway.exchange import Exchange
@@ -52,6 +53,7 @@ class ClientConnection:
         self._stream = stream
         self._peer = peer
         self._requests = UpstreamRequests(peer=peer, scheme=scheme)
+        self._answers = ClientHeads()
         self._writer = ClientWriter(stream, stall=gateway.settings.deadlines.client_write)
         self._reader: ClientReader | None = None
         self._reset = False  # close so that the client sees an error
@@ -119,15 +121,15 @@ class ClientConnection:
                     again = await self._exchange(exchange) and not self._gateway.draining
                     if not again:
                         return
+                except trio.Cancelled:
+                    exchange.note(_stopped(exchange))  # the whole connection was: the gateway stops now
+                    self._break(exchange)
+                    raise
                 except Exception as exc:
                     exchange.note(Failure(Side.GATEWAY, exchange.phase, Kind.INTERNAL, type(exc).__name__))
                     self._break(exchange)
                     raise
                 finally:
-                    # Of no effect unless the whole connection was cancelled: then the gateway stops now.
-                    if trio.current_effective_deadline() == -math.inf:
-                        exchange.note(_stopped(exchange))
-                        self._break(exchange)
                     if not again and self._reader is not None:
                         self._reader.stop()
                     self._finish(exchange)
@@ -140,7 +142,8 @@ class ClientConnection:
         bounds = gateway.settings.bounds
         client = client_address(head.headers, self._peer, gateway.trusts)
         exchange = Exchange(head, client=client, started=started)
-        exchange.scope.deadline = trio.current_time() + gateway.settings.deadlines.exchange
+        if gateway.settings.deadlines.exchange != math.inf:
+            exchange.scope.deadline = trio.current_time() + gateway.settings.deadlines.exchange
         self.current = exchange
         gateway.begin(exchange)
         length = content_length(head.headers)
@@ -188,7 +191,7 @@ class ClientConnection:
         """Run it to its end. True: the connection can carry another request."""
         gateway, head = self._gateway, exchange.head
         generation = gateway.generation
-        delivery = Delivery(exchange, self._writer, generation.settings, gateway.reaper)
+        delivery = Delivery(exchange, self._writer, generation.settings, gateway.reaper, self._answers)
         if gateway.draining:
             exchange.note(Failure(Side.GATEWAY, Phase.ROUTE, Kind.DRAINING))
         if head is None or exchange.failure is not None:

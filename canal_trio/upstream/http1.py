@@ -98,7 +98,7 @@ class Http1Connection:
     def _over(self) -> Failure | None:
         """The attempt is over: what became of it, and of the connection."""
         self._used = True
-        self._turns.begin(Turn.NOBODY)
+        self._turns.turn = Turn.NOBODY
         final, body = self._final, self._body
         self.reusable = (
             self._failure is None
@@ -201,11 +201,10 @@ class Http1Connection:
         stream = self._stream
         if can_hand_over(stream):
             rest = stream.try_send_batch(pieces)
-            self._turns.moved = trio.current_time()
             while rest:
+                self._turns.moved = trio.current_time()
                 await stream.wait_send_all_might_not_block()
                 rest = stream.try_send_batch(rest)
-                self._turns.moved = trio.current_time()
             return
         data = b"".join(pieces)
         for start in range(0, len(data), _SLICE):
