@@ -22,6 +22,7 @@ from canal_trio.gateway.answers import ClientHeads
 from canal_trio.gateway.body import HeldBody, WholeBody
 from canal_trio.gateway.deliver import Delivery
 from canal_trio.gateway.exchange import Exchange
+from canal_trio.gateway.handoff import Handoff
 from canal_trio.gateway.pipeline import Pipeline
 from canal_trio.gateway.reader import ClientReader
 from canal_trio.gateway.requests import UpstreamRequests
@@ -88,11 +89,11 @@ class ClientConnection:
             self._reader.stop_if_idle()
 
     async def _serve(self) -> None:
-        send, receive = trio.open_memory_channel[Exchange](0)
+        requests = Handoff()
         settings = self._gateway.settings
         self._reader = ClientReader(
             self._stream,
-            send,
+            requests,
             admit=self._admit,
             hold=self._hold,
             open_upload=self._open_upload,
@@ -103,36 +104,34 @@ class ClientConnection:
         )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._reader.run)
-            await self._exchanges(receive)
+            await self._exchanges(requests)
             nursery.cancel_scope.cancel(reason="the connection is over")
         self._clean = not self._broken_off and self._writer.trouble is None
         if (self._unread or self._reader.superfluous) and self._clean:
             await self._linger()
 
-    async def _exchanges(self, requests: trio.MemoryReceiveChannel[Exchange]) -> None:
-        with requests:
-            while True:
-                try:
-                    exchange = await requests.receive()
-                except trio.EndOfChannel:
+    async def _exchanges(self, requests: Handoff) -> None:
+        while True:
+            exchange = await requests.take()
+            if exchange is None:
+                return
+            again = False
+            try:
+                again = await self._exchange(exchange) and not self._gateway.draining
+                if not again:
                     return
-                again = False
-                try:
-                    again = await self._exchange(exchange) and not self._gateway.draining
-                    if not again:
-                        return
-                except trio.Cancelled:
-                    exchange.note(_stopped(exchange))  # the whole connection was: the gateway stops now
-                    self._break(exchange)
-                    raise
-                except Exception as exc:
-                    exchange.note(Failure(Side.GATEWAY, exchange.phase, Kind.INTERNAL, type(exc).__name__))
-                    self._break(exchange)
-                    raise
-                finally:
-                    if not again and self._reader is not None:
-                        self._reader.stop()
-                    self._finish(exchange)
+            except trio.Cancelled:
+                exchange.note(_stopped(exchange))  # the whole connection was: the gateway stops now
+                self._break(exchange)
+                raise
+            except Exception as exc:
+                exchange.note(Failure(Side.GATEWAY, exchange.phase, Kind.INTERNAL, type(exc).__name__))
+                self._break(exchange)
+                raise
+            finally:
+                if not again and self._reader is not None:
+                    self._reader.stop()
+                self._finish(exchange)
 
     # -- the reader's questions ----------------------------------------------------------------------------------------
 
