@@ -70,6 +70,7 @@ class ExchangeRecord:
     cancel_latency: float | None = None
     handed_over: int = 0  # pieces that went straight through
     queued: int = 0  # pieces that took the channel
+    waits: int = 0  # times the reading of the upstream stopped until the client had taken more
     flags: tuple[str, ...] = ()  # no_terminal_event, cut_after_terminal, late_body_end, ...
 
 

@@ -9,7 +9,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-__all__ = ["Bounds", "Deadlines", "Key", "Model", "ServerTLS", "Settings", "Upstream", "address_text"]
+__all__ = [
+    "Bounds",
+    "Deadlines",
+    "Key",
+    "Model",
+    "NamedCertificate",
+    "ServerTLS",
+    "Settings",
+    "Upstream",
+    "address_text",
+]
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -96,11 +106,21 @@ class Key:
 
 
 @dataclass(frozen=True, slots=True)
+class NamedCertificate:
+    """A further certificate, for clients that ask for one of `names` (SNI); `*.` at the front stands for one label."""
+
+    names: tuple[str, ...]  # lower case, without the trailing dot
+    certificate: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
 class ServerTLS:
-    """Terminate TLS on the gateway's listeners."""
+    """Terminate TLS on the gateway's listeners. Each certificate is a PEM file with its chain, each key another one."""
 
     certificate: str
     key: str
+    sni: tuple[NamedCertificate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

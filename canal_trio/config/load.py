@@ -36,6 +36,7 @@ from canal_trio.config.schema import (
     UpstreamTable,
     decode,
 )
+from canal_trio.config.tls import server_tls_of
 from canal_trio.config.values import shown
 from canal_trio.errors import ConfigError
 from canal_trio.settings import Key, Model, Settings, Upstream, address_text
@@ -46,6 +47,7 @@ FILE_BYTES = 4 * 1024 * 1024
 MOST_COMPLAINTS = 20
 VARIABLES = ("CANAL_CONFIG", "CANAL_LISTEN", "CANAL_UPSTREAM", "CANAL_WORKERS", "CANAL_ADMIN", "CANAL_LOG")
 DEFAULTS = Settings()
+TLS: Path = ("server", "tls")
 
 T = TypeVar("T")
 Address: TypeAlias = tuple[str, int]
@@ -168,6 +170,7 @@ class _Layers:
             listen=listen,
             admin=self._admin(server, listen),
             log=self._log(server),
+            tls=None if server.tls is None else server_tls_of(server.tls, TLS, self.around, self.complain),
             trusted_proxies=tuple(
                 read(text, values.network, ("server", "trusted_proxies", number), self.complain, "")
                 for number, text in enumerate(server.trusted_proxies)
@@ -322,9 +325,6 @@ class _Layers:
             read(server.workers, _workers, ("server", "workers"), self.complain, 1)
         if "workers" in self.said:
             self._read_said("workers", self.said["workers"][1], _workers)
-        if server.tls is not None:
-            text = "TLS for clients is not in this version: expected no such table; terminate TLS in front of it"
-            self.complain(("server", "tls"), text)
 
 
 def _address_or_off(text: str) -> Address | None:

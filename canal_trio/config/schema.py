@@ -24,9 +24,11 @@ __all__ = [
     "FileTables",
     "KeyTable",
     "ModelTable",
+    "NamedCertificateTable",
     "Number",
     "Secret",
     "ServerTable",
+    "TLSTable",
     "Table",
     "UpstreamTable",
     "decode",
@@ -71,6 +73,22 @@ class ServerTable(Table):
     pseudonym: str | None = None
     allow_anonymous: bool = False
     tls: dict[str, Any] | None = None
+
+
+class TLSTable(Table):
+    """`[server.tls]`."""
+
+    certificate: str
+    key: str
+    sni: list[dict[str, Any]] = []
+
+
+class NamedCertificateTable(Table):
+    """`[[server.tls.sni]]`."""
+
+    names: list[str]
+    certificate: str
+    key: str
 
 
 class UpstreamTable(Table):

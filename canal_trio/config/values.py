@@ -22,6 +22,7 @@ __all__ = [
     "nearest",
     "network",
     "proxy_url",
+    "server_name",
     "sha256",
     "shown",
     "size",
@@ -172,6 +173,20 @@ def proxy_url(text: str) -> str:
     if not text.isascii() or not text.isprintable() or " " in text:
         raise ValueError(f"{expected} in visible ASCII")
     return text
+
+
+def server_name(text: str) -> str:
+    """A host name that a client may ask for (SNI), perhaps with `*.` for its first label; lower case, no last dot."""
+    expected = "expected a host name such as api.example.org or *.example.org"
+    name = text.strip().lower().removesuffix(".")
+    labels = name.removeprefix("*.").split(".")
+    if not text.isascii():
+        raise ValueError(f"{expected} in ASCII (xn--…), got {shown(text)}")
+    if len(name) > 253 or not all(map(_LABEL.fullmatch, labels)) or (name.startswith("*.") and len(labels) < 2):
+        raise ValueError(f"{expected}, got {shown(text)}")
+    if labels[-1].isdigit():
+        raise ValueError(f"{expected}, got {shown(text)}: an address is never asked for, it gets the default one")
+    return name
 
 
 def listed(text: str) -> list[str]:

@@ -12,6 +12,7 @@ import logging
 import math
 import socket
 import struct
+from dataclasses import replace
 from typing import TYPE_CHECKING, final
 
 import trio
@@ -91,6 +92,9 @@ class ClientConnection:
     async def _serve(self) -> None:
         requests = Handoff()
         settings = self._gateway.settings
+        deadlines = settings.deadlines
+        if self._gateway.draining:  # it came late; if it says nothing it must not hold up the end
+            deadlines = replace(deadlines, keep_alive=min(deadlines.keep_alive, deadlines.linger))
         self._reader = ClientReader(
             self._stream,
             requests,
@@ -100,7 +104,7 @@ class ClientConnection:
             refuse=self._refuse,
             reaper=self._gateway.reaper,
             bounds=settings.bounds,
-            deadlines=settings.deadlines,
+            deadlines=deadlines,
         )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._reader.run)

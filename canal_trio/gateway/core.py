@@ -67,6 +67,7 @@ class Gateway:
         self.reaper = Reaper()
         self.budget = Budget(settings.bounds.held_total_bytes)
         self.draining = False
+        self._drained_by = math.inf
         self.generation = self._generation(settings, {})
 
     @property
@@ -156,7 +157,7 @@ class Gateway:
     def exchanges(self) -> list[ExchangeView]:
         """The exchanges in flight, oldest first."""
         now = trio.current_time()
-        return [exchange.view(now) for exchange in self._exchanges]
+        return [exchange.view(now, self._drained_by) for exchange in self._exchanges]
 
     def statistics(self) -> GatewayStatistics:
         """A snapshot for metrics."""
@@ -172,6 +173,7 @@ class Gateway:
     def drain(self, deadline: float) -> None:
         """Serve what is in flight until `deadline` (Trio's clock), take no new requests. Not a checkpoint."""
         self.draining = True
+        self._drained_by = deadline
         for connection in list(self._connections):
             connection.drain()
         self.reaper.add(self._expire, deadline)

@@ -146,6 +146,7 @@ class Delivery:
         counts = flow.statistics()
         exchange.handed_over += counts.handed_over
         exchange.queued += counts.queued
+        exchange.waits += counts.waits
         if flow.ending is not None and self._writer.trouble is None:
             self._ended(flow.ending)
         else:

@@ -7,6 +7,7 @@ record is made, at the end, from what is here.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
@@ -43,7 +44,7 @@ class ExchangeView:
     age: float
     bytes: int
     events: int
-    deadline: float | None  # seconds from now, None if there is none
+    deadline: float | None  # seconds until it is ended, by its own deadline or the drain's; None if neither runs
 
 
 @final
@@ -129,6 +130,7 @@ class Exchange:
         self.cancel_latency: float | None = None
         self.handed_over = 0  # pieces that went straight through
         self.queued = 0  # pieces that took the channel
+        self.waits = 0  # times they had to wait for room in it
         self.flags: set[str] = set()
 
     @property
@@ -219,10 +221,10 @@ class Exchange:
             self.longest_gap = now - self.last_piece
         self.last_piece = now
 
-    def view(self, now: float) -> ExchangeView:
-        """How it looks from outside, just now."""
+    def view(self, now: float, until: float = math.inf) -> ExchangeView:
+        """How it looks from outside, just now; `until` is when the gateway ends it, if it does."""
         head = self.head
-        left = self.scope.deadline - now
+        left = min(self.scope.deadline, until) - now
         return ExchangeView(
             id=self.id,
             client=self.client,
@@ -278,6 +280,7 @@ class Exchange:
             cancel_latency=self.cancel_latency,
             handed_over=self.handed_over,
             queued=self.queued,
+            waits=self.waits,
             flags=tuple(sorted(self.flags)),
         )
         self.finished.set()

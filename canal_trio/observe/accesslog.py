@@ -111,6 +111,9 @@ def json_line(record: ExchangeRecord) -> bytes:
         "longest_gap": record.longest_gap,
         "mean_gap": record.mean_gap,
         "cancel_latency": record.cancel_latency,
+        "handed_over": record.handed_over,
+        "queued": record.queued,
+        "waits": record.waits,
         "failure": failure
         and {
             "side": failure.side.value,

@@ -69,13 +69,17 @@ class Watched(Protocol):
         """Counts of now."""
 
 
-# name in a pool's statistics -> metric name, help, is it a counter
+# field of a pool's statistics -> metric, help, does it count? A field that is not here is a gauge by its own name.
 _POOL: dict[str, tuple[str, str, bool]] = {
     "idle": ("canal_pool_idle", "Upstream connections that wait for reuse.", False),
-    "leased": ("canal_pool_leased", "Upstream connections in use.", False),
-    "dialling": ("canal_pool_dialling", "Upstream connections being made.", False),
-    "waiters": ("canal_pool_waiters", "Exchanges that wait for an upstream connection.", False),
+    "used": ("canal_pool_used", "Upstream connections in use, or being made.", False),
     "waiting": ("canal_pool_waiters", "Exchanges that wait for an upstream connection.", False),
+    "dialled": ("canal_pool_dialled", "Upstream connections made.", True),
+    "reused": ("canal_pool_reused", "Leases of a connection that had served before.", True),
+    "failed": ("canal_pool_dials_failed", "Dials that came to nothing.", True),
+    "stale": ("canal_pool_stale", "Idle connections found dead.", True),
+    "timeouts": ("canal_pool_wait_timeouts", "Waits for a connection that took too long.", True),
+    "refused": ("canal_pool_waits_refused", "Waits for a connection that were not begun: the queue was full.", True),
 }
 
 
@@ -132,11 +136,17 @@ class Metrics:
             "Pieces that went straight through (handed_over) or took the channel (queued).",
             ["path"],
         )
+        self._waits = tallies.count(
+            "canal_flow_waits", "Times the reading of an upstream stopped until its client had taken more."
+        )
         self.internal_errors = Counter(
             "canal_internal_errors", "Bugs: exceptions that reached a connection's boundary.", registry=registry
         )
         self.accept_errors = Counter(
             "canal_accept_errors", "Connections that could not be accepted, by cause.", ["cause"], registry=registry
+        )
+        self.tls_handshakes = Counter(
+            "canal_tls_handshakes", "Handshakes of clients: ok, or how they ended.", ["result"], registry=registry
         )
         self.reloads = Counter("canal_reloads", "Reloads of the configuration.", ["result"], registry=registry)
 
@@ -165,6 +175,7 @@ class Metrics:
         self._events.add(record.events)
         self._pieces.add(record.handed_over, "handed_over")
         self._pieces.add(record.queued, "queued")
+        self._waits.add(record.waits)
 
     def watch(self, gateway: Watched) -> None:
         """Read the state of `gateway` at every scrape."""

@@ -277,6 +277,6 @@ def _peer(host: str) -> str:
     return host.removeprefix("::ffff:").partition("%")[0]
 
 
-def listening_texts(sockets: Iterable[socket.socket]) -> list[str]:
+def listening_texts(sockets: Iterable[socket.socket], scheme: str = "http") -> list[str]:
     """The URL of each listening socket."""
-    return [f"http://{address_text(sock.getsockname()[:2])}" for sock in sockets]
+    return [f"{scheme}://{address_text(sock.getsockname()[:2])}" for sock in sockets]

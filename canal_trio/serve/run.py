@@ -33,6 +33,7 @@ from canal_trio.observe.metrics import Metrics, Statistics
 from canal_trio.relay.streams import TcpStream
 from canal_trio.serve.limits import Capacity, capacity_of, freeze_garbage, raise_descriptor_limit
 from canal_trio.serve.listen import Acceptor, Slots, listening_texts, open_listeners, set_options
+from canal_trio.serve.tls import Certificates, Terminator
 from canal_trio.settings import Settings
 
 __all__ = ["Served", "ServedGateway", "run", "serve"]
@@ -41,7 +42,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 GRACE = 3.0  # seconds after the drain deadline and the lingering close, in which an honest ending is written
 
 # What a running process cannot change: it needs new sockets, another process or another log.
-_NEEDS_RESTART = ("listen", "admin", "workers", "log", "tls")
+_NEEDS_RESTART = ("listen", "admin", "workers", "log")
 
 _log = logging.getLogger("canal_trio.serve")
 
@@ -111,9 +112,10 @@ async def serve(
     """Serve until SIGTERM or SIGINT, then drain. The exit code: 0, or 1 if streams were cut without their ending.
 
     Main thread only (signals). `config_loader` is called in a thread on SIGHUP and returns the new settings or raises
-    `ConfigError`. `log_fd` stays open. Raises `ListenError` before anything was started. Cancelling it closes the
-    listeners and cancels every connection.
+    `ConfigError`. `log_fd` stays open. Raises `ListenError`, or `ConfigError` for certificates that cannot be used,
+    before anything was started. Cancelling it closes the listeners and cancels every connection.
     """
+    certificates = None if settings.tls is None else Certificates(settings.tls)
     writer = LineWriter(log_fd, capacity=settings.bounds.log_lines)
     try:
         with logging_to(writer, settings.log), trio.open_signal_receiver(*SIGNALS) as signals:
@@ -123,7 +125,8 @@ async def serve(
             except BaseException:
                 _close(listening)
                 raise
-            server = _Server(settings, config_loader, make_gateway, capacity_of(settings, descriptors), writer)
+            capacity = capacity_of(settings, descriptors)
+            server = _Server(settings, config_loader, make_gateway, capacity, writer, certificates)
             try:
                 return await server.run(listening, admin, signals, on_listening, task_status)
             finally:
@@ -148,6 +151,7 @@ class _Server:
         make_gateway: Callable[[Settings, Sequence[Recorder]], ServedGateway],
         capacity: Capacity,
         writer: LineWriter,
+        certificates: Certificates | None,
     ) -> None:
         self.settings = settings
         self.config_loader = config_loader
@@ -160,6 +164,10 @@ class _Server:
         metrics.gauge("canal_connection_slots", "Client connections there may be.", lambda: self.slots.total)
         metrics.gauge("canal_log_lines_dropped", "Log lines lost because the log is read too slowly.",
                       lambda: writer.dropped)  # fmt: skip
+        self.terminator: Terminator | None = None
+        if certificates is not None:
+            shaken = metrics.tls_handshakes.labels
+            self.terminator = Terminator(certificates, lambda result: shaken(result).inc())
         self.sockets: list[socket.socket] = []
         self.stop = trio.Event()
         self.stopped = trio.CancelScope()  # around the connections
@@ -221,7 +229,13 @@ class _Server:
     async def _connection(self, stream: TcpStream, peer: str) -> None:
         """The boundary of one connection: what gets here is a bug, and it ends nobody else's stream."""
         try:
-            await self.gateway.handle(stream, peer=peer)
+            if self.terminator is None:
+                await self.gateway.handle(stream, peer=peer)
+                return
+            deadlines = self.settings.deadlines
+            secured = await self.terminator.secure(stream, peer, limit=deadlines.tls_handshake, linger=deadlines.linger)
+            if secured is not None:
+                await self.gateway.handle(secured, peer=peer, scheme="https")
         except* Exception as group:
             self.metrics.internal_errors.inc()
             _log.error("a bug ended a connection from %s", peer, exc_info=group)
@@ -271,9 +285,16 @@ class _Server:
         new = await trio.to_thread.run_sync(self.config_loader, abandon_on_cancel=True)
         old = self.settings
         fixed = {name: getattr(old, name) for name in _NEEDS_RESTART}
-        changed = [name for name in _NEEDS_RESTART if fixed[name] != getattr(new, name)]
+        if (new.tls is None) is not (old.tls is None):
+            fixed["tls"] = old.tls
+        changed = [name for name in fixed if fixed[name] != getattr(new, name)]
         new = dataclasses.replace(new, **fixed)
+        certificates: Certificates | None = None
+        if new.tls is not None:  # the same names may be other files by now
+            certificates = await trio.to_thread.run_sync(Certificates, new.tls, abandon_on_cancel=True)
         self.gateway.reload(new)
+        if self.terminator is not None and certificates is not None:
+            self.terminator.certificates = certificates
         self.settings = new
         self.slots.resize(capacity_of(new, self.capacity.descriptors).connections)
         for sock in self.sockets:
@@ -307,7 +328,7 @@ class _Server:
         else:
             for line in [*lines, *(f"warning: {warning}" for warning in warnings)]:
                 self.writer.write(f"{line}\n".encode())
-        for url in listening_texts(listening):
+        for url in listening_texts(listening, "http" if settings.tls is None else "https"):
             self.writer.write(f"listening on {url}\n".encode())
 
 

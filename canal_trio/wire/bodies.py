@@ -368,7 +368,7 @@ def _framing(version: bytes, headers: Headers, side: Side) -> int | Failure | No
     if version == b"1.0":
         return _failure(side, Kind.MALFORMED, "HTTP/1.0 knows no Transfer-Encoding.")
     if len(codings) > 1 or codings[0].lower() != b"chunked":
-        return _failure(side, Kind.UNSUPPORTED_CODING, "Only the transfer coding chunked is supported.")
+        return _failure(side, Kind.UNSUPPORTED_CODING, "It must be chunked.")
     return -1
 
 

@@ -175,7 +175,7 @@ def _parse_request(block: bytes, target_bytes: int, *, plain: bool) -> RequestHe
 def _objection(head: RequestHead, block: bytes) -> Fault | None:
     """What h11 has nothing against and a gateway has to."""
     if head.method in _REFUSED_METHODS:
-        return Fault(Kind.METHOD_NOT_ALLOWED, "This method is not relayed.")
+        return Fault(Kind.METHOD_NOT_ALLOWED, f"{head.method.decode('ascii')} is not relayed.")
     if not _one_length(head.headers, block):
         return Fault(Kind.MALFORMED, "Content-Length must be given once, as digits.")
     framing = request_framing(head)
@@ -191,8 +191,10 @@ def _objection(head: RequestHead, block: bytes) -> Fault | None:
 
 
 def _fault(exc: h11.RemoteProtocolError) -> Fault:
-    kind = Kind.UNSUPPORTED_CODING if exc.error_status_hint == 501 else Kind.MALFORMED
-    return Fault(kind, str(exc).partition(":")[0] + ".")  # what follows a colon may quote the head, secrets included
+    if exc.error_status_hint == 501:
+        return Fault(Kind.UNSUPPORTED_CODING, "It must be chunked.")
+    # What follows a colon may quote the head, secrets included.
+    return Fault(Kind.MALFORMED, str(exc).partition(":")[0] + ".")
 
 
 def _one_length(headers: Headers, block: bytes) -> bool:

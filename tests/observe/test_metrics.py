@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from dataclasses import fields as fields_of
 
 from prometheus_client.parser import text_string_to_metric_families
 from test_log_lines import GONE, RECORD
 
 from canal_trio import __version__
-from canal_trio.observe.metrics import Metrics
+from canal_trio.observe.metrics import _POOL, Metrics
+from canal_trio.upstream.pool import PoolStatistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +19,9 @@ class PoolNumbers:
     """As a pool reports itself."""
 
     idle: int
-    leased: int
+    used: int
+    dialled: int
+    novel: int = 0
     name: str = "ignored"
 
 
@@ -28,7 +32,7 @@ class Numbers:
     connections: int = 3
     in_flight: int = 2
     held_bytes: int = 77
-    pools: Mapping[str, object] = field(default_factory=lambda: {"a": PoolNumbers(1, 2), "b": PoolNumbers(3, 4)})
+    pools: Mapping[str, object] = field(default_factory=lambda: {"a": PoolNumbers(1, 2, 8), "b": PoolNumbers(3, 4, 9)})
 
 
 class Watched:
@@ -83,7 +87,7 @@ def test_one_exchange() -> None:
 def test_a_client_that_left() -> None:
     """A cancelled exchange shows its cancel latency, its failure and its flags."""
     metrics = Metrics()
-    metrics.finished(replace(GONE, handed_over=7, queued=2))
+    metrics.finished(replace(GONE, handed_over=7, queued=2, waits=3))
     samples = _scrape(metrics)
     labels = {"side": "client", "phase": "stream", "kind": "gone", "upstream": "local"}
     assert _value(samples, "canal_failures_total", **labels) == 1
@@ -92,6 +96,7 @@ def test_a_client_that_left() -> None:
     assert _value(samples, "canal_exchange_flags_total", flag="late_body_end") == 1
     assert _value(samples, "canal_pieces_total", path="handed_over") == 7
     assert _value(samples, "canal_pieces_total", path="queued") == 2
+    assert _value(samples, "canal_flow_waits_total") == 3
 
 
 def test_no_label_comes_from_a_client() -> None:
@@ -126,11 +131,19 @@ def test_the_state_is_read_when_asked() -> None:
     assert _value(samples, "canal_ready") == 1
     assert _value(samples, "canal_draining") == 0
     assert _value(samples, "canal_pool_idle", upstream="a") == 1
-    assert _value(samples, "canal_pool_leased", upstream="b") == 4
+    assert _value(samples, "canal_pool_used", upstream="b") == 4
+    assert _value(samples, "canal_pool_dialled_total", upstream="b") == 9
+    assert _value(samples, "canal_pool_novel", upstream="a") == 0
     assert _value(samples, "canal_build_info", version=__version__) == 1
     assert _value(samples, "canal_something") == 5
     number = 6
     assert _value(_scrape(metrics), "canal_something") == 6
+
+
+def test_every_number_of_a_pool_is_explained() -> None:
+    """What a real pool counts has a name, a help text and a type of its own."""
+    fields = {field.name for field in fields_of(PoolStatistics)}
+    assert fields == set(_POOL)
 
 
 def test_two_gateways_do_not_meet() -> None:

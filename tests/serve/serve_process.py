@@ -48,7 +48,7 @@ class Process:
 
     async def address(self) -> tuple[str, int]:
         """Where it listens, once it does."""
-        found = await self.saying(r"^listening on http://(\S+):(\d+)$")
+        found = await self.saying(r"^listening on https?://(\S+):(\d+)$")
         return found[1], int(found[2])
 
     async def admin(self) -> tuple[str, int]:

@@ -392,7 +392,9 @@ async def test_drain(autojump_clock: Any, handover: bool) -> None:
         await client.send(chat())
         await client.until(EVENT)
         start = trio.current_time()
+        assert [view.deadline for view in here.gateway.exchanges()] == [None]
         here.gateway.drain(start + 30)
+        assert [view.deadline for view in here.gateway.exchanges()] == [30]
         assert await idle.rest() == b""
         assert since(start) == 0
         rest = await client.rest()

@@ -57,7 +57,9 @@ async def test_response_flow(autojump_clock: Any, handover: bool, bounds: Bounds
         await client.body(head)
         assert head.complete
         assert head.body == body
-        assert (await here.records.one()).outcome is Outcome.COMPLETED
+        record = await here.records.one()
+        assert record.outcome is Outcome.COMPLETED
+        assert record.waits  # the log and the metrics know that the upstream had to wait
 
 
 def taken(here: World) -> int:
