@@ -89,6 +89,7 @@ class Exchange:
         "upgrade",
         "upgraded",
         "upstream",
+        "waits",
     )
 
     def __init__(self, head: RequestHead | None, *, client: str, started: float) -> None:

@@ -58,6 +58,7 @@ class Http1Connection:
         self._used = False
         self._heads = ResponseHeadReader(head_bytes=bounds.head_bytes, head_fields=bounds.head_fields)
         self._reset()
+        self._sent = True  # nothing is on its way
 
     def _reset(self) -> None:
         self.reusable = False
@@ -81,9 +82,14 @@ class Http1Connection:
         watch_hangup(self._raw, died)
 
     def abort(self) -> None:
-        """Close the socket in this very step. Idempotent."""
+        """Close the socket in this very step. Idempotent.
+
+        In the middle of an upload with a reset: a FIN would wait behind the bytes that the upstream does not read.
+        """
         self._turns.stop()
         self._raw.disarm()
+        if not self._sent:
+            self._raw.reset()
         self._raw.close()
 
     async def run(self, head: RequestHead, body: BodySource | None, answer: Answer) -> Failure | None:

@@ -520,3 +520,14 @@ def test_a_cut_at_any_byte_is_never_an_end(at, kind):
         server.close()
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+async def test_reset_breaks_the_transport():
+    """The peer finds a broken connection, and this end is closed."""
+    async with sim_tls() as (client, server):
+        client.reset()
+        client.reset()
+        with pytest.raises(trio.BrokenResourceError):
+            await server.receive_some()
+        with pytest.raises(trio.ClosedResourceError):
+            client.try_receive(1)
