@@ -15,19 +15,19 @@ __all__ = ["End", "Headers", "RequestHead", "ResponseHead"]
 class Headers:
     """An immutable, ordered list of fields. Iterating gives `(name, value)` pairs with the sender's casing."""
 
-    __slots__ = ("_fields", "_index")
+    __slots__ = ("_fields", "_first", "_repeated")
 
     def __init__(self, fields: Iterable[tuple[bytes, bytes]] = ()) -> None:
         self._fields = tuple([(name, name.lower(), value) for name, value in fields])
-        self._index: dict[bytes, list[bytes]] | None = None  # made by the first look-up; many heads are only written
+        self._first: dict[bytes, bytes] | None = None  # made by the first look-up; many heads are only written
+        self._repeated = False  # some name comes more than once
 
-    def _values(self) -> dict[bytes, list[bytes]]:
-        index = self._index
-        if index is None:
-            index = self._index = {}
-            for _, lower, value in self._fields:
-                index.setdefault(lower, []).append(value)
-        return index
+    def _values(self) -> dict[bytes, bytes]:
+        first = self._first
+        if first is None:
+            first = self._first = {lower: value for _, lower, value in reversed(self._fields)}
+            self._repeated = len(first) < len(self._fields)
+        return first
 
     def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
         return iter([(name, value) for name, _, value in self._fields])
@@ -53,21 +53,25 @@ class Headers:
 
     def get(self, name: bytes, default: bytes | None = None) -> bytes | None:
         """The first value of `name` (lower case), or `default`."""
-        found = self._values().get(name)
-        return default if found is None else found[0]
+        return self._values().get(name, default)
 
     def get_all(self, name: bytes) -> list[bytes]:
         """Every value of `name` (lower case), in order."""
         found = self._values().get(name)
-        return [] if found is None else list(found)
+        if found is None:
+            return []
+        return [value for _, lower, value in self._fields if lower == name] if self._repeated else [found]
+
+    def replaced(self, name: bytes, value: bytes) -> Headers:
+        """The same fields with another value for each `name` (lower case)."""
+        changed = Headers()
+        changed._fields = tuple([(n, low, value if low == name else old) for n, low, old in self._fields])
+        return changed
 
     def tokens(self, name: bytes) -> list[bytes]:
         """The lower-cased members of the comma list `name`, all its lines together, empty members dropped
         (RFC 9110 5.6.1)."""
-        found = self._values().get(name)
-        if found is None:
-            return []
-        members = [member.strip(b" \t").lower() for value in found for member in value.split(b",")]
+        members = [member.strip(b" \t").lower() for value in self.get_all(name) for member in value.split(b",")]
         return [member for member in members if member]
 
 

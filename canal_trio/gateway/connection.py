@@ -19,11 +19,14 @@ import trio
 from trio.abc import HalfCloseableStream, Stream
 
 from canal_trio.errors import Failure, Kind, Phase, Side
+from canal_trio.gateway.answers import ClientHeads
 from canal_trio.gateway.body import HeldBody, WholeBody
 from canal_trio.gateway.deliver import Delivery
 from canal_trio.gateway.exchange import Exchange
-from canal_trio.gateway.pipeline import Client, Pipeline
+from canal_trio.gateway.handoff import Handoff
+from canal_trio.gateway.pipeline import Pipeline
 from canal_trio.gateway.reader import ClientReader
+from canal_trio.gateway.requests import UpstreamRequests
 from canal_trio.gateway.respond import error_response, own_answer
 from canal_trio.gateway.writer import ClientWriter
 from canal_trio.messages import End, RequestHead
@@ -51,7 +54,8 @@ class ClientConnection:
         self._gateway = gateway
         self._stream = stream
         self._peer = peer
-        self._scheme = scheme
+        self._requests = UpstreamRequests(peer=peer, scheme=scheme)
+        self._answers = ClientHeads()
         self._writer = ClientWriter(stream, stall=gateway.settings.deadlines.client_write)
         self._reader: ClientReader | None = None
         self._reset = False  # close so that the client sees an error
@@ -86,14 +90,14 @@ class ClientConnection:
             self._reader.stop_if_idle()
 
     async def _serve(self) -> None:
-        send, receive = trio.open_memory_channel[Exchange](0)
+        requests = Handoff()
         settings = self._gateway.settings
         deadlines = settings.deadlines
         if self._gateway.draining:  # it came late; if it says nothing it must not hold up the end
             deadlines = replace(deadlines, keep_alive=min(deadlines.keep_alive, deadlines.linger))
         self._reader = ClientReader(
             self._stream,
-            send,
+            requests,
             admit=self._admit,
             hold=self._hold,
             open_upload=self._open_upload,
@@ -104,36 +108,34 @@ class ClientConnection:
         )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._reader.run)
-            await self._exchanges(receive)
+            await self._exchanges(requests)
             nursery.cancel_scope.cancel(reason="the connection is over")
         self._clean = not self._broken_off and self._writer.trouble is None
         if (self._unread or self._reader.superfluous) and self._clean:
             await self._linger()
 
-    async def _exchanges(self, requests: trio.MemoryReceiveChannel[Exchange]) -> None:
-        with requests:
-            while True:
-                try:
-                    exchange = await requests.receive()
-                except trio.EndOfChannel:
+    async def _exchanges(self, requests: Handoff) -> None:
+        while True:
+            exchange = await requests.take()
+            if exchange is None:
+                return
+            again = False
+            try:
+                again = await self._exchange(exchange) and not self._gateway.draining
+                if not again:
                     return
-                again = False
-                try:
-                    again = await self._exchange(exchange) and not self._gateway.draining
-                    if not again:
-                        return
-                except Exception as exc:
-                    exchange.note(Failure(Side.GATEWAY, exchange.phase, Kind.INTERNAL, type(exc).__name__))
-                    self._break(exchange)
-                    raise
-                finally:
-                    # Of no effect unless the whole connection was cancelled: then the gateway stops now.
-                    if trio.current_effective_deadline() == -math.inf:
-                        exchange.note(_stopped(exchange))
-                        self._break(exchange)
-                    if not again and self._reader is not None:
-                        self._reader.stop()
-                    self._finish(exchange)
+            except trio.Cancelled:
+                exchange.note(_stopped(exchange))  # the whole connection was: the gateway stops now
+                self._break(exchange)
+                raise
+            except Exception as exc:
+                exchange.note(Failure(Side.GATEWAY, exchange.phase, Kind.INTERNAL, type(exc).__name__))
+                self._break(exchange)
+                raise
+            finally:
+                if not again and self._reader is not None:
+                    self._reader.stop()
+                self._finish(exchange)
 
     # -- the reader's questions ----------------------------------------------------------------------------------------
 
@@ -143,7 +145,8 @@ class ClientConnection:
         bounds = gateway.settings.bounds
         client = client_address(head.headers, self._peer, gateway.trusts)
         exchange = Exchange(head, client=client, started=started)
-        exchange.scope.deadline = trio.current_time() + gateway.settings.deadlines.exchange
+        if gateway.settings.deadlines.exchange != math.inf:
+            exchange.scope.deadline = trio.current_time() + gateway.settings.deadlines.exchange
         self.current = exchange
         gateway.begin(exchange)
         length = content_length(head.headers)
@@ -191,7 +194,7 @@ class ClientConnection:
         """Run it to its end. True: the connection can carry another request."""
         gateway, head = self._gateway, exchange.head
         generation = gateway.generation
-        delivery = Delivery(exchange, self._writer, generation.settings, gateway.reaper)
+        delivery = Delivery(exchange, self._writer, generation.settings, gateway.reaper, self._answers)
         if gateway.draining:
             exchange.note(Failure(Side.GATEWAY, Phase.ROUTE, Kind.DRAINING))
         if head is None or exchange.failure is not None:
@@ -201,8 +204,8 @@ class ClientConnection:
         if own is not None:
             exchange.status = own[0]
             return await self._writer.write([own[1]], exchange.has_answer) and keep and exchange.received
-        client = Client(self._peer, gateway.trusts(self._peer), self._scheme)
-        pipeline = Pipeline(exchange, generation, client, self._writer, delivery)
+        trusted = gateway.trusts(self._peer)
+        pipeline = Pipeline(exchange, generation, self._writer, delivery, self._requests, trusted=trusted)
         pipeline.close = not keep
         try:
             with exchange.scope:

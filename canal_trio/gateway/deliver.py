@@ -16,6 +16,7 @@ from typing import final
 import trio
 
 from canal_trio.errors import Failure, Kind, Phase, Side
+from canal_trio.gateway.answers import ClientHeads
 from canal_trio.gateway.exchange import Exchange
 from canal_trio.gateway.respond import http_date
 from canal_trio.gateway.writer import BROKEN, BodyWriter, ClientWriter
@@ -27,8 +28,7 @@ from canal_trio.settings import Settings
 from canal_trio.upstream.interface import StraightConnection
 from canal_trio.wire.bodies import content_length
 from canal_trio.wire.error_bodies import error_event
-from canal_trio.wire.headers import ForClient, for_client, is_event_stream
-from canal_trio.wire.heads import write_response_head
+from canal_trio.wire.headers import ForClient, is_event_stream
 from canal_trio.wire.sse import EventScanner
 
 __all__ = ["Delivery"]
@@ -38,11 +38,14 @@ __all__ = ["Delivery"]
 class Delivery:
     """One exchange's answer on its way to the client. `begun`: the final head was written, there is no other answer."""
 
-    def __init__(self, exchange: Exchange, writer: ClientWriter, settings: Settings, reaper: Reaper) -> None:
+    def __init__(
+        self, exchange: Exchange, writer: ClientWriter, settings: Settings, reaper: Reaper, heads: ClientHeads
+    ) -> None:
         self._exchange = exchange
         self._writer = writer
         self._settings = settings
         self._reaper = reaper
+        self._heads = heads
         self._body: BodyWriter | None = None
         self._sender: FlowSender | None = None  # what the body comes through, if it is a flow
         self._relaying = False
@@ -111,7 +114,7 @@ class Delivery:
             upgrade=exchange.upgrade if head.status == 101 else None,
             date=http_date(),
         )
-        return write_response_head(for_client(head, options))
+        return self._heads.block(head, options)
 
     # -- the body ------------------------------------------------------------------------------------------------------
 

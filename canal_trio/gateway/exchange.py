@@ -51,6 +51,47 @@ class ExchangeView:
 class Exchange:
     """One request and its response. `head` is None when the request's head was refused."""
 
+    __slots__ = (
+        "answered",
+        "attempts",
+        "body",
+        "cancel_latency",
+        "client",
+        "eof",
+        "eof_leaves",
+        "failure",
+        "finished",
+        "finished_at",
+        "first_piece",
+        "flags",
+        "handed_over",
+        "head",
+        "headed",
+        "id",
+        "last_piece",
+        "lease",
+        "left",
+        "longest_gap",
+        "model",
+        "phase",
+        "pieces",
+        "principal",
+        "queued",
+        "received",
+        "request_bytes",
+        "response_bytes",
+        "scanner",
+        "scope",
+        "started",
+        "started_at",
+        "status",
+        "tunnel",
+        "upgrade",
+        "upgraded",
+        "upstream",
+        "waits",
+    )
+
     def __init__(self, head: RequestHead | None, *, client: str, started: float) -> None:
         self.head = head
         self.id = request_id(head.headers if head is not None else Headers()).decode("ascii")

@@ -7,7 +7,6 @@ only if policy says that it may (design, section 6).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
 import msgspec
@@ -17,6 +16,7 @@ from canal_trio.errors import Failure, Kind, Phase, Retry, Side
 from canal_trio.gateway.deliver import Delivery
 from canal_trio.gateway.exchange import Exchange
 from canal_trio.gateway.port import Port
+from canal_trio.gateway.requests import UpstreamRequest, UpstreamRequests
 from canal_trio.gateway.respond import continue_head
 from canal_trio.gateway.writer import ClientWriter
 from canal_trio.messages import RequestHead, ResponseHead
@@ -26,25 +26,15 @@ from canal_trio.settings import Settings, Upstream
 from canal_trio.upstream.interface import BodySource, StraightConnection
 from canal_trio.upstream.pool import Lease
 from canal_trio.wire.bodies import content_length
-from canal_trio.wire.headers import ForUpstream, for_upstream, wants_continue
-from canal_trio.wire.targets import origin_form, parse_base_url, upstream_target
+from canal_trio.wire.headers import wants_continue
 
 if TYPE_CHECKING:
     from canal_trio.gateway.core import Generation
 
-__all__ = ["Client", "Pipeline"]
+__all__ = ["Pipeline"]
 
 _MODEL_CHARACTERS = 256  # of a name that no route knows, in the log
 _PEEK_BYTES = 262_144  # a body up to this is looked into for the log's `model`
-
-
-@dataclass(frozen=True, slots=True)
-class Client:
-    """Who is connected: the peer, or the client that a trusted proxy names."""
-
-    peer: str
-    trusted: bool
-    scheme: str
 
 
 class _Named(msgspec.Struct):
@@ -58,16 +48,24 @@ class Pipeline:
     """Runs one exchange inside its scope. What it leaves in the exchange decides the ending."""
 
     def __init__(
-        self, exchange: Exchange, generation: Generation, client: Client, writer: ClientWriter, delivery: Delivery
+        self,
+        exchange: Exchange,
+        generation: Generation,
+        writer: ClientWriter,
+        delivery: Delivery,
+        requests: UpstreamRequests,
+        *,
+        trusted: bool,
     ) -> None:
         assert exchange.head is not None
         self._exchange = exchange
         self._head: RequestHead = exchange.head
         self._generation = generation
         self._settings: Settings = generation.settings
-        self._client = client
         self._writer = writer
         self._delivery = delivery
+        self._requests = requests
+        self._trusted = trusted  # the peer is a trusted proxy
         self.close = False  # the request asks for the connection to be closed
 
     async def run(self) -> Failure | None:
@@ -171,9 +169,9 @@ class Pipeline:
         exchange.upstream = upstream.name
         exchange.phase = Phase.LEASE
         pool = self._generation.pools[upstream.name]
-        head = self._upstream_head(upstream)
-        if isinstance(head, Failure):
-            return head
+        request = self._requests.make(exchange, upstream, self._generation, trusted=self._trusted)
+        if isinstance(request, Failure):
+            return request
         lease = await pool.lease(fresh=fresh, dialling=self._dialling)
         if isinstance(lease, Failure):
             return lease
@@ -181,11 +179,11 @@ class Pipeline:
         exchange.phase = Phase.FIRST_BYTE if exchange.received else Phase.UPLOAD
         straight = lease.connection.straight if self._goes_straight(upstream) else None
         if straight is not None:
-            return await self._straight(lease, straight, head, upstream, others=others)
+            return await self._straight(lease, straight, request, upstream, others=others)
         port = Port(self._settings.bounds)
         body = exchange.body.source() if exchange.body is not None else None
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._upstream_task, lease, head, body, port)
+            nursery.start_soon(self._upstream_task, lease, request.head, body, port)
             failure = await self._answer(port, upstream, others=others)
             nursery.cancel_scope.cancel(reason="the answer was delivered or given up")
         return failure
@@ -202,7 +200,13 @@ class Pipeline:
         )
 
     async def _straight(
-        self, lease: Lease, connection: StraightConnection, head: RequestHead, upstream: Upstream, *, others: bool
+        self,
+        lease: Lease,
+        connection: StraightConnection,
+        request: UpstreamRequest,
+        upstream: Upstream,
+        *,
+        others: bool,
     ) -> Failure | None:
         exchange = self._exchange
         body = exchange.body.source() if exchange.body is not None else None
@@ -215,7 +219,7 @@ class Pipeline:
             exchange.lease = None
 
         try:
-            answer = await connection.ask(head, body, self._delivery.informational)
+            answer = await connection.ask(request.head, body, self._delivery.informational, request.block)
             if isinstance(answer, Failure):
                 return answer
             another = self._worth_another(answer, upstream, others=others)
@@ -299,32 +303,3 @@ class Pipeline:
             failure = await port.over()
             if failure is not None and failure.side is Side.GATEWAY:
                 exchange.note(failure)
-
-    def _upstream_head(self, upstream: Upstream) -> RequestHead | Failure:
-        """The request as this upstream shall see it."""
-        exchange, head = self._exchange, self._head
-        base = parse_base_url(upstream.base_url)
-        origin = origin_form(head)
-        if isinstance(origin, Failure):
-            return origin
-        if isinstance(base, str):
-            return Failure(Side.GATEWAY, Phase.ROUTE, Kind.INTERNAL, base)
-        target = upstream_target(base.path, origin[0])
-        if isinstance(target, Failure):
-            return target
-        length = content_length(head.headers)
-        keyed = self._generation.router.keyed
-        options = ForUpstream(
-            target=target,
-            authority=base.authority,
-            client=self._client.peer,
-            client_trusted=self._client.trusted,
-            scheme=self._client.scheme,
-            request_id=exchange.id.encode("ascii"),
-            pseudonym=self._settings.pseudonym,
-            authorization=b"Bearer " + upstream.api_key.encode() if upstream.api_key else None,
-            strip_credentials=keyed,
-            body=length if isinstance(length, int) else (None if exchange.body is not None else 0),
-            upgrade=exchange.upgrade,
-        )
-        return for_upstream(head, options)

@@ -22,6 +22,7 @@ import trio
 
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.gateway.exchange import Exchange
+from canal_trio.gateway.handoff import Handoff
 from canal_trio.gateway.writer import BROKEN
 from canal_trio.messages import End, RequestHead
 from canal_trio.relay.flow import FlowSender
@@ -46,12 +47,12 @@ class _Mode(enum.Enum):
 
 @final
 class ClientReader:
-    """Reads one client connection and sends an `Exchange` for each request to `out`, which it closes at the end."""
+    """Reads one client connection and puts an `Exchange` for each request into `out`, which it closes at the end."""
 
     def __init__(
         self,
         stream: trio.abc.Stream,
-        out: trio.MemorySendChannel[Exchange],
+        out: Handoff,
         *,
         admit: Admission,
         hold: Callable[[Exchange, bytes, End], bool],
@@ -93,9 +94,7 @@ class ClientReader:
             with self._scope:
                 await self._requests()
             if self.timed_out is not None and self._active is None:
-                await self._out.send(self._refuse(self.timed_out, self._since))
-        except trio.BrokenResourceError:
-            pass  # the driver stopped taking requests
+                self._out.put(self._refuse(self.timed_out, self._since))
         finally:
             watch.cancel()
             self._out.close()
@@ -162,10 +161,7 @@ class ClientReader:
             if exchange is None:
                 return
             refused = exchange.failure is not None  # asked before the driver has it: it may fail for its own reasons
-            try:
-                self._out.send_nowait(exchange)  # the driver waits for it, as a rule
-            except trio.WouldBlock:
-                await self._out.send(exchange)
+            self._out.put(exchange)
             if refused:
                 return
 

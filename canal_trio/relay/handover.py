@@ -54,6 +54,9 @@ class HandoverStream(Protocol):
     def close(self) -> None:
         """Close in this very step. Idempotent."""
 
+    def reset(self) -> None:
+        """Break the connection in this very step: the peer sees a reset, what was not sent is dropped. Close after."""
+
 
 _KNOWN: dict[type, bool] = {}  # asking a protocol costs microseconds, and a class does not change its mind
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any, Self, final
 
@@ -32,6 +33,9 @@ DEFAULT_RECEIVE_BYTES = 16_384
 GATHER = 1024  # IOV_MAX: the most buffers of one sendmsg
 # What send and shutdown say of a stream whose incoming half may have ended properly: no verdict on what was received.
 _HARMLESS = frozenset({errno.EPIPE, errno.ENOTCONN})
+
+
+_AT_ONCE = struct.pack("ii", 1, 0)  # socket(7): linger for no time, so close with a reset
 
 
 @final
@@ -164,6 +168,12 @@ class TcpStream(HalfCloseableStream):
         trio.lowlevel.notify_closing(self.socket)
         self.socket.close()
         self._wake(outcome.Error(trio.ClosedResourceError("this stream was closed")))
+
+    def reset(self) -> None:
+        """`close()` so that the peer sees a reset at once, and what was not sent is dropped. Idempotent."""
+        if not self._closed:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
+            self.close()
 
     # -- always a checkpoint -------------------------------------------------------------------------------------------
 

@@ -194,6 +194,11 @@ class TlsStream(HalfCloseableStream):
         self._sink = None
         self.transport_stream.close()
 
+    def reset(self) -> None:
+        """`close()` so that the peer sees a reset of the transport. Idempotent."""
+        self.transport_stream.reset()
+        self.close()
+
     # -- always a checkpoint -------------------------------------------------------------------------------------------
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:

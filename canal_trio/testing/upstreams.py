@@ -20,6 +20,7 @@ rules is answered 400 and noted in `complaints`. Times are seconds on Trio's clo
 from __future__ import annotations
 
 import json
+import select
 import socket
 import ssl
 import struct
@@ -259,9 +260,8 @@ class _Conversation:
     async def _read(self, scope: trio.CancelScope) -> None:
         seen = self._seen
         while True:
-            while len(self._unused) >= READ_BYTES:
-                await self._moved.park()
             try:
+                await self._room()
                 data = await self._stream.receive_some(READ_BYTES)
             except trio.BrokenResourceError:
                 data, seen.left_by = b"", "reset"
@@ -280,6 +280,16 @@ class _Conversation:
             self._current.left = seen.left
         self._upstream.note()
         scope.cancel()
+
+    async def _room(self) -> None:
+        """Wait until the script has taken what was read, seeing the peer break the connection meanwhile."""
+        poll = select.poll()
+        poll.register(self._raw.socket.fileno(), 0)  # errors and hang-ups are always reported
+        while len(self._unused) >= READ_BYTES:
+            with trio.move_on_after(0.02):
+                await self._moved.park()
+            if poll.poll(0):
+                raise trio.BrokenResourceError("the peer broke the connection")
 
     async def _more(self) -> bytes:
         """What arrived since; waits for it. The reader ends the conversation when nothing comes any more."""

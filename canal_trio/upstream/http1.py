@@ -58,6 +58,7 @@ class Http1Connection:
         self._used = False
         self._heads = ResponseHeadReader(head_bytes=bounds.head_bytes, head_fields=bounds.head_fields)
         self._reset()
+        self._sent = True  # nothing is on its way
 
     def _reset(self) -> None:
         self.reusable = False
@@ -81,9 +82,14 @@ class Http1Connection:
         watch_hangup(self._raw, died)
 
     def abort(self) -> None:
-        """Close the socket in this very step. Idempotent."""
+        """Close the socket in this very step. Idempotent.
+
+        In the middle of an upload with a reset: a FIN would wait behind the bytes that the upstream does not read.
+        """
         self._turns.stop()
         self._raw.disarm()
+        if not self._sent:
+            self._raw.reset()
         self._raw.close()
 
     async def run(self, head: RequestHead, body: BodySource | None, answer: Answer) -> Failure | None:
@@ -98,7 +104,7 @@ class Http1Connection:
     def _over(self) -> Failure | None:
         """The attempt is over: what became of it, and of the connection."""
         self._used = True
-        self._turns.begin(Turn.NOBODY)
+        self._turns.turn = Turn.NOBODY
         final, body = self._final, self._body
         self.reusable = (
             self._failure is None
@@ -134,7 +140,7 @@ class Http1Connection:
 
     async def _exchange(self, head: RequestHead, body: BodySource | None, answer: Answer) -> None:
         chunked = b"transfer-encoding" in head.headers
-        await self._begin(head, body)
+        await self._begin(head, body, write_request_head(head))
         if body is None or self._sent:
             await self._receive(head, body, answer)
             return
@@ -144,9 +150,9 @@ class Http1Connection:
             await self._receive(head, body, answer)
             nursery.cancel_scope.cancel(reason="the upstream has answered")
 
-    async def _begin(self, head: RequestHead, body: BodySource | None) -> None:
+    async def _begin(self, head: RequestHead, body: BodySource | None, block: bytes) -> None:
         """Send the head with what is ready of the body. `_sent` afterwards: that was all."""
-        first = [write_request_head(head)]
+        first = [block]
         upgrading = b"upgrade" in head.headers
         if body is not None and not upgrading:
             chunked = b"transfer-encoding" in head.headers
@@ -201,11 +207,10 @@ class Http1Connection:
         stream = self._stream
         if can_hand_over(stream):
             rest = stream.try_send_batch(pieces)
-            self._turns.moved = trio.current_time()
             while rest:
+                self._turns.moved = trio.current_time()
                 await stream.wait_send_all_might_not_block()
                 rest = stream.try_send_batch(rest)
-                self._turns.moved = trio.current_time()
             return
         data = b"".join(pieces)
         for start in range(0, len(data), _SLICE):
@@ -282,11 +287,13 @@ class Http1Connection:
         """Itself, if it can serve an attempt without a task of its own; see `interface.StraightConnection`."""
         return self if can_hand_over(self._stream) else None
 
-    async def ask(self, head: RequestHead, body: BodySource | None, inform: Inform) -> Failure | ResponseHead:
+    async def ask(
+        self, head: RequestHead, body: BodySource | None, inform: Inform, block: bytes
+    ) -> Failure | ResponseHead:
         """Send a whole request and wait for the final head. See `interface.StraightConnection`; so for what follows."""
         self._reset()
         try:
-            await self._begin(head, body)
+            await self._begin(head, body, block)
             final = await self._final_head(head, inform)
         except _PEER_TROUBLE as exc:
             self._note(self._broken(str(exc)))

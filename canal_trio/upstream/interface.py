@@ -92,8 +92,13 @@ class StraightConnection(Protocol):
     def failure(self) -> Failure | None:
         """What went wrong, if anything has."""
 
-    async def ask(self, head: RequestHead, body: BodySource | None, inform: Inform) -> Failure | ResponseHead:
-        """Send a request whose `body` is ready to its end, and wait for the final head. No upgrade. A checkpoint."""
+    async def ask(
+        self, head: RequestHead, body: BodySource | None, inform: Inform, block: bytes
+    ) -> Failure | ResponseHead:
+        """Send a request whose `body` is ready to its end, and wait for the final head. No upgrade. A checkpoint.
+
+        `block` is the head as bytes.
+        """
 
     def early(self) -> bytes:
         """The payload that came with the head, perhaps none. Not a checkpoint; once."""

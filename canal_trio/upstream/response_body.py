@@ -77,30 +77,37 @@ class ResponseBody:
         for a stream that can hand over.
         """
         last = b""
+        decoder = self._decoder
+        feed = decoder.feed
 
         def move(data: bytes) -> bool:
             nonlocal last
-            payload = self.take(data)
-            if self._decoder.end is not None or self.failed:
-                last = payload
+            payload = feed(data)
+            if decoder.end is not None or decoder.fault is not None:
+                last = payload + self.take(b"")  # which notes the fault
                 return False
             return sink(payload) if payload else True
 
         stream = self._stream
         assert can_hand_over(stream)
-        await self._serve(stream, lambda: most, move)
+        await self._serve(stream, move, most)
         return last
 
-    async def _serve(self, stream: HandoverStream, room: Callable[[], int], move: Callable[[bytes], bool]) -> None:
-        """Have `move` called with what arrives, up to `room()` bytes, until it answers False or there is no room."""
-        turns = self._turns
+    async def _serve(
+        self, stream: HandoverStream, move: Callable[[bytes], bool], most: int, sender: FlowSender | None = None
+    ) -> None:
+        """Have `move` called with what arrives, up to `most` bytes, until it answers False.
+
+        With `sender` it is the flow's room that bounds a read, and a full one ends it.
+        """
+        turns, receive = self._turns, stream.try_receive
 
         def sink() -> bool:
-            most = room()
-            if not most:
+            size = most if sender is None else sender.room
+            if not size:
                 return False
             try:
-                data = stream.try_receive(most)
+                data = receive(size)
             except trio.BrokenResourceError as exc:
                 self._fail(Kind.RESET, str(exc))
                 return False
@@ -177,7 +184,7 @@ class ResponseBody:
             over = over or end is not None
             return not over and not self.failed
 
-        await self._serve(stream, lambda: sender.room, move)
+        await self._serve(stream, move, 0, sender)
         if self._decoder.end is not None:
             sender.end(self._decoder.end)  # a body that ends with the connection
         return over or self.failed or self._decoder.end is not None

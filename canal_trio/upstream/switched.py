@@ -77,6 +77,7 @@ class Tunnel:
         try:
             while body.ending is None:
                 await send(await body.take())
+                self._turns.moved = trio.current_time()
             if isinstance(body.ending, Aborted):
                 self._abort()
             elif isinstance(self._stream, HalfCloseableStream):

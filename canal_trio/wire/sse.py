@@ -96,6 +96,7 @@ _ERROR_TEXT: Final = rb'[ \t]*\{[ \t]*"error"[ \t]*:[ \t]*[{"]'
 _NAMED: Final = rb"(?:event: (?!%b)[^\n]*\n)?" % _NOTABLE
 _USUAL: Final = re.compile(rb'%bdata: \{"(?!error)[^\n]*\n\n' % _NAMED).fullmatch
 _PLAIN: Final = re.compile(rb"(?:%bdata: (?!\[DONE\]|%b)[^\n]*\n\n)+" % (_NAMED, _ERROR_TEXT)).match
+_DONE: Final = b"data: [DONE]\n\n"
 _ERROR: Final = re.compile(_ERROR_TEXT)
 _KEPT: Final = 96  # bytes kept of the present line: more than any line that is looked into needs
 
@@ -147,6 +148,10 @@ class EventScanner:
             if self._plain and lf_only and (match := _PLAIN(piece, at)):
                 end = match.end()
                 self.events += piece.count(b"\n\n", at, end)
+            elif self._plain and piece.startswith(_DONE, at):
+                end = at + len(_DONE)
+                self.events += 1
+                self.terminal = True
             else:
                 # Line by line up to the next blank line, where whole events may begin again.
                 blank = piece.find(b"\n\n", at) if lf_only else -1

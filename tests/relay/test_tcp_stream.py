@@ -368,3 +368,19 @@ async def test_adopt_takes_a_trio_stream_over():
     ours.arm(lambda: False)
     assert "armed" in repr(ours)
     ours.close()
+
+
+async def test_reset_is_seen_behind_bytes_that_nobody_reads():
+    """A FIN would wait behind them for ever; a reset is seen at once, and closes this end as `close` does."""
+    ours, theirs = await clogged_tcp_pair()
+    seen = trio.Event()
+    theirs.watch(seen.set)
+    ours.reset()
+    ours.reset()
+    with pytest.raises(trio.ClosedResourceError):
+        ours.try_send(b"x")
+    with trio.fail_after(5):
+        await seen.wait()
+    with pytest.raises(trio.BrokenResourceError):
+        theirs.try_send(b"x")
+    theirs.close()

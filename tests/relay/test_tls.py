@@ -261,3 +261,14 @@ async def test_a_sender_at_work_is_not_interrupted(autojump_clock):
         while len(received) < 20_000:
             received += await client.receive_some()
         assert received == b"z" * 20_000
+
+
+async def test_reset_breaks_the_transport():
+    """The peer finds a broken connection, and this end is closed."""
+    async with sim_tls() as (client, server):
+        client.reset()
+        client.reset()
+        with pytest.raises(trio.BrokenResourceError):
+            await server.receive_some()
+        with pytest.raises(trio.ClosedResourceError):
+            client.try_receive(1)

@@ -1,0 +1,61 @@
+"""The heads that clients get: an upstream's head, as one client shall see it.
+
+An upstream's heads are often the same for seconds. The last one is remembered for one client connection: of a head that
+is the same and goes out in the same way, only the request's id is new.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from canal_trio.messages import ResponseHead
+from canal_trio.wire.headers import ForClient, for_client
+from canal_trio.wire.heads import write_response_head
+
+__all__ = ["ClientHeads"]
+
+_LINE = b"\r\nX-Request-Id: %b\r\n"
+
+
+@dataclass(frozen=True, slots=True)
+class _Last:
+    """A head that was written before, and what it was made of."""
+
+    head: ResponseHead
+    way: tuple[object, ...]
+    request_id: bytes
+    block: bytes
+
+
+@final
+class ClientHeads:
+    """Those of one client connection."""
+
+    def __init__(self) -> None:
+        self._last: _Last | None = None
+
+    def block(self, head: ResponseHead, options: ForClient) -> bytes:
+        """`head` as bytes for the client that `options` describes. Not a checkpoint."""
+        last, way = self._last, _way(options)
+        if last is not None and last.way == way and last.head == head:
+            if last.request_id == options.request_id or b"x-request-id" in head.headers:
+                return last.block  # the upstream's own id is kept, and ours is not in it
+            return last.block.replace(_LINE % last.request_id, _LINE % options.request_id, 1)
+        block = write_response_head(for_client(head, options))
+        self._last = _Last(head, way, options.request_id, block)
+        return block
+
+
+def _way(options: ForClient) -> tuple[object, ...]:
+    """Everything in `options` but the request's id."""
+    return (
+        options.request_version,
+        options.request_method,
+        options.pseudonym,
+        options.body,
+        options.close,
+        options.event_stream,
+        options.upgrade,
+        options.date,
+    )

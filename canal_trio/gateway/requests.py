@@ -1,0 +1,113 @@
+"""The requests that upstreams get: a client's head, as one upstream shall see it.
+
+Clients that stay send the same head again and again. The last one is remembered, with its bytes, for one client
+connection: of a request that is the same (the reader gives the very object then) and goes to the same upstream, only
+the request's id is new.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+from canal_trio.errors import Failure, Kind, Phase, Side
+from canal_trio.gateway.exchange import Exchange
+from canal_trio.messages import RequestHead
+from canal_trio.settings import Upstream
+from canal_trio.wire.bodies import content_length
+from canal_trio.wire.headers import ForUpstream, for_upstream
+from canal_trio.wire.heads import write_request_head
+from canal_trio.wire.targets import origin_form, parse_base_url, upstream_target
+
+if TYPE_CHECKING:
+    from canal_trio.gateway.core import Generation
+
+__all__ = ["UpstreamRequest", "UpstreamRequests"]
+
+_ID = b"x-request-id"
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamRequest:
+    """A head for an upstream, and the same as bytes."""
+
+    head: RequestHead
+    block: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Last:
+    """A request that was made before, and what it was made of."""
+
+    head: RequestHead
+    upstream: Upstream
+    generation: Generation
+    request_id: bytes
+    made: UpstreamRequest
+
+
+@final
+class UpstreamRequests:
+    """Those of one client connection. `trusted`: the peer is a trusted proxy; `scheme`: how it speaks to us."""
+
+    def __init__(self, *, peer: str, scheme: str) -> None:
+        self._peer = peer
+        self._scheme = scheme
+        self._last: _Last | None = None
+
+    def make(
+        self, exchange: Exchange, upstream: Upstream, generation: Generation, *, trusted: bool
+    ) -> UpstreamRequest | Failure:
+        """The request of `exchange` as `upstream` shall see it. `trusted`: our peer is a trusted proxy."""
+        head, last, request_id = exchange.head, self._last, exchange.id.encode("ascii")
+        assert head is not None
+        if last is not None and last.head is head and last.upstream is upstream and last.generation is generation:
+            return _again(last, request_id)
+        made = self._make(head, exchange, upstream, generation, trusted)
+        if isinstance(made, RequestHead):
+            request = UpstreamRequest(made, write_request_head(made))
+            self._last = _Last(head, upstream, generation, request_id, request)
+            return request
+        return made
+
+    def _make(
+        self, head: RequestHead, exchange: Exchange, upstream: Upstream, generation: Generation, trusted: bool
+    ) -> RequestHead | Failure:
+        base = parse_base_url(upstream.base_url)
+        origin = origin_form(head)
+        if isinstance(origin, Failure):
+            return origin
+        if isinstance(base, str):
+            return Failure(Side.GATEWAY, Phase.ROUTE, Kind.INTERNAL, base)
+        target = upstream_target(base.path, origin[0])
+        if isinstance(target, Failure):
+            return target
+        length = content_length(head.headers)
+        options = ForUpstream(
+            target=target,
+            authority=base.authority,
+            client=self._peer,
+            client_trusted=trusted,
+            scheme=self._scheme,
+            request_id=exchange.id.encode("ascii"),
+            pseudonym=generation.settings.pseudonym,
+            authorization=b"Bearer " + upstream.api_key.encode() if upstream.api_key else None,
+            strip_credentials=generation.router.keyed,
+            body=length if isinstance(length, int) else (None if exchange.body is not None else 0),
+            upgrade=exchange.upgrade,
+        )
+        return for_upstream(head, options)
+
+
+def _again(last: _Last, request_id: bytes) -> UpstreamRequest:
+    """The remembered request, with another id."""
+    made = last.made
+    if request_id == last.request_id:
+        return made
+    head = made.head
+    fields = head.headers.replaced(_ID, request_id)
+    line = b"\r\nX-Request-Id: %b\r\n"
+    return UpstreamRequest(
+        RequestHead(head.method, head.target, fields, head.version),
+        made.block.replace(line % last.request_id, line % request_id, 1),
+    )
