@@ -43,6 +43,8 @@ class ClientHeads:
                 return last.block  # the upstream's own id is kept, and ours is not in it
             return last.block.replace(_LINE % last.request_id, _LINE % options.request_id, 1)
         block = write_response_head(for_client(head, options))
+        if options.event_stream:  # goes on for long, and thousands of them each have a connection
+            return block
         self._last = _Last(head, way, options.request_id, block)
         return block
 

@@ -241,7 +241,7 @@ class Delivery:
             return
         self.close = True
         if exchange.terminal:
-            exchange.flags.add("cut_after_terminal")
+            exchange.flags |= {"cut_after_terminal"}
             return
         cause = ending.failure
         exchange.note(cause if isinstance(cause, Failure) else Failure(Side.UPSTREAM, Phase.STREAM, Kind.CUT))
@@ -253,7 +253,7 @@ class Delivery:
     def _late_end(self, now: float) -> float:
         exchange = self._exchange
         if self._relaying and not exchange.finished.is_set():
-            exchange.flags.add("late_body_end")
+            exchange.flags |= {"late_body_end"}
             if self._sender is not None:
                 self._sender.end(End())
             if exchange.lease is not None:

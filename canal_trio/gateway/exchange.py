@@ -132,7 +132,7 @@ class Exchange:
         self.handed_over = 0  # pieces that went straight through
         self.queued = 0  # pieces that took the channel
         self.waits = 0  # times they had to wait for room in it
-        self.flags: set[str] = set()
+        self.flags: frozenset[str] = frozenset()  # rarely any, so no set of its own for each stream
 
     @property
     def terminal(self) -> bool:
@@ -166,7 +166,7 @@ class Exchange:
         had_lease = self.lease is not None
         failure = Failure(Side.CLIENT, self.phase, Kind.GONE, detail)
         if self.terminal and self.failure is None:
-            self.flags.add("left_after_terminal")
+            self.flags |= {"left_after_terminal"}
             if self.lease is not None:
                 self.lease.abort()
             self.scope.cancel(reason="the client left after the last event")
@@ -253,7 +253,7 @@ class Exchange:
         """The exchange is over: its one record. Called once."""
         now = self.finished_at = trio.current_time()
         if self.failure is None and self.scanner is not None and not self.scanner.terminal:
-            self.flags.add("no_terminal_event")
+            self.flags |= {"no_terminal_event"}
         record = ExchangeRecord(
             request_id=self.id,
             started_at=self.started_at,

@@ -55,6 +55,10 @@ class UpstreamRequests:
         self._scheme = scheme
         self._last: _Last | None = None
 
+    def forget(self) -> None:
+        """Remember nothing: a stream goes on for long, and thousands of them each have a connection."""
+        self._last = None
+
     def make(
         self, exchange: Exchange, upstream: Upstream, generation: Generation, *, trusted: bool
     ) -> UpstreamRequest | Failure:

@@ -7,6 +7,7 @@ connection for all its life, so an attempt sets no timer. Invariant: a deadline 
 from __future__ import annotations
 
 import enum
+import functools
 import math
 from collections.abc import Callable
 from typing import final
@@ -31,6 +32,16 @@ class Turn(enum.Enum):
     TUNNEL = enum.auto()
 
 
+@functools.lru_cache(maxsize=8)  # one for each configuration at work, not for each connection
+def _limits(deadlines: Deadlines) -> dict[Turn, float]:
+    return {
+        Turn.SEND: deadlines.upstream_idle,
+        Turn.ANSWER: deadlines.first_byte,
+        Turn.BODY: deadlines.upstream_idle,
+        Turn.TUNNEL: deadlines.tunnel_idle,
+    }
+
+
 @final
 class Turns:
     """`expire` gets the failure of the deadline that passed, once, in the reaper's step; it must not raise.
@@ -43,12 +54,7 @@ class Turns:
     def __init__(self, deadlines: Deadlines, reaper: Reaper, expire: Callable[[Failure], None]) -> None:
         self._deadlines = deadlines
         self._expire = expire
-        self._limits = {
-            Turn.SEND: deadlines.upstream_idle,
-            Turn.ANSWER: deadlines.first_byte,
-            Turn.BODY: deadlines.upstream_idle,
-            Turn.TUNNEL: deadlines.tunnel_idle,
-        }
+        self._limits = _limits(deadlines)
         self._period = min(self._limits.values())  # no deadline is shorter, so none is ever seen late
         self.turn = Turn.NOBODY
         self.moved = trio.current_time()  # when the turn began, or when a byte last moved
