@@ -30,7 +30,7 @@ from canal_trio.observe.metrics import Metrics, Statistics
 from canal_trio.relay.streams import TcpStream
 from canal_trio.serve.greeting import greet
 from canal_trio.serve.limits import Capacity, capacity_of, freeze_garbage, raise_descriptor_limit
-from canal_trio.serve.listen import Acceptor, Slots, open_listeners, set_options
+from canal_trio.serve.listen import Acceptor, ListenError, Slots, open_listeners, set_options
 from canal_trio.serve.reload import Reloader
 from canal_trio.serve.tls import Certificates, Terminator
 from canal_trio.settings import Settings
@@ -109,16 +109,19 @@ async def serve(
     """Serve until SIGTERM or SIGINT, then drain. The exit code: 0, or 1 if streams were cut without their ending.
 
     Main thread only (signals). `config_loader` is called in a thread on SIGHUP and returns the new settings or raises
-    `ConfigError`. `log_fd` stays open. Raises `ListenError`, or `ConfigError` for certificates that cannot be used,
+    `ConfigError`; without one SIGHUP ends it, too (the terminal is gone). `log_fd` stays open. Raises `ListenError`, or `ConfigError` for certificates that cannot be used,
     before anything was started. Cancelling it closes the listeners and cancels every connection.
     """
     certificates = None if settings.tls is None else Certificates(settings.tls)
     writer = LineWriter(log_fd, capacity=settings.bounds.log_lines)
     try:
         with logging_to(writer, settings.log), trio.open_signal_receiver(*SIGNALS) as signals:
-            listening = await open_listeners(settings.listen)
+            listening = await _opened(settings.listen, "--listen HOST:PORT chooses another address")
             try:
-                admin = await open_listeners([settings.admin] if settings.admin else [])
+                admin = await _opened(
+                    [settings.admin] if settings.admin else [],
+                    "--admin HOST:PORT puts the admin listener elsewhere, --admin off leaves it out",
+                )
             except BaseException:
                 _close(listening)
                 raise
@@ -133,7 +136,7 @@ async def serve(
 
             async def orders(services: trio.Nursery) -> None:
                 async for number in signals:
-                    if number == signal.SIGHUP:
+                    if number == signal.SIGHUP and config_loader is not None:
                         reloader.begin(services)
                     elif not server.stop.is_set():
                         server.stop.set()
@@ -146,6 +149,14 @@ async def serve(
                 _close(listening + admin)
     finally:
         writer.close()
+
+
+async def _opened(addresses: Sequence[tuple[str, int]], hint: str) -> list[socket.socket]:
+    """Listeners, or an error that says what to do about it."""
+    try:
+        return await open_listeners(addresses)
+    except ListenError as exc:
+        raise ListenError(f"{exc}; {hint}") from None
 
 
 def _close(sockets: Iterable[socket.socket]) -> None:
@@ -267,7 +278,8 @@ class Server:
         self.gateway.drain(deadline)
         self.stopped.deadline = deadline + deadlines.linger + GRACE
         count = self.gateway.statistics().in_flight
-        _log.info("draining: %d exchanges have %g seconds to finish; signal again to stop now", count, deadlines.drain)
+        what = "1 exchange has" if count == 1 else f"{count} exchanges have"
+        _log.info("draining: %s %g seconds to finish; signal again to stop now", what, deadlines.drain)
 
     def count_reload(self, result: str) -> None:
         """For the metrics: `ok` or `refused`."""
