@@ -109,8 +109,9 @@ async def serve(
     """Serve until SIGTERM or SIGINT, then drain. The exit code: 0, or 1 if streams were cut without their ending.
 
     Main thread only (signals). `config_loader` is called in a thread on SIGHUP and returns the new settings or raises
-    `ConfigError`; without one SIGHUP ends it, too (the terminal is gone). `log_fd` stays open. Raises `ListenError`, or `ConfigError` for certificates that cannot be used,
-    before anything was started. Cancelling it closes the listeners and cancels every connection.
+    `ConfigError`; without one SIGHUP ends it, too (the terminal is gone). `log_fd` stays open. Raises `ListenError`, or
+    `ConfigError` for certificates that cannot be used, before anything was started. Cancelling it closes the listeners
+    and cancels every connection.
     """
     certificates = None if settings.tls is None else Certificates(settings.tls)
     writer = LineWriter(log_fd, capacity=settings.bounds.log_lines)
