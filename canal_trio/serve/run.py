@@ -11,11 +11,12 @@ one waits for the streams; the outer one is cancelled when they are done. Every 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Protocol, final
 
@@ -35,9 +36,23 @@ from canal_trio.serve.reload import Reloader
 from canal_trio.serve.tls import Certificates, Terminator
 from canal_trio.settings import Settings
 
-__all__ = ["GRACE", "SIGNALS", "Served", "ServedGateway", "Server", "real_gateway", "run", "serve"]
+__all__ = [
+    "ADMIN_HINT",
+    "GRACE",
+    "LISTEN_HINT",
+    "SIGNALS",
+    "Served",
+    "ServedGateway",
+    "Server",
+    "hinting",
+    "real_gateway",
+    "run",
+    "serve",
+]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+LISTEN_HINT = "--listen HOST:PORT chooses another address"
+ADMIN_HINT = "--admin HOST:PORT puts the admin listener elsewhere, --admin off leaves it out"
 GRACE = 3.0  # seconds after the drain deadline and the lingering close, in which an honest ending is written
 
 _log = logging.getLogger("canal_trio.serve")
@@ -117,12 +132,11 @@ async def serve(
     writer = LineWriter(log_fd, capacity=settings.bounds.log_lines)
     try:
         with logging_to(writer, settings.log), trio.open_signal_receiver(*SIGNALS) as signals:
-            listening = await _opened(settings.listen, "--listen HOST:PORT chooses another address")
+            with hinting(LISTEN_HINT):
+                listening = await open_listeners(settings.listen)
             try:
-                admin = await _opened(
-                    [settings.admin] if settings.admin else [],
-                    "--admin HOST:PORT puts the admin listener elsewhere, --admin off leaves it out",
-                )
+                with hinting(ADMIN_HINT):
+                    admin = await open_listeners([settings.admin] if settings.admin else [])
             except BaseException:
                 _close(listening)
                 raise
@@ -152,10 +166,11 @@ async def serve(
         writer.close()
 
 
-async def _opened(addresses: Sequence[tuple[str, int]], hint: str) -> list[socket.socket]:
-    """Listeners, or an error that says what to do about it."""
+@contextlib.contextmanager
+def hinting(hint: str) -> Iterator[None]:
+    """A `ListenError` in the block says what to do about it."""
     try:
-        return await open_listeners(addresses)
+        yield
     except ListenError as exc:
         raise ListenError(f"{exc}; {hint}") from None
 
