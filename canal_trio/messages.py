@@ -12,13 +12,22 @@ from dataclasses import dataclass, field
 __all__ = ["End", "Headers", "RequestHead", "ResponseHead"]
 
 
+# The usual names are kept once, not once for each head of each stream.
+_USUAL = b"""Accept Accept-Encoding Accept-Language Authorization Cache-Control Connection Content-Encoding
+    Content-Length Content-Type Date Forwarded Host Server Trailer Transfer-Encoding User-Agent Vary Via
+    X-Accel-Buffering X-Forwarded-For X-Forwarded-Host X-Forwarded-Proto X-Request-Id X-Stainless-Arch
+    X-Stainless-Async X-Stainless-Lang X-Stainless-OS X-Stainless-Package-Version X-Stainless-Read-Timeout
+    X-Stainless-Retry-Count X-Stainless-Runtime X-Stainless-Runtime-Version""".split()
+_lower = {name: lower for usual in _USUAL for lower in [usual.lower()] for name in (usual, lower)}.get
+
+
 class Headers:
     """An immutable, ordered list of fields. Iterating gives `(name, value)` pairs with the sender's casing."""
 
     __slots__ = ("_fields", "_first", "_repeated")
 
     def __init__(self, fields: Iterable[tuple[bytes, bytes]] = ()) -> None:
-        self._fields = tuple([(name, name.lower(), value) for name, value in fields])
+        self._fields = tuple([(name, _lower(name) or name.lower(), value) for name, value in fields])
         self._first: dict[bytes, bytes] | None = None  # made by the first look-up; many heads are only written
         self._repeated = False  # some name comes more than once
 

@@ -96,6 +96,10 @@ class HeldBody:
         """The body from its beginning. Only the newest source may be used."""
         return _Source(self)
 
+    def last_attempt(self, most: int) -> None:
+        """Only one more source will be asked for: what comes beyond `most` bytes need not be held."""
+        self._limit = min(self._limit, most)
+
     def stop_holding(self) -> None:
         """No further attempt will be made: free what is held and what comes. Idempotent."""
         if self._holding:
@@ -174,6 +178,9 @@ class WholeBody:
     def source(self) -> _WholeSource:
         """The body from its beginning."""
         return _WholeSource(self._content, self.ending)
+
+    def last_attempt(self, most: int) -> None:
+        """Of no effect: it is one read at most."""
 
     def stop_holding(self) -> None:
         """No further attempt will be made. Idempotent."""

@@ -175,6 +175,8 @@ class Pipeline:
         lease = await pool.lease(fresh=fresh, dialling=self._dialling)
         if isinstance(lease, Failure):
             return lease
+        if exchange.body is not None and not others and not lease.reused:
+            exchange.body.last_attempt(_PEEK_BYTES)  # nothing that can happen to it would be tried again
         exchange.lease = lease
         exchange.phase = Phase.FIRST_BYTE if exchange.received else Phase.UPLOAD
         straight = lease.connection.straight if self._goes_straight(upstream) else None

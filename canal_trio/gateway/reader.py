@@ -26,8 +26,8 @@ from canal_trio.gateway.handoff import Handoff
 from canal_trio.gateway.writer import BROKEN
 from canal_trio.messages import End, RequestHead
 from canal_trio.relay.flow import FlowSender
+from canal_trio.relay.handover import HandoverStream, can_hand_over, handover_end
 from canal_trio.relay.idle import Reaper
-from canal_trio.relay.streams import HandoverStream, handover_end
 from canal_trio.settings import Bounds, Deadlines
 from canal_trio.wire.bodies import BodyDecoder
 from canal_trio.wire.heads import RequestHeadReader
@@ -64,6 +64,7 @@ class ClientReader:
     ) -> None:
         self._stream = stream
         self._socket = handover_end(stream)
+        self._direct = stream if can_hand_over(stream) else None
         self._out = out
         self._admit = admit
         self._hold = hold
@@ -316,15 +317,29 @@ class ClientReader:
                 upload.end(decoder.end)
                 self._held = decoder.rest
                 return True
-            self._enter(_Mode.BODY)
-            started = self._since
-            data = await self._receive()
-            self._enter(_Mode.WAIT)
-            self._body_waited += self._since - started
+            data = self._at_hand(upload) or await self._awaited()
             self._body_bytes += len(data)
             if not data:
                 upload.abort(exchange.failure)
                 return False
+
+    def _at_hand(self, upload: FlowSender) -> bytes | None:
+        """What of a body is here already, for as long as the flow takes it: one wake for several pieces."""
+        if self._direct is None or not upload.room:
+            return None
+        try:
+            return self._direct.try_receive(self._bounds.piece_bytes)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return None  # `_receive` will meet it
+
+    async def _awaited(self) -> bytes:
+        """The next bytes of a body, whose deadlines run while they are awaited."""
+        self._enter(_Mode.BODY)
+        started = self._since
+        data = await self._receive()
+        self._enter(_Mode.WAIT)
+        self._body_waited += self._since - started
+        return data
 
     def _objection(self, exchange: Exchange, decoder: BodyDecoder) -> Failure | None:
         if decoder.fault is not None:
@@ -336,7 +351,10 @@ class ClientReader:
 
     async def _put(self, upload: FlowSender, payload: bytes) -> bool:
         try:
-            await upload.put(payload)
+            if len(payload) <= upload.room:
+                upload.put_nowait(payload)
+            else:
+                await upload.put(payload)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             return False  # the exchange is over and wants no more of its body
         return True
