@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from kit import request, scene
+from kit import chat, request, scene
 
-from canal_trio.testing.scripts import reply
+from canal_trio.testing.scripts import chat_stream, reply
 from canal_trio.testing.upstreams import SeenRequest
 
 CLAIMS = (
@@ -89,3 +89,15 @@ async def test_what_is_of_one_hop_stays_there(field: str) -> None:
         assert response.header("x-end") == "yes"
         assert response.header("x-hop") is None
         assert response.header("keep-alive") is None
+
+
+async def test_an_event_stream_asks_proxies_not_to_hold_it_back() -> None:
+    """Whoever stands before us is told to flush and not to keep it; nobody is asked to compress."""
+    async with scene(chat_stream(3)) as (upstream, gateway):
+        client = await gateway.connect()
+        await client.send(chat("Accept-Encoding: gzip, br"))
+        response = await client.response()
+        assert response.header("content-type") == "text/event-stream"
+        assert response.header("cache-control") == "no-cache"
+        assert response.header("x-accel-buffering") == "no"
+        assert seen_all(upstream.requests[0], "accept-encoding") == ["identity"]
