@@ -7,22 +7,22 @@ ONCE ?=
 .PHONY: demo test promises bench check lint types clean
 
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }  # half of one would be taken for a whole one next time
 
 # The product alone: what `make demo` needs.
 $(VENV)/.product: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
-	touch $@
+	@touch $@
 
 # The product with the runner, the real clients and the real servers it is tested against.
 $(VENV)/.tests: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary xllamacpp,pycurl --editable '.[test]'
-	touch $@ $(VENV)/.product
+	@touch $@ $(VENV)/.product
 
 # The product with what the load tests need.
 $(VENV)/.bench: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
-	touch $@ $(VENV)/.product
+	@touch $@ $(VENV)/.product
 
 # `exec`, so that a signal reaches the gateway itself and its exit code is ours. (After a Ctrl-C in the terminal make
 # waits for the drain, too, and then says 130 of itself.)

@@ -88,10 +88,17 @@ def cli() -> None:
     """A streaming gateway for OpenAI-compatible APIs."""
 
 
-@cli.command(epilog=_EPILOG)
+@cli.command(epilog=_EPILOG, short_help="Relay requests to the upstreams.")
 @click.option("--config", "-c", metavar="FILE", help="The configuration, in TOML.")
-@click.option("--listen", multiple=True, metavar="HOST:PORT", help="Where clients connect. [default: 127.0.0.1:8080]")
-@click.option("--upstream", multiple=True, metavar="URL", help="Base URL of an upstream; instead of the file's.")
+@click.option(
+    "--listen", multiple=True, metavar="HOST:PORT", help="Where clients connect; repeatable. [default: 127.0.0.1:8080]"
+)
+@click.option(
+    "--upstream",
+    multiple=True,
+    metavar="URL",
+    help="Base URL of an upstream, such as http://127.0.0.1:8000/v1; repeatable; instead of the file's.",
+)
 @click.option("--workers", metavar="N", help="Worker processes; 1 in this version.")
 @click.option("--admin", metavar="HOST:PORT|off", help="Health, metrics, streams. [default: 127.0.0.1:9090]")
 @click.option("--log", metavar="text|json", help="For people or for machines. [default: text]")
@@ -113,7 +120,7 @@ def serve(
     return run(settings, config_loader=loader)
 
 
-@cli.command()
+@cli.command(short_help="Start a gateway and an upstream that streams haiku.")
 @click.option("--once", is_flag=True, help="Ask for one haiku, show the stream, and leave.")
 def demo(once: bool) -> int:
     """Start a gateway and a built-in upstream that streams haiku; prints a curl line to try."""
@@ -122,7 +129,7 @@ def demo(once: bool) -> int:
     return trio.run(run_demo, once)
 
 
-@cli.command()
+@cli.command(short_help="Validate a configuration file.")
 @click.argument("file", metavar="FILE")
 def check(file: str) -> None:
     """Validate a configuration: would `serve --config FILE` start here and now?"""
@@ -136,10 +143,10 @@ def check(file: str) -> None:
 
 @cli.group()
 def keys() -> None:
-    """Clients' keys."""
+    """Make keys for clients."""
 
 
-@keys.command("new")
+@keys.command("new", short_help="Make a key, and the TOML to keep.")
 @click.argument("name", metavar="NAME")
 def new_key(name: str) -> None:
     """Make a key for NAME: print it once, and the TOML to keep, which holds only its SHA-256."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import pathlib
+from collections import Counter
 
 import pytest
 
@@ -68,6 +69,12 @@ def test_files_fit_in_the_head() -> None:
     """About 400 lines at most, in tests and load tests too; what grows beyond has two jobs."""
     lengths = {str(path): len(path.read_text().splitlines()) for path in ALL}
     assert {path: length for path, length in lengths.items() if length > LINES} == {}
+
+
+def test_no_two_test_modules_share_a_name() -> None:
+    """pytest imports them by their bare names: two of one name break the whole run, though each folder passes."""
+    names = Counter(path.stem for path in (ROOT / "tests").rglob("*.py") if path.stem not in ("conftest", "__init__"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_functions_do_not_scroll() -> None:

@@ -68,8 +68,8 @@ def _within(number: float, least: float, most: float, unit: str) -> float:
     if math.isinf(number) and not math.isinf(most):
         raise ValueError("expected a finite number, got inf")
     if not least <= number <= most:
-        upper = "" if math.isinf(most) else f" and at most {most:g}"
-        raise ValueError(f"expected at least {least:g}{upper}{unit}, got {number:g}")
+        upper = "" if math.isinf(most) else f" and at most {most:.15g}"
+        raise ValueError(f"expected at least {least:.15g}{upper}{unit}, got {number:.15g}")
     return number
 
 

@@ -99,7 +99,7 @@ def _parsed(name: str) -> tuple[dict[str, Any], dict[Path, int]]:
     if len(data) > FILE_BYTES:
         raise ConfigError(f"{name}: larger than {FILE_BYTES} bytes: expected a configuration in TOML")
     try:
-        text = data.decode("utf-8").replace("\r\n", "\n")
+        text = data.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")  # some editors begin with a BOM
     except UnicodeDecodeError as exc:
         line = data[: exc.start].count(b"\n") + 1
         raise ConfigError(f"{name}:{line}: not UTF-8: expected a configuration in TOML") from None
@@ -333,7 +333,7 @@ def _address_or_off(text: str) -> Address | None:
     try:
         return values.address(text)
     except ValueError as exc:
-        raise ValueError(f"{exc}; or 'off'") from None
+        raise ValueError(str(exc).replace("expected ", "expected 'off' or ", 1)) from None
 
 
 def _log_style(text: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar, cast
 import msgspec
 
 from canal_trio import settings
-from canal_trio.config.locate import Path
+from canal_trio.config.locate import Path, path_text
 from canal_trio.config.values import nearest
 
 __all__ = [
@@ -133,6 +133,7 @@ T = TypeVar("T", bound=Table)
 
 _AT = re.compile(r" - at `\$(.*)`$")
 _STEP = re.compile(r"\[(\d+)\]")
+_ONE_TABLE = "expected a list, got a table"  # single brackets where double ones belong
 _KINDS = {
     "str": "a string",
     "int": "a whole number",
@@ -157,7 +158,9 @@ def decode(kind: type[T], raw: dict[str, Any], path: Path, complain: Complain) -
         try:
             values[key] = msgspec.convert(value, fields[key].type)
         except msgspec.ValidationError as exc:
-            complain(*_located(str(exc), (*path, key)))
+            place, text = _located(str(exc), (*path, key))
+            brackets = f": write [[{path_text(place)}]]" if text.endswith(_ONE_TABLE) else ""
+            complain(place, text + brackets)
     required = [name for name, field in fields.items() if field.required]
     for name in required:
         if name not in raw:

@@ -27,7 +27,7 @@ _log = logging.getLogger("canal_trio.serve")
 
 @final
 class Reloader:
-    """Loads with `load` (in a thread; None: there is nothing to read again) and applies with `apply`.
+    """Loads with `load` (in a thread; None: it is never asked to) and applies with `apply`.
 
     `apply` raises `ConfigError` if it cannot, having changed nothing. `count(result)` gets `ok` or `refused`, `stopped`
     says that the end has begun, and `settings` are those in use.
@@ -72,7 +72,7 @@ class Reloader:
 
     async def _once(self) -> None:
         if self._load is None or self._stopped():
-            _log.warning("not reloaded: %s", "draining" if self._stopped() else "there is nothing to read again")
+            _log.warning("not reloaded: draining")
             return
         new = await trio.to_thread.run_sync(self._load, abandon_on_cancel=True)
         old = self.settings

@@ -11,11 +11,12 @@ one waits for the streams; the outer one is cancelled when they are done. Every 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Protocol, final
 
@@ -30,14 +31,28 @@ from canal_trio.observe.metrics import Metrics, Statistics
 from canal_trio.relay.streams import TcpStream
 from canal_trio.serve.greeting import greet
 from canal_trio.serve.limits import Capacity, capacity_of, freeze_garbage, raise_descriptor_limit
-from canal_trio.serve.listen import Acceptor, Slots, open_listeners, set_options
+from canal_trio.serve.listen import Acceptor, ListenError, Slots, open_listeners, set_options
 from canal_trio.serve.reload import Reloader
 from canal_trio.serve.tls import Certificates, Terminator
 from canal_trio.settings import Settings
 
-__all__ = ["GRACE", "SIGNALS", "Served", "ServedGateway", "Server", "real_gateway", "run", "serve"]
+__all__ = [
+    "ADMIN_HINT",
+    "GRACE",
+    "LISTEN_HINT",
+    "SIGNALS",
+    "Served",
+    "ServedGateway",
+    "Server",
+    "hinting",
+    "real_gateway",
+    "run",
+    "serve",
+]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+LISTEN_HINT = "--listen HOST:PORT chooses another address"
+ADMIN_HINT = "--admin HOST:PORT puts the admin listener elsewhere, --admin off leaves it out"
 GRACE = 3.0  # seconds after the drain deadline and the lingering close, in which an honest ending is written
 
 _log = logging.getLogger("canal_trio.serve")
@@ -109,16 +124,19 @@ async def serve(
     """Serve until SIGTERM or SIGINT, then drain. The exit code: 0, or 1 if streams were cut without their ending.
 
     Main thread only (signals). `config_loader` is called in a thread on SIGHUP and returns the new settings or raises
-    `ConfigError`. `log_fd` stays open. Raises `ListenError`, or `ConfigError` for certificates that cannot be used,
-    before anything was started. Cancelling it closes the listeners and cancels every connection.
+    `ConfigError`; without one SIGHUP ends it, too (the terminal is gone). `log_fd` stays open. Raises `ListenError`, or
+    `ConfigError` for certificates that cannot be used, before anything was started. Cancelling it closes the listeners
+    and cancels every connection.
     """
     certificates = None if settings.tls is None else Certificates(settings.tls)
     writer = LineWriter(log_fd, capacity=settings.bounds.log_lines)
     try:
         with logging_to(writer, settings.log), trio.open_signal_receiver(*SIGNALS) as signals:
-            listening = await open_listeners(settings.listen)
+            with hinting(LISTEN_HINT):
+                listening = await open_listeners(settings.listen)
             try:
-                admin = await open_listeners([settings.admin] if settings.admin else [])
+                with hinting(ADMIN_HINT):
+                    admin = await open_listeners([settings.admin] if settings.admin else [])
             except BaseException:
                 _close(listening)
                 raise
@@ -133,7 +151,7 @@ async def serve(
 
             async def orders(services: trio.Nursery) -> None:
                 async for number in signals:
-                    if number == signal.SIGHUP:
+                    if number == signal.SIGHUP and config_loader is not None:
                         reloader.begin(services)
                     elif not server.stop.is_set():
                         server.stop.set()
@@ -146,6 +164,15 @@ async def serve(
                 _close(listening + admin)
     finally:
         writer.close()
+
+
+@contextlib.contextmanager
+def hinting(hint: str) -> Iterator[None]:
+    """A `ListenError` in the block says what to do about it."""
+    try:
+        yield
+    except ListenError as exc:
+        raise ListenError(f"{exc}; {hint}") from None
 
 
 def _close(sockets: Iterable[socket.socket]) -> None:
@@ -267,7 +294,8 @@ class Server:
         self.gateway.drain(deadline)
         self.stopped.deadline = deadline + deadlines.linger + GRACE
         count = self.gateway.statistics().in_flight
-        _log.info("draining: %d exchanges have %g seconds to finish; signal again to stop now", count, deadlines.drain)
+        what = "1 exchange has" if count == 1 else f"{count} exchanges have"
+        _log.info("draining: %s %g seconds to finish; signal again to stop now", what, deadlines.drain)
 
     def count_reload(self, result: str) -> None:
         """For the metrics: `ok` or `refused`."""

@@ -224,7 +224,7 @@ def test_complaints(write: Write, text: str, complaint: str) -> None:
         ({"listen": (",",)}, {}, "--listen: expected HOST:PORT, got ','"),
         ({"listen": ("",)}, {}, "--listen: expected a value, got nothing"),
         ({}, {"CANAL_LISTEN": "127.0.0.1:99999"}, "CANAL_LISTEN: expected a port from 0 to 65535, got '99999'"),
-        ({"admin": "on"}, {}, "--admin: expected HOST:PORT, such as 127.0.0.1:8080 or [::1]:8080; got 'on'; or 'off'"),
+        ({"admin": "on"}, {}, "--admin: expected 'off' or HOST:PORT, such as 127.0.0.1:8080 or [::1]:8080; got 'on'"),
         (
             {"admin": "127.0.0.1:8080"},
             {},
@@ -324,6 +324,12 @@ def test_windows_line_ends(write: Write) -> None:
     """CRLF changes neither the meaning nor the line numbers."""
     text = (MINIMAL + "[server]\nlog = 'x'\n").replace("\n", "\r\n")
     assert _complaint(write(text)) == "canal.toml:5: server.log: expected 'text' or 'json', got 'x'"
+
+
+def test_a_file_that_begins_with_a_byte_order_mark(write: Write) -> None:
+    """Some editors write one: it is no part of the first line."""
+    settings = load(Flags(write("\ufeff" + MINIMAL)), {})
+    assert settings.upstreams[0].name == "a"
 
 
 def test_remarks_on_variables() -> None:

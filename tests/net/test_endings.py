@@ -207,6 +207,7 @@ async def test_client_leaves_after_the_last_event(how: str) -> None:
             record = await gateway.records.one()
             assert record.outcome is Outcome.COMPLETED
             assert record.failure is None
+            assert record.flags == ("left_after_terminal",)
             assert record.events == len(EVENTS)
             await upstream.until(lambda: upstream.requests[0].left is not None)
 

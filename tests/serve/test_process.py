@@ -38,7 +38,7 @@ async def test_streams_and_drains_on_sigterm() -> None:
         client = await process.ask(address, CHAT, BODY)
         head = await until(client, b"word0")
         process.signal(signal.SIGTERM)
-        await process.saying("draining: 1 exchanges")
+        await process.saying("draining: 1 exchange ")
         await eventually(lambda: refused(address))
         status = await until(await process.ask(await process.admin(), "/readyz"), b"draining")
         assert status.startswith(b"HTTP/1.1 503")
@@ -119,7 +119,8 @@ async def test_a_taken_port() -> None:
             assert await process.ended() == 1
             await process.saying("in use")
             assert process.said == (
-                f"canal-trio: cannot listen on {taken}: the address is in use; another program serves there\n"
+                f"canal-trio: cannot listen on {taken}: the address is in use; another program serves there; "
+                "--listen HOST:PORT chooses another address\n"
             )
 
 

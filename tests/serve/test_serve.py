@@ -64,9 +64,9 @@ async def test_a_taken_port_starts_nothing() -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         taken = other.getsockname()
-        with pytest.raises(ListenError):
+        with pytest.raises(ListenError, match=r"in use.*; --listen HOST:PORT chooses another"):
             await serve(settings(listen=(taken,)), make_gateway=FakeGateway)
-        with pytest.raises(ListenError):
+        with pytest.raises(ListenError, match=r"in use.*; --admin HOST:PORT puts the admin listener elsewhere"):
             await serve(settings(admin=taken), make_gateway=FakeGateway)
 
 
@@ -89,7 +89,7 @@ async def test_drain() -> None:
         assert server.code == 0
         assert refused(server.served.admin[0])
         log = server.log()
-        assert "draining: 1 exchanges have 30 seconds to finish" in log
+        assert "draining: 1 exchange has 30 seconds to finish" in log
         assert "stopped: every stream has ended" in log
 
 
@@ -226,11 +226,27 @@ async def test_a_bad_reload_changes_nothing(fault: Exception, words: list[str]) 
             assert await read_all(client) == b"echo hi\n"
 
 
-async def test_nothing_to_reload() -> None:
-    """Without a loader SIGHUP is answered with a line, and does no harm."""
+async def test_without_a_configuration_a_closed_terminal_ends_it() -> None:
+    """Without a loader (the demo) there is nothing to read again: SIGHUP drains, like SIGTERM, and the port is free."""
     async with serving() as server:
         signal.raise_signal(signal.SIGHUP)
-        await server.logged("warning: not reloaded: there is nothing to read again")
+        with trio.fail_after(10):
+            await server.ended.wait()
+        assert server.code == 0
+        assert refused(server.address)
+
+
+async def test_a_reload_that_comes_too_late() -> None:
+    """While draining SIGHUP is answered with a line, and does no harm."""
+    async with serving(config_loader=settings) as server:
+        client = await server.connect(b"stay")
+        assert await client.receive_some() == b"hello\n"
+        signal.raise_signal(signal.SIGTERM)
+        await eventually(lambda: server.gateway.draining)
+        signal.raise_signal(signal.SIGHUP)
+        await server.logged("warning: not reloaded: draining")
+        await client.send_all(b"done\n")
+        assert await read_all(client) == b"bye\n"
 
 
 async def test_reloads_do_not_overlap() -> None:

@@ -323,7 +323,7 @@ async def test_a_silent_latecomer_held_up_the_end(authority: Authority) -> None:
         await until(streaming, b"word0")
         silent, asking = await server.connect(), await server.connect()
         signal.raise_signal(signal.SIGTERM)
-        await server.logged("draining: 1 exchanges")
+        await server.logged("draining: 1 exchange ")
         late = [
             trio.SSLStream(raw, authority.client, server_hostname="localhost", https_compatible=False)
             for raw in (silent, asking)
