@@ -184,7 +184,9 @@ class TcpStream(HalfCloseableStream):
             raise TypeError("max_bytes is an integer or None")
         if limit < 1:
             raise ValueError("max_bytes is at least 1")
-        with _Claim(self, "_receiving"):
+        self._check_receiver()
+        self._receiving = True
+        try:
             await trio.lowlevel.checkpoint_if_cancelled()
             self._raise_fault()
             data = self.try_receive(limit)
@@ -195,6 +197,8 @@ class TcpStream(HalfCloseableStream):
                 await self._sleep()
                 data = self.try_receive(limit)
             return data
+        finally:
+            self._receiving = False
 
     async def wait_disarmed(self) -> None:
         """Sleep while the armed sink is served, first with what is waiting already.
@@ -233,7 +237,7 @@ class TcpStream(HalfCloseableStream):
 
     async def send_batch(self, pieces: Sequence[Buffer]) -> None:
         """Send `pieces` one after the other, gathered (sendmsg), not joined. Otherwise as `send_all`."""
-        with _Claim(self, "_sending"):
+        with _Claim(self):
             self._check_sendable()
             await trio.lowlevel.checkpoint_if_cancelled()
             rest = self._gather(pieces)
@@ -268,7 +272,7 @@ class TcpStream(HalfCloseableStream):
 
     async def wait_send_all_might_not_block(self) -> None:
         """As `trio.abc.SendStream.wait_send_all_might_not_block`."""
-        with _Claim(self, "_sending"):
+        with _Claim(self):
             self._check_open()
             await self._wait_writable()
 
@@ -278,7 +282,7 @@ class TcpStream(HalfCloseableStream):
 
     async def send_eof(self) -> None:
         """As `trio.abc.HalfCloseableStream.send_eof`. Idempotent."""
-        with _Claim(self, "_sending"):
+        with _Claim(self):
             self._check_open()
             await trio.lowlevel.checkpoint()
             self._check_open()
@@ -348,13 +352,13 @@ class TcpStream(HalfCloseableStream):
 
     async def _sleep(self) -> None:
         """Until something is readable, the sink is done, or the stream is closed."""
-
-        def abort(_raise_cancel: Any) -> trio.lowlevel.Abort:
-            self._receiver = self._sink = None
-            return trio.lowlevel.Abort.SUCCEEDED
-
         self._receiver = trio.lowlevel.current_task()
-        await trio.lowlevel.wait_task_rescheduled(abort)
+        await trio.lowlevel.wait_task_rescheduled(self._on_cancel)
+
+    def _on_cancel(self, _raise_cancel: Any) -> trio.lowlevel.Abort:
+        """In the step of the `cancel()`: from here on no sink is called for a task that is gone."""
+        self._receiver = self._sink = None
+        return trio.lowlevel.Abort.SUCCEEDED
 
     def _check_receiver(self) -> None:
         # A sink that was taken away may have left its owner asleep: it still owns the receiving side.
@@ -380,20 +384,17 @@ class TcpStream(HalfCloseableStream):
 
 
 class _Claim:
-    """One task at a time: a second one gets BusyResourceError instead of interleaved bytes."""
+    """One task at a time sends: a second one gets BusyResourceError instead of interleaved bytes."""
 
-    __slots__ = ("_flag", "_stream")
+    __slots__ = ("_stream",)
 
-    def __init__(self, stream: TcpStream, flag: str) -> None:
+    def __init__(self, stream: TcpStream) -> None:
         self._stream = stream
-        self._flag = flag
 
     def __enter__(self) -> None:
-        if self._flag == "_receiving":
-            self._stream._check_receiver()
-        elif self._stream._sending:
+        if self._stream._sending:
             raise trio.BusyResourceError("another task is sending on this stream")
-        setattr(self._stream, self._flag, True)
+        self._stream._sending = True
 
     def __exit__(self, *_: object) -> None:
-        setattr(self._stream, self._flag, False)
+        self._stream._sending = False
