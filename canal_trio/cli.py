@@ -99,7 +99,7 @@ def cli() -> None:
     metavar="URL",
     help="Base URL of an upstream, such as http://127.0.0.1:8000/v1; repeatable; instead of the file's.",
 )
-@click.option("--workers", metavar="N", help="Worker processes; 1 in this version.")
+@click.option("--workers", metavar="N|auto", help="Worker processes. [default: 1]")
 @click.option("--admin", metavar="HOST:PORT|off", help="Health, metrics, streams. [default: 127.0.0.1:9090]")
 @click.option("--log", metavar="text|json", help="For people or for machines. [default: text]")
 def serve(
@@ -115,9 +115,18 @@ def serve(
     settings = loader()
     for remark in strange_variables(os.environ):
         _tell(f"warning: {remark}")
-    from canal_trio.serve import run  # late: `check` and `keys` need no sockets
+    from canal_trio.serve import run, supervise  # late: `check` and `keys` need no sockets
 
-    return run(settings, config_loader=loader)
+    return (run if settings.workers == 1 else supervise)(settings, config_loader=loader)
+
+
+@cli.command(hidden=True)
+@click.argument("control", type=int)
+def worker(control: int) -> int:
+    """One of several workers, started by `serve`: obeys what comes over the descriptor CONTROL."""
+    from canal_trio.serve import work  # late: as above
+
+    return work(control)
 
 
 @cli.command(short_help="Start a gateway and an upstream that streams haiku.")

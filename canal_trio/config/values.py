@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import math
+import os
 import re
 from collections.abc import Iterable
 from urllib.parse import urlsplit
@@ -27,12 +28,14 @@ __all__ = [
     "shown",
     "size",
     "token",
+    "workers",
 ]
 
 _NUMBER = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", re.ASCII)
 _SECONDS = {"": 1.0, "us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _BYTES = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _MOST = 1e15
+MOST_WORKERS = 256
 _LABEL = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?", re.ASCII)
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", re.ASCII)  # RFC 9110 5.6.2
 
@@ -187,6 +190,16 @@ def server_name(text: str) -> str:
     if labels[-1].isdigit():
         raise ValueError(f"{expected}, got {shown(text)}: an address is never asked for, it gets the default one")
     return name
+
+
+def workers(value: object) -> int:
+    """How many worker processes: a number, or "auto" for one per processor that this process may use."""
+    if value == "auto":
+        return min(MOST_WORKERS, len(os.sched_getaffinity(0)))
+    text = str(value)
+    if isinstance(value, bool) or not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= MOST_WORKERS:
+        raise ValueError(f"expected 1 to {MOST_WORKERS} or 'auto', got {shown(value)}")
+    return int(text)
 
 
 def listed(text: str) -> list[str]:

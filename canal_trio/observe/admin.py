@@ -8,13 +8,14 @@ whatever a peer sends gets an answer that says what is wrong or a close, never a
 from __future__ import annotations
 
 import contextlib
-from typing import final
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Protocol, final
 
 import h11
 import msgspec
 import trio
 
-from canal_trio.observe.metrics import CONTENT_TYPE, Metrics, Watched
+from canal_trio.observe.metrics import CONTENT_TYPE
 
 __all__ = ["Admin"]
 
@@ -25,14 +26,44 @@ _TEXT = "text/plain; charset=utf-8"
 _JSON = "application/json"
 
 
+class Shown(Protocol):
+    """What the pages tell about: a gateway, or several as one."""
+
+    @property
+    def draining(self) -> bool:
+        """Draining has begun."""
+
+    def ready(self) -> bool:
+        """New exchanges are welcome and an upstream is usable."""
+
+    def exchanges(self) -> Iterable[object]:
+        """The exchanges in flight, each a dataclass or a dictionary."""
+
+
+class Page(Protocol):
+    """What `/metrics` answers with."""
+
+    def page(self) -> bytes:
+        """The text for Prometheus. Not a checkpoint."""
+
+
 @final
 class Admin:
     """Answers on connections to the admin address. `deadline` is seconds for each step of a peer, `idle` between
-    requests."""
+    requests. `refresh`, if given, is awaited with the path before a page is read from `gateway` and `metrics`."""
 
-    def __init__(self, gateway: Watched, metrics: Metrics, *, deadline: float = 10.0, idle: float = 75.0) -> None:
+    def __init__(
+        self,
+        gateway: Shown,
+        metrics: Page,
+        *,
+        deadline: float = 10.0,
+        idle: float = 75.0,
+        refresh: Callable[[str], Awaitable[None]] | None = None,
+    ) -> None:
         self._gateway = gateway
         self._metrics = metrics
+        self._refresh = refresh
         self._deadline = deadline
         self._idle = idle
 
@@ -57,6 +88,8 @@ class Admin:
                 return
             if request is None:
                 return
+            if self._refresh is not None:
+                await self._refresh(request.target.partition(b"?")[0].decode("latin-1"))
             status, kind, body = self._answer(request)
             bodiless = request.method == b"HEAD"
             await self._send(stream, connection, status, kind, body, close=turn == REQUESTS - 1, bodiless=bodiless)

@@ -9,11 +9,12 @@ each line, it would take the interpreter's lock from the loop as often (measured
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import queue
 import select
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeAlias, final
 
 __all__ = ["Line", "LineWriter"]
@@ -29,11 +30,20 @@ GATHER = 0.02  # seconds
 class LineWriter:
     """Writes lines to `fd` (2: stderr) from a thread of its own. The descriptor stays open and is not ours.
 
-    `note` renders the line that tells how many lines were dropped.
+    `note` renders the line that tells how many lines were dropped. `shared`: other processes write to `fd` as well, so
+    that no write is larger than what a pipe takes as one (unless a single line is).
     """
 
-    def __init__(self, fd: int = 2, *, capacity: int = 4096, note: Callable[[int], bytes] | None = None) -> None:
+    def __init__(
+        self,
+        fd: int = 2,
+        *,
+        capacity: int = 4096,
+        note: Callable[[int], bytes] | None = None,
+        shared: bool = False,
+    ) -> None:
         self._fd = fd
+        self._most = select.PIPE_BUF if shared else math.inf
         self._note = note or (lambda count: f"{count} log lines were dropped: the log is read too slowly\n".encode())
         # One more slot than lines: the end mark always finds room.
         self._queue: queue.Queue[Line | None] = queue.Queue(capacity + 1)
@@ -92,7 +102,8 @@ class LineWriter:
             if dropped:
                 self._told += dropped
                 batch.append(self._note(dropped))
-            self._write(b"".join(batch))
+            for data in _joined(batch, self._most):
+                self._write(data)
 
     def _render(self, line: Line) -> bytes:
         try:
@@ -112,3 +123,15 @@ class LineWriter:
                 self.dropped += data.count(b"\n")
                 self._told = self.dropped
                 return
+
+
+def _joined(lines: list[bytes], most: float) -> Iterator[bytes]:
+    """Whole lines together, as many as fit into `most` bytes."""
+    start = size = 0
+    for number, line in enumerate(lines):
+        if size and size + len(line) > most:
+            yield b"".join(lines[start:number])
+            start, size = number, 0
+        size += len(line)
+    if size:
+        yield b"".join(lines[start:])

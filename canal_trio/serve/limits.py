@@ -5,11 +5,11 @@ from __future__ import annotations
 import gc
 import math
 import resource
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from canal_trio.settings import Settings
 
-__all__ = ["Capacity", "capacity_of", "freeze_garbage", "raise_descriptor_limit"]
+__all__ = ["Capacity", "capacity_of", "freeze_garbage", "raise_descriptor_limit", "share_of"]
 
 # Standard streams, epolls, wake-up pipes, listeners, the admin's connections, resolver threads, certificate files.
 RESERVE = 128
@@ -50,6 +50,36 @@ def capacity_of(settings: Settings, descriptors: int) -> Capacity:
     if wanted is None:
         return Capacity(most, descriptors)
     return Capacity(min(wanted, most), descriptors, wanted if wanted > most else None)
+
+
+def share_of(settings: Settings, number: int, count: int) -> Settings:
+    """What the worker `number` (from 0) of `count` gets of the bounds that are those of the whole gateway.
+
+    The shares of all workers add up to the whole, but nobody gets less than one, or than one body that may be held.
+    """
+
+    def part(whole: float) -> float:
+        if math.isinf(whole):
+            return whole
+        each, rest = divmod(int(whole), count)
+        return max(1, each + (number < rest))
+
+    bounds = settings.bounds
+    clients = bounds.client_connections
+    return replace(
+        settings,
+        bounds=replace(
+            bounds,
+            client_connections=None if clients is None else int(part(clients)),
+            upstream_connections=part(bounds.upstream_connections),
+            waiters=int(part(bounds.waiters)) if bounds.waiters else 0,
+            held_total_bytes=max(bounds.held_body_bytes, int(part(bounds.held_total_bytes))),
+        ),
+        upstreams=tuple(
+            one if one.connections is None else replace(one, connections=part(one.connections))
+            for one in settings.upstreams
+        ),
+    )
 
 
 def freeze_garbage() -> None:

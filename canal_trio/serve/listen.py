@@ -24,7 +24,7 @@ from canal_trio.errors import CanalError
 from canal_trio.relay.streams import TcpStream
 from canal_trio.settings import Bounds, Deadlines, address_text
 
-__all__ = ["Acceptor", "ListenError", "Slots", "listening_texts", "open_listeners", "set_options"]
+__all__ = ["Acceptor", "ListenError", "Slots", "listening_texts", "open_listeners", "reserve", "set_options"]
 
 BACKLOG = 4096  # the kernel cuts it to net.core.somaxconn
 ACCEPTS_PER_WAKE = 64  # before the scheduler gets its turn
@@ -52,17 +52,19 @@ class ListenError(CanalError):
     """An address cannot be listened on. The text says which one and why."""
 
 
-async def open_listeners(addresses: Sequence[Address], *, backlog: int = BACKLOG) -> list[socket.socket]:
+async def open_listeners(
+    addresses: Sequence[Address], *, backlog: int = BACKLOG, share: bool = False
+) -> list[socket.socket]:
     """Bound, listening, non-blocking sockets, at least one for each of `addresses`; a name may give several.
 
     A port of 0 is chosen by the kernel. Bound without SO_REUSEPORT, which makes the bind itself the probe: whoever
-    serves there already, with or without SO_REUSEPORT, is found. Raises `ListenError`, with nothing left open. A
-    checkpoint.
+    serves there already, with or without SO_REUSEPORT, is found. With `share` it is set, for one worker of several.
+    Raises `ListenError`, with nothing left open. A checkpoint.
     """
     opened: list[socket.socket] = []
     try:
         for address in addresses:
-            opened += await _open(address, backlog)
+            opened += await _open(address, backlog, share)
     except BaseException:
         for sock in opened:
             sock.close()
@@ -70,7 +72,34 @@ async def open_listeners(addresses: Sequence[Address], *, backlog: int = BACKLOG
     return opened
 
 
-async def _open(address: Address, backlog: int) -> list[socket.socket]:
+async def reserve(addresses: Sequence[Address]) -> list[socket.socket]:
+    """Sockets that hold `addresses` for workers who open them with `share`; they never listen themselves.
+
+    The addresses are first opened as by somebody who shares with nobody: whoever serves there is found. A second
+    gateway finds these sockets in the same way, before any worker listens. Raises as `open_listeners`; a checkpoint.
+    """
+    probes = await open_listeners(addresses)
+    held: list[socket.socket] = []
+    try:
+        for probe in probes:
+            family, where = probe.family, probe.getsockname()
+            probe.close()
+            held.append(sock := socket.socket(family, socket.SOCK_STREAM))
+            _set_sharing(sock, share=True)
+            try:
+                sock.bind(where)
+            except OSError as exc:
+                raise ListenError(_complaint(where[:2], exc)) from None
+            # Past connections in TIME_WAIT did not count; from now on we do, though we do not listen.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+    except BaseException:
+        for sock in [*probes, *held]:
+            sock.close()
+        raise
+    return held
+
+
+async def _open(address: Address, backlog: int, share: bool) -> list[socket.socket]:
     host, port = address
     try:
         found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -83,7 +112,7 @@ async def _open(address: Address, backlog: int) -> list[socket.socket]:
         if opened and port == 0:  # `localhost:0` is one port on both of its addresses
             sockaddr = (sockaddr[0], opened[0].getsockname()[1], *sockaddr[2:])
         try:
-            opened.append(_bound(family, sockaddr, backlog))
+            opened.append(_bound(family, sockaddr, backlog, share))
         except OSError as exc:
             # A name may stand for an address family that this machine does not have.
             if exc.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) and len(targets) > 1:
@@ -98,13 +127,18 @@ async def _open(address: Address, backlog: int) -> list[socket.socket]:
     return opened
 
 
-def _bound(family: int, sockaddr: tuple[object, ...], backlog: int) -> socket.socket:
+def _set_sharing(sock: socket.socket, *, share: bool) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # past connections in TIME_WAIT do not count
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(share))
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # 0.0.0.0 and [::] are two addresses
+
+
+def _bound(family: int, sockaddr: tuple[object, ...], backlog: int, share: bool) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # past connections in TIME_WAIT do not count
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # 0.0.0.0 and [::] are two addresses
+        _set_sharing(sock, share=share)
         sock.bind(sockaddr)
         sock.listen(backlog)
     except BaseException:

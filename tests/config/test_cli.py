@@ -52,7 +52,7 @@ def _run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
         (["serve", "--upstream", "http://a", "--listen", "nonsense"], "--listen: expected HOST:PORT"),
         (["serve", "--upstream", "http://a", "--admin", "nonsense"], "--admin: expected 'off' or HOST:PORT"),
         (["serve", "--upstream", "http://a", "--log", "nonsense"], "--log: expected 'text' or 'json'"),
-        (["serve", "--upstream", "http://a", "--workers", "2"], "--workers: several workers are not in this version"),
+        (["serve", "--upstream", "http://a", "--workers", "0"], "--workers: expected 1 to 256 or 'auto', got '0'"),
         (["serve", "--config", "/nowhere"], "/nowhere: cannot read the configuration: No such file or directory"),
     ],
 )

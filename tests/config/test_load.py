@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import pathlib
 from collections.abc import Callable
 
@@ -187,6 +188,18 @@ def test_flags_beat_environment_beats_file(write: Write) -> None:
     assert [upstream.name for upstream in in_flags.upstreams] == ["g:1"]
 
 
+def test_workers_in_every_layer(write: Write) -> None:
+    """A number, or one per processor that this process may use; flags beat environment beats file."""
+    assert _load(write(MINIMAL)).workers == 1
+    file = write("[server]\nworkers = 3\n" + MINIMAL)
+    assert _load(file).workers == 3
+    assert _load(file, {"CANAL_WORKERS": "4"}).workers == 4
+    assert _load(file, {"CANAL_WORKERS": "4"}, workers="5").workers == 5
+    processors = len(os.sched_getaffinity(0))
+    assert _load(file, workers="auto").workers == processors
+    assert _load(write('[server]\nworkers = "auto"\n' + MINIMAL)).workers == processors
+
+
 def test_the_file_may_come_from_the_environment(write: Write) -> None:
     """CANAL_CONFIG names the file, --config wins, and an empty variable counts as unset."""
     file = write(MINIMAL)
@@ -230,9 +243,9 @@ def test_complaints(write: Write, text: str, complaint: str) -> None:
             {},
             "--admin: expected an address of its own, got '127.0.0.1:8080', which is the gateway's",
         ),
-        ({"workers": "2"}, {}, "--workers: several workers are not in this version: expected 1, got '2'"),
-        ({}, {"CANAL_WORKERS": "many"}, "CANAL_WORKERS: expected 1, got 'many'"),
-        ({"workers": "٣"}, {}, "--workers: expected 1, got '٣'"),
+        ({"workers": "-2"}, {}, "--workers: expected 1 to 256 or 'auto', got '-2'"),
+        ({}, {"CANAL_WORKERS": "many"}, "CANAL_WORKERS: expected 1 to 256 or 'auto', got 'many'"),
+        ({"workers": "٣"}, {}, "--workers: expected 1 to 256 or 'auto', got '٣'"),
         ({}, {"CANAL_LOG": "yaml"}, "CANAL_LOG: expected 'text' or 'json', got 'yaml'"),
         ({"log": ""}, {}, "--log: expected a value, got nothing"),
         (

@@ -98,6 +98,24 @@ def test_lines_arrive_in_order() -> None:
     assert writer.dropped == 0
 
 
+def test_lines_of_several_processes_were_torn() -> None:
+    """On a shared descriptor each write is whole lines, and no more than a pipe takes as one."""
+    read, write = os.pipe2(os.O_DIRECT)  # what was written as one is read as one
+    writer = LineWriter(write, shared=True)
+    lines = [b"%d %s\n" % (number, b"x" * (number * 37 % 1500)) for number in range(60)]
+    for line in lines:
+        assert writer.write(line)
+    assert writer.close(10)
+    os.close(write)
+    packets = []
+    while packet := os.read(read, 1 << 20):
+        packets.append(packet)
+    os.close(read)
+    assert b"".join(packets) == b"".join(lines)
+    assert all(packet.endswith(b"\n") for packet in packets)
+    assert 1 < len(packets) < len(lines)
+
+
 def test_a_blocked_descriptor_costs_lines_and_not_time() -> None:
     """When nobody reads the log, writing never blocks, holds a bounded number of lines, and the drops are told."""
     read, write = _pipe()

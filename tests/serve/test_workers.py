@@ -1,0 +1,408 @@
+"""Several workers, as real processes: spread, merged pages, deaths, reloads, drains, and who may have the address."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import pytest
+import trio
+from serve_fakes import eventually, read_all, refused
+from serve_process import Process, running, until
+from tls_kit import Authority
+
+from canal_trio.testing.scripts import Script, WaitFor, chat_stream
+from canal_trio.testing.upstreams import ScriptedUpstream
+
+CHAT = "/v1/chat/completions"
+BODY = b'{"model": "m", "stream": true, "messages": []}'
+MOST = 64  # clients until both workers have some: fewer with a probability of 2 to the -63
+
+
+class Workers:
+    """A gateway with two workers before an upstream whose streams wait for `go` after their first token."""
+
+    def __init__(self, process: Process, upstream: ScriptedUpstream, go: trio.Event) -> None:
+        self.process = process
+        self.upstream = upstream
+        self.go = go
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes of the workers of now."""
+        tasks = pathlib.Path(f"/proc/{self.process.process.pid}/task")  # a child is its thread's
+        return sorted(int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split())
+
+    async def page(self, path: str) -> bytes:
+        """An admin page."""
+        data = await read_all(await self.process.ask(await self.process.admin(), path))
+        head, _, body = data.partition(b"\r\n\r\n")
+        assert head.startswith((b"HTTP/1.1 200 ", b"HTTP/1.1 503 ")), head
+        return body
+
+    async def metric(self, sample: str) -> float:
+        """A sample of the merged page; 0 if it is not there."""
+        for line in (await self.page("/metrics")).decode().splitlines():
+            if line.startswith(f"{sample} "):
+                return float(line.rpartition(" ")[2])
+        return 0.0
+
+    async def reaches(self, sample: str, value: float) -> None:
+        """Wait until a sample has this value."""
+        with trio.fail_after(20):
+            while await self.metric(sample) != value:  # noqa: ASYNC110  # a page has to be asked for
+                await trio.sleep(0.05)
+
+    async def streams(self) -> list[dict[str, Any]]:
+        """The exchanges in flight."""
+        found: list[dict[str, Any]] = json.loads(await self.page("/streams"))["exchanges"]
+        return found
+
+    async def spread(self) -> list[trio.SocketStream]:
+        """Open streams until both workers have one, each with its first token; the clients."""
+        address = await self.process.address()
+        clients: list[trio.SocketStream] = []
+        while len({row["worker"] for row in await self.streams()}) < 2:
+            assert len(clients) < MOST, "all streams are in one worker"
+            client = await self.process.ask(address, CHAT, BODY)
+            await until(client, b"word0")
+            clients.append(client)
+        return clients
+
+
+@asynccontextmanager
+async def two_workers(
+    *arguments: str, config: str | None = None, folder: pathlib.Path | None = None
+) -> AsyncIterator[Workers]:
+    """The gateway with two workers, once it accepts."""
+    go, whole = trio.Event(), chat_stream(2)
+    script = Script((*whole.steps[:3], WaitFor(go), *whole.steps[3:]))
+    async with ScriptedUpstream(script) as upstream:
+        if config is not None:
+            assert folder is not None
+            file = folder / "canal.toml"
+            file.write_text(config + f'[[upstream]]\nname = "up"\nbase_url = "{upstream.base_url}"\n')
+            arguments = ("--config", str(file), *arguments)
+        else:
+            arguments = ("--upstream", upstream.base_url, *arguments)
+        async with running("--workers", "2", *arguments) as process:
+            workers = Workers(process, upstream, go)
+            pids: list[int] = []
+            try:
+                await process.address()
+                pids = workers.pids
+                yield workers
+            finally:
+                with suppress(FileNotFoundError, ProcessLookupError):
+                    pids += workers.pids
+                if process.process.returncode is None:
+                    process.process.kill()
+                    await process.process.wait()
+                for pid in pids:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+
+
+async def process_connect(workers: Workers, request: bytes) -> bytes:
+    """The answer to raw bytes."""
+    client = await workers.process.connect(await workers.process.address())
+    await client.send_all(request)
+    return await read_all(client)
+
+
+def alive(pid: int) -> bool:
+    """Does the process run? A zombie does not."""
+    try:
+        state = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state.rpartition(")")[2].split()[0] != "Z"
+
+
+async def test_connections_spread_and_pages_are_merged() -> None:
+    """Both workers serve; one page of metrics and one list of streams tell of both; the first line comes once."""
+    async with two_workers() as workers:
+        clients = await workers.spread()
+        count = len(clients)
+        rows = await workers.streams()
+        assert len(rows) == count
+        assert {row["worker"] for row in rows} == {1, 2}
+        assert [row["age"] for row in rows] == sorted((row["age"] for row in rows), reverse=True)
+        assert await workers.metric("canal_exchanges_in_flight") == count
+        assert await workers.metric("canal_workers") == 2
+        assert await workers.page("/readyz") == b"ready\n"
+        assert await workers.page("/livez") == b"alive\n"
+        workers.go.set()
+        for client in clients:
+            assert b"[DONE]" in await read_all(client)
+        await workers.reaches('canal_responses_total{status="200"}', count)
+        await workers.reaches('canal_exchange_duration_seconds_count{streamed="true"}', count)
+        page = (await workers.page("/metrics")).decode()
+        bound = re.search(r'canal_exchange_duration_seconds_bucket\{le="\+Inf",streamed="true"\} (\S+)', page)
+        assert bound
+        assert float(bound[1]) == count
+        for worker in ("1", "2", "supervisor"):
+            assert f'process_resident_memory_bytes{{worker="{worker}"}}' in page
+        assert page.count("canal_build_info{") == 1
+        workers.process.signal(signal.SIGTERM)
+        assert await workers.process.ended() == 0
+        assert workers.process.said.count("listening on ") == 1
+        assert "Traceback" not in workers.process.said
+
+
+async def test_a_killed_worker_loses_its_own_streams_only() -> None:
+    """SIGKILL of one: the other's streams go on to their end, a new worker takes its place, counters do not fall."""
+    async with two_workers() as workers:
+        clients = await workers.spread()
+        rows = await workers.streams()
+        await workers.reaches("canal_exchanges_in_flight", len(clients))
+        refused_head = await process_connect(workers, b"GET / HTTP/1.1\r\n\r\n")  # without Host: answered here
+        assert refused_head.startswith(b"HTTP/1.1 400 ")
+        page = (await workers.page("/metrics")).decode()
+        before = sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith("canal_responses_total"))
+        assert before == 1
+        victim = workers.pids[0]
+        os.kill(victim, signal.SIGKILL)
+        found = await workers.process.saying(r"worker (\d) died of SIGKILL; a new one starts in 0\.1 s")
+        lost = sum(row["worker"] == int(found[1]) for row in rows)
+        assert 0 < lost < len(clients)
+        await workers.reaches("canal_workers", 2)
+        assert victim not in workers.pids
+        assert len(workers.pids) == 2
+        workers.go.set()
+        whole = 0
+        for client in clients:
+            whole += b"[DONE]" in await read_all(client)
+        assert whole == len(clients) - lost
+        await workers.reaches('canal_responses_total{status="200"}', whole)
+        page = (await workers.page("/metrics")).decode()
+        after = sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith("canal_responses_total"))
+        assert after == whole + before
+        assert await workers.metric("canal_worker_restarts_total") == 1
+        address = await workers.process.address()
+        for _ in range(8):
+            assert b"[DONE]" in await read_all(await workers.process.ask(address, CHAT, BODY))
+        workers.process.signal(signal.SIGTERM)
+        assert await workers.process.ended() == 0, "the successor drained cleanly"
+
+
+async def test_reload_swaps_settings_in_each_worker(tmp_path: pathlib.Path) -> None:
+    """One SIGHUP moves new requests of both workers; a bad file is refused once; no process and no stream ends."""
+    async with two_workers(config="", folder=tmp_path) as workers, ScriptedUpstream(chat_stream(1)) as other:
+        process = workers.process
+        address = await process.address()
+        clients = await workers.spread()
+        pids = workers.pids
+        file = tmp_path / "canal.toml"
+        file.write_text(f'[[upstream]]\nname = "up"\nbase_url = "{other.base_url}"\n')
+        process.signal(signal.SIGHUP)
+        await process.saying("reloaded the configuration")
+        seen = len(workers.upstream.requests)
+        for _ in range(12):
+            assert b"[DONE]" in await read_all(await process.ask(address, CHAT, BODY))
+        assert len(other.requests) == 12
+        assert len(workers.upstream.requests) == seen
+        file.write_text('[[upstream]]\nname = "up"\nbase_url = "nonsense"\n')
+        process.signal(signal.SIGHUP)
+        await process.saying(r"the new configuration is refused, the old one stays: \S+canal\.toml:3: upstream")
+        assert b"[DONE]" in await read_all(await process.ask(address, CHAT, BODY))
+        assert workers.pids == pids
+        workers.go.set()
+        for client in clients:
+            assert b"[DONE]" in await read_all(client)
+        assert await workers.metric('canal_reloads_total{result="ok"}') == 1
+        assert await workers.metric('canal_reloads_total{result="refused"}') == 1
+        process.signal(signal.SIGTERM)
+        assert await process.ended() == 0
+        assert process.said.count("refused") == 1
+        assert process.said.count("reloaded the configuration") == 1
+
+
+async def test_a_successor_has_the_settings_of_now(tmp_path: pathlib.Path) -> None:
+    """A worker that is started after a reload, and after the file became bad, serves what was last accepted."""
+    async with two_workers(config="", folder=tmp_path) as workers, ScriptedUpstream(chat_stream(1)) as other:
+        process = workers.process
+        file = tmp_path / "canal.toml"
+        file.write_text(f'[[upstream]]\nname = "up"\nbase_url = "{other.base_url}"\n')
+        process.signal(signal.SIGHUP)
+        await process.saying("reloaded the configuration")
+        file.write_text("nonsense")
+        for pid in workers.pids:
+            os.kill(pid, signal.SIGKILL)
+        await process.saying("worker 1 died of SIGKILL")
+        await process.saying("worker 2 died of SIGKILL")
+        await workers.reaches("canal_workers", 2)
+        for _ in range(8):
+            assert b"[DONE]" in await read_all(await process.ask(await process.address(), CHAT, BODY))
+        assert len(other.requests) == 8
+
+
+async def test_drain() -> None:
+    """SIGTERM: nobody new, `/readyz` says so, every stream of both workers comes whole, exit code 0."""
+    async with two_workers() as workers:
+        process = workers.process
+        address = await process.address()
+        clients = await workers.spread()
+        process.signal(signal.SIGTERM)
+        await process.saying("draining: 2 workers")
+        await eventually(lambda: refused(address))
+        assert await workers.page("/readyz") == b"draining\n"
+        assert len(await workers.streams()) == len(clients)
+        workers.go.set()
+        for client in clients:
+            assert b"[DONE]" in await read_all(client)
+        assert await process.ended() == 0
+        assert "stopped: every worker has drained" in process.said
+
+
+async def test_a_second_signal_stops_all_workers_now() -> None:
+    """No waiting for streams, no made-up end, exit code 1, nothing left."""
+    async with two_workers() as workers:
+        clients = await workers.spread()
+        pids = workers.pids
+        workers.process.signal(signal.SIGINT)
+        await workers.process.saying("draining: 2 workers")
+        workers.process.signal(signal.SIGINT)
+        assert await workers.process.ended() == 1
+        for client in clients:
+            assert not (await read_all(client)).endswith(b"0\r\n\r\n")
+        assert not any(map(alive, pids))
+
+
+async def test_a_worker_killed_while_draining_shows_in_the_exit_code() -> None:
+    """Its streams did not end cleanly; it is not started again."""
+    async with two_workers() as workers:
+        await workers.spread()
+        pids = workers.pids
+        workers.process.signal(signal.SIGTERM)
+        await workers.process.saying("draining: 2 workers")
+        await eventually(lambda: refused_by(workers))
+        os.kill(pids[0], signal.SIGKILL)
+        workers.go.set()
+        assert await workers.process.ended() == 1
+        assert "a new one starts" not in workers.process.said
+
+
+def refused_by(workers: Workers) -> bool:
+    """Both workers have heard of the drain: they said so."""
+    return len(re.findall(r"worker \d: draining: ", workers.process.said)) == 2
+
+
+async def test_workers_drain_when_their_parent_dies() -> None:
+    """SIGKILL of the parent: no new connection, the streams come whole, then nothing is left."""
+    async with two_workers() as workers:
+        address = await workers.process.address()
+        clients = await workers.spread()
+        pids = workers.pids
+        workers.process.signal(signal.SIGKILL)
+        await eventually(lambda: refused(address))
+        assert all(map(alive, pids))
+        workers.go.set()
+        for client in clients:
+            assert b"[DONE]" in await read_all(client)
+        await eventually(lambda: not any(map(alive, pids)), 20)
+
+
+async def test_a_terminals_signals_are_the_parents() -> None:
+    """SIGINT and SIGHUP to a worker do nothing, SIGTERM drains this one, and a new one takes its place."""
+    async with two_workers() as workers:
+        first, second = workers.pids
+        for number in (signal.SIGINT, signal.SIGHUP):
+            os.kill(first, number)
+        os.kill(first, signal.SIGTERM)
+        found = await workers.process.saying(r"worker (\d) ended with exit code 0; a new one starts")
+        assert f"worker {found[1]}: draining: " in workers.process.said
+        await workers.reaches("canal_workers", 2)
+        assert second in workers.pids
+        assert first not in workers.pids
+        assert await workers.metric("canal_worker_restarts_total") == 1
+
+
+@pytest.mark.parametrize("taken_by", ["another program", "workers"])
+async def test_a_taken_address(taken_by: str) -> None:
+    """Whoever serves there, even workers who would share the port: one line, exit code 1, no worker left."""
+    async with two_workers() as workers:
+        host, port = await workers.process.address()
+        with socket.socket() as other:
+            if taken_by == "another program":
+                other.bind((host, 0))
+                other.listen()
+                port = other.getsockname()[1]
+            command = [
+                sys.executable,
+                "-m",
+                "canal_trio",
+                "serve",
+                "--upstream",
+                "http://127.0.0.1:1",
+                "--workers",
+                "2",
+            ]
+            command += ["--admin", "off", "--listen", f"{host}:{port}"]
+            with trio.fail_after(20):
+                done = await trio.run_process(command, check=False, capture_stderr=True)
+        assert done.returncode == 1
+        said = done.stderr.decode()
+        assert f"cannot listen on {host}:{port}: the address is in use" in said
+        assert len(said.splitlines()) == 1
+        assert not refused(await workers.process.address())
+
+
+async def test_workers_speak_tls(tmp_path: pathlib.Path) -> None:
+    """Certificates go to every worker, and SIGHUP swaps them in each."""
+    authority = Authority(tmp_path)
+    authority.issue("gw")
+    table = '[server.tls]\ncertificate = "gw.pem"\nkey = "gw.key"\n'
+    async with two_workers(config=table, folder=tmp_path) as workers:
+        process = workers.process
+        await process.saying(r"^listening on https://")
+
+        async def shown() -> set[bytes]:
+            found: set[bytes] = set()
+            for _ in range(12):
+                raw = await process.connect(await process.address())
+                stream = trio.SSLStream(raw, authority.client, server_hostname="127.0.0.1")
+                await stream.do_handshake()
+                found.add(stream.getpeercert(binary_form=True))
+            return found
+
+        before = await shown()
+        assert len(before) == 1
+        authority.issue("gw")
+        process.signal(signal.SIGHUP)
+        await process.saying("reloaded the configuration")
+        after = await shown()
+        assert len(after) == 1
+        assert before != after
+        assert await workers.metric('canal_tls_handshakes_total{result="ok"}') == 24
+
+
+async def test_auto_is_one_per_processor() -> None:
+    """`auto` counts the processors that this process may use."""
+    async with running("--upstream", "http://127.0.0.1:1", "--workers", "auto") as process:
+        await process.address()
+        await process.saying("capacity: ")
+        count = len(os.sched_getaffinity(0))
+        assert (f"in each of {count} workers" in process.said) is (count > 1)
+        process.signal(signal.SIGTERM)
+        assert await process.ended() == 0
+
+
+async def test_a_worker_without_a_supervisor_ends() -> None:
+    """A control channel that ends before the first order is the end of the worker."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        command = [sys.executable, "-m", "canal_trio", "worker", str(theirs.fileno())]
+        ours.shutdown(socket.SHUT_RDWR)
+        with trio.fail_after(20):
+            done = await trio.run_process(command, check=False, capture_stderr=True, pass_fds=[theirs.fileno()])
+    assert done.returncode == 1
+    assert done.stderr == b""
