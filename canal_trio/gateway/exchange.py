@@ -211,17 +211,6 @@ class Exchange:
         """The client has all there is to its answer: from now on it may leave."""
         self.answered = True
 
-    def delivered(self, size: int, now: float) -> None:
-        """A piece of `size` body bytes was accepted by the client's kernel."""
-        self.response_bytes += size
-        self.pieces += 1
-        if self.first_piece is None:
-            self.first_piece = now
-            self.phase = Phase.STREAM
-        elif now - self.last_piece > self.longest_gap:
-            self.longest_gap = now - self.last_piece
-        self.last_piece = now
-
     def view(self, now: float, until: float = math.inf) -> ExchangeView:
         """How it looks from outside, just now; `until` is when the gateway ends it, if it does."""
         head = self.head

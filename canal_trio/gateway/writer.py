@@ -14,7 +14,7 @@ from typing import final
 import trio
 from trio.abc import HalfCloseableStream, Stream
 
-from canal_trio.errors import Kind
+from canal_trio.errors import Kind, Phase
 from canal_trio.gateway.exchange import Exchange
 from canal_trio.messages import End
 from canal_trio.relay.handover import HandoverStream, can_hand_over
@@ -189,17 +189,26 @@ class BodyWriter:
         return True
 
     def _delivered(self, piece: bytes, now: float) -> None:
+        """A piece was accepted by the client's kernel. Written out in one place: it runs for each event."""
         exchange = self._exchange
-        exchange.delivered(len(piece), now)
-        if exchange.response_bytes == self._length:
-            exchange.has_answer()
+        exchange.response_bytes += len(piece)
+        exchange.pieces += 1
+        last, exchange.last_piece = exchange.last_piece, now
+        if exchange.first_piece is None:
+            exchange.first_piece = now
+            exchange.phase = Phase.STREAM
+        elif now - last > exchange.longest_gap:
+            exchange.longest_gap = now - last
         scanner = exchange.scanner
-        if scanner is not None:
-            scanner.feed(piece)
-            # Not before its blank line: until then the client's parser has not seen the event.
-            if scanner.terminal and scanner.at_boundary and self._on_terminal is not None:
-                notify, self._on_terminal = self._on_terminal, None
-                notify()
+        if scanner is None:
+            if exchange.response_bytes == self._length:
+                exchange.has_answer()
+            return
+        scanner.feed(piece)
+        # Not before its blank line: until then the client's parser has not seen the event.
+        if scanner.terminal and scanner.at_boundary and self._on_terminal is not None:
+            notify, self._on_terminal = self._on_terminal, None
+            notify()
 
     async def flush(self) -> bool:
         """Pass on what the sink kept. False: the client stalled or is gone."""

@@ -17,7 +17,7 @@ from trio.abc import Stream
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.messages import End
 from canal_trio.relay.flow import FlowSender, Sink
-from canal_trio.relay.handover import HandoverStream, can_hand_over
+from canal_trio.relay.handover import Armed, HandoverStream, can_hand_over
 from canal_trio.upstream.turns import Turn, Turns
 from canal_trio.wire.bodies import BodyDecoder
 
@@ -77,48 +77,34 @@ class ResponseBody:
         for a stream that can hand over.
         """
         last = b""
-        decoder = self._decoder
-        feed = decoder.feed
+        stream, decoder, turns = self._stream, self._decoder, self._turns
+        assert can_hand_over(stream)
+        receive, feed, now = stream.try_receive, decoder.feed, trio.current_time
 
-        def move(data: bytes) -> bool:
+        def move() -> bool:  # written out: it runs for each event
             nonlocal last
+            try:
+                data = receive(most)
+            except trio.BrokenResourceError as exc:
+                self._fail(Kind.RESET, str(exc))
+                return False
+            if data is None:
+                return True
+            turns.moved = now()
+            if not data:
+                self._eof()
+                return False
             payload = feed(data)
             if decoder.end is not None or decoder.fault is not None:
                 last = payload + self.take(b"")  # which notes the fault
                 return False
             return sink(payload) if payload else True
 
-        stream = self._stream
-        assert can_hand_over(stream)
-        await self._serve(stream, move, most)
+        await self._serve(stream, move)
         return last
 
-    async def _serve(
-        self, stream: HandoverStream, move: Callable[[bytes], bool], most: int, sender: FlowSender | None = None
-    ) -> None:
-        """Have `move` called with what arrives, up to `most` bytes, until it answers False.
-
-        With `sender` it is the flow's room that bounds a read, and a full one ends it.
-        """
-        turns, receive = self._turns, stream.try_receive
-
-        def sink() -> bool:
-            size = most if sender is None else sender.room
-            if not size:
-                return False
-            try:
-                data = receive(size)
-            except trio.BrokenResourceError as exc:
-                self._fail(Kind.RESET, str(exc))
-                return False
-            if data is None:
-                return True
-            turns.moved = trio.current_time()
-            if not data:
-                self._eof()
-                return False
-            return move(data)
-
+    async def _serve(self, stream: HandoverStream, sink: Armed) -> None:
+        """Have `sink` called with what arrives, until it answers False or the connection breaks."""
         try:
             stream.arm(sink)
             await stream.wait_disarmed()
@@ -171,8 +157,22 @@ class ResponseBody:
         """Serve the flow in the poller's step. True: the body is over; False: the flow is full."""
         over = False
 
-        def move(data: bytes) -> bool:
+        def move() -> bool:
             nonlocal over
+            room = sender.room
+            if not room:
+                return False
+            try:
+                data = stream.try_receive(room)
+            except trio.BrokenResourceError as exc:
+                self._fail(Kind.RESET, str(exc))
+                return False
+            if data is None:
+                return True
+            self._turns.moved = trio.current_time()
+            if not data:
+                self._eof()
+                return False
             payload, end = self.take(data), self._decoder.end
             try:
                 if end is not None:
@@ -181,10 +181,10 @@ class ResponseBody:
                     sender.put_nowait(payload)
             except trio.BrokenResourceError:
                 over = True  # the driver takes no more
-            over = over or end is not None
-            return not over and not self.failed
+            return not (over or self.failed or end is not None)
 
-        await self._serve(stream, move, 0, sender)
-        if self._decoder.end is not None:
-            sender.end(self._decoder.end)  # a body that ends with the connection
-        return over or self.failed or self._decoder.end is not None
+        await self._serve(stream, move)
+        end = self._decoder.end
+        if end is not None:
+            sender.end(end)  # of no effect unless the body ended with the connection
+        return over or self.failed or end is not None

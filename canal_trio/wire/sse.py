@@ -93,8 +93,8 @@ class EventParser:
 _LAST: Final = frozenset({b"response.completed", b"response.failed", b"response.incomplete"})
 _NOTABLE: Final = rb"error\n|response\.(?:completed|failed|incomplete)\n"
 _ERROR_TEXT: Final = rb'[ \t]*\{[ \t]*"error"[ \t]*:[ \t]*[{"]'
-_NAMED: Final = rb"(?:event: (?!%b)[^\n]*\n)?" % _NOTABLE
-_USUAL: Final = re.compile(rb'%bdata: \{"(?!error)[^\n]*\n\n' % _NAMED).fullmatch
+_NAMED: Final = rb"(?:event: (?!%b)[^\r\n]*\n)?" % _NOTABLE
+_USUAL: Final = re.compile(rb'%bdata: \{"(?!error)[^\r\n]*\n\n' % _NAMED).fullmatch
 _PLAIN: Final = re.compile(rb"(?:%bdata: (?!\[DONE\]|%b)[^\n]*\n\n)+" % (_NAMED, _ERROR_TEXT)).match
 _DONE: Final = b"data: [DONE]\n\n"
 _ERROR: Final = re.compile(_ERROR_TEXT)
@@ -134,7 +134,7 @@ class EventScanner:
 
     def feed(self, piece: bytes) -> None:
         """Take note of `piece`, which has passed."""
-        if self._plain and piece.find(b"\r") < 0 and _USUAL(piece):
+        if self._plain and _USUAL(piece):
             self.events += 1
         else:
             self._look(piece)
