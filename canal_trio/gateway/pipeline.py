@@ -105,17 +105,21 @@ class Pipeline:
 
     async def _route(self) -> list[Upstream] | Failure:
         exchange, router, body = self._exchange, self._generation.router, self._exchange.body
-        if router.needs_model and body is not None and self._is_json():
+        is_json = self._is_json()
+        tunnel = exchange.upgrade is not None  # its bytes are no body: there is nothing to wait for
+        if body is not None and not tunnel and router.needs_model(exchange.principal, is_json=is_json):
             exchange.phase = Phase.UPLOAD
             failure = self._too_large() or await body.hold_all()
             if failure is not None:
                 return failure
             model = self._model(self._settings.bounds.held_body_bytes)
             if isinstance(model, Failure):
-                return model
+                if is_json:
+                    return model
+                model = None
             exchange.model = model
         exchange.phase = Phase.ROUTE
-        return router.route(exchange.model, exchange.principal)
+        return router.route(exchange.model, exchange.principal, has_body=body is not None)
 
     def _is_json(self) -> bool:
         media = (self._head.headers.get(b"content-type") or b"").partition(b";")[0].strip().lower()

@@ -31,7 +31,7 @@ class Answer:
 _INVALID = "invalid_request_error"
 
 _CLIENT: dict[Kind, Answer] = {
-    Kind.MALFORMED: Answer(400, _INVALID, "malformed_request", "The request breaks the rules of HTTP/1.1."),
+    Kind.MALFORMED: Answer(400, _INVALID, "malformed_request", "The request is malformed."),
     Kind.CUT: Answer(400, _INVALID, "malformed_request", "The request ended before it was complete."),
     Kind.HEAD_TOO_LARGE: Answer(431, _INVALID, "headers_too_large", "The request's header fields are too large."),
     Kind.TARGET_TOO_LONG: Answer(414, _INVALID, "uri_too_long", "The request target is too long."),
@@ -65,6 +65,9 @@ _UPSTREAM: dict[Kind, Answer] = {
 }
 _UPSTREAM_BROKE = Answer(502, "upstream_error", "upstream_disconnected", "The upstream closed the connection.")
 
+# What is wrong is said whole by the detail, where there is one.
+_SAID_BY_DETAIL = frozenset({Kind.UNAUTHENTICATED, Kind.FORBIDDEN, Kind.NOT_FOUND})
+
 _TABLES = {Side.CLIENT: _CLIENT, Side.GATEWAY: _GATEWAY, Side.UPSTREAM: _UPSTREAM}
 
 
@@ -76,7 +79,9 @@ def answer_for(failure: Failure) -> Answer:
     if failure.side is Side.UPSTREAM:
         # Honest: yes when no generation can have been started, no when a second one might be paid for.
         should_retry = failure.retry in (Retry.UNSENT, Retry.FRESH)
-    message = f"{row.message} {failure.detail}".rstrip() if failure.detail else row.message
+    message = row.message
+    if failure.detail:
+        message = failure.detail if failure.kind in _SAID_BY_DETAIL else f"{row.message} {failure.detail}"
     return replace(row, message=message, should_retry=should_retry)
 
 

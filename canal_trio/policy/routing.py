@@ -2,7 +2,7 @@
 
 A `Router` is built once from the settings and replaced as a whole on reload. Without models every request goes to the
 upstreams in their configured order; with models the request's `model` chooses, and requests that have no body go to
-all upstreams in order.
+all upstreams in order. A key for certain models opens nothing that does not name one of them.
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ class Router:
         # Looked up by digest: the time it takes says nothing about any key.
         self._principals = {key.sha256: Principal(key.name, key.models) for key in settings.keys}
 
-    @property
-    def needs_model(self) -> bool:
-        """The request's model decides, so its body must be read before it can be routed."""
-        return bool(self._models)
+    def needs_model(self, principal: Principal | None, *, is_json: bool) -> bool:
+        """The request's model decides, so its body must be read before it can be routed.
+
+        A key for certain models is held to them whatever the body calls itself: many upstreams do not look at that.
+        """
+        return _limited(principal) or (is_json and bool(self._models))
 
     @property
     def keyed(self) -> bool:
@@ -58,8 +60,16 @@ class Router:
         principal = self._principals.get(hashlib.sha256(shown).hexdigest())
         return principal or Failure(Side.CLIENT, Phase.ROUTE, Kind.UNAUTHENTICATED)
 
-    def route(self, model: str | None, principal: Principal | None) -> list[Upstream] | Failure:
-        """The upstreams to try, best first. `model` is None when the request names none."""
+    def route(
+        self, model: str | None, principal: Principal | None, *, has_body: bool = False
+    ) -> list[Upstream] | Failure:
+        """The upstreams to try, best first. `model` is None when the request names none.
+
+        A request without a body (a list of models) asks for no generation; one with a body that names no model may.
+        """
+        if model is None and has_body and _limited(principal):
+            detail = "The key is for certain models, and the request's body names none."
+            return Failure(Side.CLIENT, Phase.ROUTE, Kind.FORBIDDEN, detail)
         if principal is not None and model is not None and not {model, "*"} & set(principal.models):
             return Failure(Side.CLIENT, Phase.ROUTE, Kind.FORBIDDEN, f"The key has no access to the model '{model}'.")
         if not self._models or model is None:
@@ -68,3 +78,7 @@ class Router:
         if entry is None:
             return Failure(Side.CLIENT, Phase.ROUTE, Kind.NOT_FOUND, f"The model '{model}' does not exist.")
         return [self._upstreams[name] for name in entry.upstreams]
+
+
+def _limited(principal: Principal | None) -> bool:
+    return principal is not None and "*" not in principal.models

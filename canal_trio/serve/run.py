@@ -292,6 +292,8 @@ class Server:
         deadlines = self.settings.deadlines
         deadline = trio.current_time() + deadlines.drain
         self.gateway.drain(deadline)
+        if self.terminator is not None:
+            self.terminator.hurry(deadlines.linger)  # who has not said a word by now must not hold up the end
         self.stopped.deadline = deadline + deadlines.linger + GRACE
         count = self.gateway.statistics().in_flight
         what = "1 exchange has" if count == 1 else f"{count} exchanges have"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import re
 import socket
 import ssl
@@ -145,8 +146,16 @@ class Terminator:
     def __init__(self, certificates: Certificates, count: Callable[[str], None]) -> None:
         self.certificates = certificates
         self._count = count
+        self._scopes: set[trio.CancelScope] = set()
+        self._most = math.inf
         self._tell_at = -TELL_EVERY
         self._untold = 0
+
+    def hurry(self, limit: float) -> None:
+        """From now on no handshake takes longer than `limit` seconds, those that have begun included."""
+        self._most = limit
+        for scope in self._scopes:
+            scope.deadline = min(scope.deadline, trio.current_time() + limit)
 
     async def secure(self, stream: TcpStream, peer: str, *, limit: float, linger: float) -> TlsStream | None:
         """`stream` inside of TLS, within `limit` seconds; None if there is no TLS to be had, and `stream` is closed.
@@ -154,14 +163,17 @@ class Terminator:
         `linger` is the time that an answer in plain HTTP may take. A checkpoint. Cancelled, the stream is closed.
         """
         result, secured = "timeout", None
+        scope = trio.CancelScope(deadline=trio.current_time() + min(limit, self._most))
+        self._scopes.add(scope)
         try:
-            with trio.move_on_after(limit):
+            with scope:
                 result, secured = await self._shake(stream, peer)
             self._count(result)
             if result == "plain":
                 with trio.move_on_after(linger), contextlib.suppress(trio.BrokenResourceError):
                     await _answer_plainly(stream)
         finally:
+            self._scopes.discard(scope)
             if secured is None:
                 stream.close()
         return secured

@@ -56,6 +56,12 @@ def keyed(settings: Settings) -> Settings:
     return replace(settings, keys=(KEY,), models=(Model("small", names), Model("large", names)))
 
 
+def forbidden(raw: bytes) -> Row:
+    """The key is for one model, and this is not it."""
+    more = {"settings": keyed, "closes": False, "type": "permission_error", "param": "model"}
+    return rejected(raw, 403, "model_not_allowed", Kind.FORBIDDEN, **more)
+
+
 def routed(settings: Settings) -> Settings:
     """Models without keys."""
     return replace(settings, models=(Model("small", (settings.upstreams[0].name,)),))
@@ -129,15 +135,14 @@ ROWS = {
         closes=False,
         should_retry="false",
     ),
-    "model-not-allowed": rejected(
-        chat(AUTH, model="large"),
-        403,
-        "model_not_allowed",
-        Kind.FORBIDDEN,
-        settings=keyed,
-        closes=False,
-        type="permission_error",
-        param="model",
+    "model-not-allowed": forbidden(chat(AUTH, model="large")),
+    "model-behind-another-type": forbidden(
+        request("POST", "/v1/chat/completions", b'{"model": "large"}', "Content-Type: text/plain", AUTH)
+    ),
+    "model-not-named": forbidden(request("POST", "/v1/chat/completions", b"{}", JSON, AUTH)),
+    "model-in-no-json": forbidden(request("POST", "/v1/audio", b"--x", "Content-Type: multipart/form-data", AUTH)),
+    "model-in-a-tunnel": forbidden(
+        request("GET", "/v1/realtime?model=large", None, AUTH, "Connection: Upgrade", "Upgrade: websocket")
     ),
     "no-such-model": rejected(
         chat(model="huge"), 404, "model_not_found", Kind.NOT_FOUND, settings=routed, closes=False, param="model"

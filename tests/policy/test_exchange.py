@@ -79,6 +79,13 @@ def test_should_retry_is_honest_about_a_second_generation(retry: Retry, expected
     assert answer_for(Failure(U, Phase.DIAL, Kind.REFUSED, retry=retry)).should_retry is expected
 
 
+def test_what_the_detail_says_whole_is_not_said_twice():
+    """About keys and models the detail is the message; without one there is a general sentence."""
+    failure = Failure(C, Phase.ROUTE, Kind.NOT_FOUND, "The model 'x' does not exist.")
+    assert answer_for(failure).message == "The model 'x' does not exist."
+    assert answer_for(Failure(C, Phase.ROUTE, Kind.UNAUTHENTICATED)).message == "Incorrect API key provided."
+
+
 def test_the_detail_reaches_the_client():
     """What is known about the failure is part of the message."""
     assert answer_for(Failure(U, Phase.DIAL, Kind.REFUSED, "Nobody listens.")).message.endswith("Nobody listens.")

@@ -69,7 +69,7 @@ def test_a_missing_key_is_told_how_to_come():
 def test_without_models_all_upstreams_serve():
     """No models configured: every upstream, in configured order."""
     assert router().route("anything", None) == [ONE, TWO]
-    assert not router().needs_model
+    assert not router().needs_model(None, is_json=True)
 
 
 MODELS = (Model("small", ("two",)), Model("big", ("one", "two")))
@@ -78,7 +78,8 @@ MODELS = (Model("small", ("two",)), Model("big", ("one", "two")))
 def test_a_model_leads_to_its_upstreams():
     """A configured model goes to its upstreams in order; a request without a model may go anywhere."""
     routes = router(models=MODELS)
-    assert routes.needs_model
+    assert routes.needs_model(None, is_json=True)
+    assert not routes.needs_model(None, is_json=False)
     assert routes.route("small", None) == [TWO]
     assert routes.route("big", None) == [ONE, TWO]
     assert routes.route(None, None) == [ONE, TWO]
@@ -101,3 +102,18 @@ def test_a_principal_uses_only_its_models():
     verdict = routes.route("big", Principal("team", ("small",)))
     assert isinstance(verdict, Failure)
     assert verdict.kind is Kind.FORBIDDEN
+
+
+@pytest.mark.parametrize("models", [(), MODELS], ids=["no-models", "models"])
+def test_a_limited_key_went_round_its_models(models: tuple[Model, ...]):
+    """A key for certain models is held to them without [[model]] tables, whatever a body calls itself, and when it
+    names none; a request without a body asks for nothing."""
+    routes, team = router(models=models), Principal("team", ("small",))
+    assert routes.needs_model(team, is_json=False)
+    assert not routes.needs_model(Principal("all", ("small", "*")), is_json=False)
+    for model in (None, "big"):
+        verdict = routes.route(model, team, has_body=True)
+        assert isinstance(verdict, Failure)
+        assert verdict.kind is Kind.FORBIDDEN
+    assert routes.route(None, team, has_body=False) == [ONE, TWO]
+    assert routes.route(None, None, has_body=True) == [ONE, TWO]

@@ -17,7 +17,7 @@ from canal_trio.hooks import Outcome
 from canal_trio.serve import serve
 from canal_trio.serve.tls import Certificates
 from canal_trio.settings import Bounds, Deadlines, NamedCertificate, ServerTLS, Settings
-from canal_trio.testing.scripts import Cut, Script, Stall, WaitFor, chat_stream, cut_after, reply, stream
+from canal_trio.testing.scripts import Cut, Echo, Script, Send, Stall, WaitFor, chat_stream, cut_after, reply, stream
 
 
 @pytest.fixture
@@ -113,6 +113,25 @@ async def test_an_upload_inside_tls(authority: Authority) -> None:
             nursery.start_soon(client.send_all, ask(body=body))
             assert (await until(client, b"}")).startswith(b"HTTP/1.1 200")
         assert upstream.requests[0].body == body
+
+
+async def test_a_tunnel_inside_tls(authority: Authority) -> None:
+    """After 101 bytes go both ways; close_notify from the client ends its direction, and with it the tunnel."""
+    switch = b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"
+    async with fronting(authority, Script((Send(switch), Echo()))) as (upstream, server):
+        client = await server.secure()
+        await client.send_all(
+            b"GET /v1/realtime HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"
+        )
+        await until(client, b"\r\n\r\n")
+        for word in (b"one", b"x" * 100_000 + b"two"):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(client.send_all, word)
+                assert await until(client, word[-3:]) == word
+        await client.aclose()
+        await upstream.until(lambda: upstream.connections[0].left is not None)
+        await eventually(lambda: server.records)
+        assert server.records[0].status == 101
 
 
 # -- handshakes --------------------------------------------------------------------------------------------------------
@@ -338,3 +357,17 @@ async def test_a_silent_latecomer_held_up_the_end(authority: Authority) -> None:
         with trio.fail_after(10):
             await server.ended.wait()
         assert server.code == 0
+
+
+async def test_a_handshake_that_never_began_held_up_the_end(authority: Authority) -> None:
+    """Whoever connected and said nothing is closed soon after the drain begins, and that is a clean end."""
+    deadlines = Deadlines(tls_handshake=600, linger=0.2, drain=0.2)
+    async with fronting(authority, chat_stream(1), deadlines=deadlines) as (_, server):
+        silent = await server.connect()
+        done = await server.secure()  # so the silent one is accepted, too
+        signal.raise_signal(signal.SIGTERM)
+        assert await read_all(silent) == b""
+        with trio.fail_after(10):
+            await server.ended.wait()
+        assert server.code == 0
+        assert await rest(done) == b""

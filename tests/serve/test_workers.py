@@ -406,3 +406,30 @@ async def test_a_worker_without_a_supervisor_ends() -> None:
             done = await trio.run_process(command, check=False, capture_stderr=True, pass_fds=[theirs.fileno()])
     assert done.returncode == 1
     assert done.stderr == b""
+
+
+async def test_a_worker_that_hangs_does_not_hide_the_others(tmp_path: pathlib.Path) -> None:
+    """A stopped process: the pages tell of the others, and the end kills it."""
+    async with two_workers(config="", folder=tmp_path) as workers:
+        process = workers.process
+        os.kill(workers.pids[0], signal.SIGSTOP)
+        assert await workers.page("/readyz") == b"ready\n"
+        process.signal(signal.SIGTERM)
+        await process.saying("draining: 2 workers")
+        process.signal(signal.SIGTERM)
+        assert await process.ended() == 1
+        assert re.search(r"worker \d did not end in time: killed", process.said)
+
+
+async def test_access_log_lines_of_both_workers_are_whole(tmp_path: pathlib.Path) -> None:
+    """Every line that reaches the common stderr is one JSON object."""
+    async with two_workers("--log", "json") as workers:
+        workers.go.set()
+        address = await workers.process.address()
+        clients = [await workers.process.ask(address, CHAT, BODY) for _ in range(40)]
+        for client in clients:
+            assert b"[DONE]" in await read_all(client)
+        workers.process.signal(signal.SIGTERM)
+        assert await workers.process.ended() == 0
+        said = [line for line in workers.process.said.splitlines() if not line.startswith("listening on ")]
+        assert sum(json.loads(line)["kind"] == "exchange" for line in said) == 40
