@@ -223,8 +223,9 @@ async def fill(sink, reader, source, *, handover_bytes: int, drain_first: int) -
     sender, receiver = open_flow(CAPACITY, piece_bytes=PIECE, handover_bytes=handover_bytes)
     progress = Progress()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(lambda: pump(source, sender, progress=progress))
         nursery.start_soon(lambda: deliver(receiver, sink, progress=progress))
+        await wait_all_tasks_blocked()  # parked before anything comes: the first piece is handed over
+        nursery.start_soon(lambda: pump(source, sender, progress=progress))
         await wait_all_tasks_blocked()
         left = drain_first
         while left:
