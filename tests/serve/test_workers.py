@@ -1,4 +1,4 @@
-"""Several workers, as real processes: spread, merged pages, deaths, reloads, drains, and who may have the address."""
+"""Several workers, as real processes: spread, merged pages, deaths, reloads, and who may have the address."""
 
 from __future__ import annotations
 
@@ -9,106 +9,16 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
-from typing import Any
 
 import pytest
 import trio
-from serve_fakes import eventually, read_all, refused
-from serve_process import Process, running, until
+from serve_fakes import read_all, refused
+from serve_process import running
 from tls_kit import Authority
+from workers_kit import BODY, CHAT, Workers, two_workers
 
-from canal_trio.testing.scripts import Script, WaitFor, chat_stream
+from canal_trio.testing.scripts import chat_stream
 from canal_trio.testing.upstreams import ScriptedUpstream
-
-CHAT = "/v1/chat/completions"
-BODY = b'{"model": "m", "stream": true, "messages": []}'
-MOST = 64  # clients until both workers have some: fewer with a probability of 2 to the -63
-
-
-class Workers:
-    """A gateway with two workers before an upstream whose streams wait for `go` after their first token."""
-
-    def __init__(self, process: Process, upstream: ScriptedUpstream, go: trio.Event) -> None:
-        self.process = process
-        self.upstream = upstream
-        self.go = go
-
-    @property
-    def pids(self) -> list[int]:
-        """The processes of the workers of now."""
-        tasks = pathlib.Path(f"/proc/{self.process.process.pid}/task")  # a child is its thread's
-        return sorted(int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split())
-
-    async def page(self, path: str) -> bytes:
-        """An admin page."""
-        data = await read_all(await self.process.ask(await self.process.admin(), path))
-        head, _, body = data.partition(b"\r\n\r\n")
-        assert head.startswith((b"HTTP/1.1 200 ", b"HTTP/1.1 503 ")), head
-        return body
-
-    async def metric(self, sample: str) -> float:
-        """A sample of the merged page; 0 if it is not there."""
-        for line in (await self.page("/metrics")).decode().splitlines():
-            if line.startswith(f"{sample} "):
-                return float(line.rpartition(" ")[2])
-        return 0.0
-
-    async def reaches(self, sample: str, value: float) -> None:
-        """Wait until a sample has this value."""
-        with trio.fail_after(20):
-            while await self.metric(sample) != value:  # noqa: ASYNC110  # a page has to be asked for
-                await trio.sleep(0.05)
-
-    async def streams(self) -> list[dict[str, Any]]:
-        """The exchanges in flight."""
-        found: list[dict[str, Any]] = json.loads(await self.page("/streams"))["exchanges"]
-        return found
-
-    async def spread(self) -> list[trio.SocketStream]:
-        """Open streams until both workers have one, each with its first token; the clients."""
-        address = await self.process.address()
-        clients: list[trio.SocketStream] = []
-        while len({row["worker"] for row in await self.streams()}) < 2:
-            assert len(clients) < MOST, "all streams are in one worker"
-            client = await self.process.ask(address, CHAT, BODY)
-            await until(client, b"word0")
-            clients.append(client)
-        return clients
-
-
-@asynccontextmanager
-async def two_workers(
-    *arguments: str, config: str | None = None, folder: pathlib.Path | None = None
-) -> AsyncIterator[Workers]:
-    """The gateway with two workers, once it accepts."""
-    go, whole = trio.Event(), chat_stream(2)
-    script = Script((*whole.steps[:3], WaitFor(go), *whole.steps[3:]))
-    async with ScriptedUpstream(script) as upstream:
-        if config is not None:
-            assert folder is not None
-            file = folder / "canal.toml"
-            file.write_text(config + f'[[upstream]]\nname = "up"\nbase_url = "{upstream.base_url}"\n')
-            arguments = ("--config", str(file), *arguments)
-        else:
-            arguments = ("--upstream", upstream.base_url, *arguments)
-        async with running("--workers", "2", *arguments) as process:
-            workers = Workers(process, upstream, go)
-            pids: list[int] = []
-            try:
-                await process.address()
-                pids = workers.pids
-                yield workers
-            finally:
-                with suppress(FileNotFoundError, ProcessLookupError):
-                    pids += workers.pids
-                if process.process.returncode is None:
-                    process.process.kill()
-                    await process.process.wait()
-                for pid in pids:
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
 
 
 async def process_connect(workers: Workers, request: bytes) -> bytes:
@@ -116,15 +26,6 @@ async def process_connect(workers: Workers, request: bytes) -> bytes:
     client = await workers.process.connect(await workers.process.address())
     await client.send_all(request)
     return await read_all(client)
-
-
-def alive(pid: int) -> bool:
-    """Does the process run? A zombie does not."""
-    try:
-        state = pathlib.Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state.rpartition(")")[2].split()[0] != "Z"
 
 
 async def test_connections_spread_and_pages_are_merged() -> None:
@@ -243,87 +144,6 @@ async def test_a_successor_has_the_settings_of_now(tmp_path: pathlib.Path) -> No
         for _ in range(8):
             assert b"[DONE]" in await read_all(await process.ask(await process.address(), CHAT, BODY))
         assert len(other.requests) == 8
-
-
-async def test_drain() -> None:
-    """SIGTERM: nobody new, `/readyz` says so, every stream of both workers comes whole, exit code 0."""
-    async with two_workers() as workers:
-        process = workers.process
-        address = await process.address()
-        clients = await workers.spread()
-        process.signal(signal.SIGTERM)
-        await process.saying("draining: 2 workers")
-        await eventually(lambda: refused(address))
-        assert await workers.page("/readyz") == b"draining\n"
-        assert len(await workers.streams()) == len(clients)
-        workers.go.set()
-        for client in clients:
-            assert b"[DONE]" in await read_all(client)
-        assert await process.ended() == 0
-        assert "stopped: every worker has drained" in process.said
-
-
-async def test_a_second_signal_stops_all_workers_now() -> None:
-    """No waiting for streams, no made-up end, exit code 1, nothing left."""
-    async with two_workers() as workers:
-        clients = await workers.spread()
-        pids = workers.pids
-        workers.process.signal(signal.SIGINT)
-        await workers.process.saying("draining: 2 workers")
-        workers.process.signal(signal.SIGINT)
-        assert await workers.process.ended() == 1
-        for client in clients:
-            assert not (await read_all(client)).endswith(b"0\r\n\r\n")
-        assert not any(map(alive, pids))
-
-
-async def test_a_worker_killed_while_draining_shows_in_the_exit_code() -> None:
-    """Its streams did not end cleanly; it is not started again."""
-    async with two_workers() as workers:
-        await workers.spread()
-        pids = workers.pids
-        workers.process.signal(signal.SIGTERM)
-        await workers.process.saying("draining: 2 workers")
-        await eventually(lambda: refused_by(workers))
-        os.kill(pids[0], signal.SIGKILL)
-        workers.go.set()
-        assert await workers.process.ended() == 1
-        assert "a new one starts" not in workers.process.said
-
-
-def refused_by(workers: Workers) -> bool:
-    """Both workers have heard of the drain: they said so."""
-    return len(re.findall(r"worker \d: draining: ", workers.process.said)) == 2
-
-
-async def test_workers_drain_when_their_parent_dies() -> None:
-    """SIGKILL of the parent: no new connection, the streams come whole, then nothing is left."""
-    async with two_workers() as workers:
-        address = await workers.process.address()
-        clients = await workers.spread()
-        pids = workers.pids
-        workers.process.signal(signal.SIGKILL)
-        await eventually(lambda: refused(address))
-        assert all(map(alive, pids))
-        workers.go.set()
-        for client in clients:
-            assert b"[DONE]" in await read_all(client)
-        await eventually(lambda: not any(map(alive, pids)), 20)
-
-
-async def test_a_terminals_signals_are_the_parents() -> None:
-    """SIGINT and SIGHUP to a worker do nothing, SIGTERM drains this one, and a new one takes its place."""
-    async with two_workers() as workers:
-        first, second = workers.pids
-        for number in (signal.SIGINT, signal.SIGHUP):
-            os.kill(first, number)
-        os.kill(first, signal.SIGTERM)
-        found = await workers.process.saying(r"worker (\d) ended with exit code 0; a new one starts")
-        assert f"worker {found[1]}: draining: " in workers.process.said
-        await workers.reaches("canal_workers", 2)
-        assert second in workers.pids
-        assert first not in workers.pids
-        assert await workers.metric("canal_worker_restarts_total") == 1
 
 
 @pytest.mark.parametrize("taken_by", ["another program", "workers"])
