@@ -35,6 +35,10 @@ class ClientHeads:
     def __init__(self) -> None:
         self._last: _Last | None = None
 
+    def forget(self) -> None:
+        """Remember nothing: a stream goes on for long, and thousands of them each have a connection."""
+        self._last = None
+
     def block(self, head: ResponseHead, options: ForClient) -> bytes:
         """`head` as bytes for the client that `options` describes. Not a checkpoint."""
         last, way = self._last, _way(options)
@@ -43,8 +47,6 @@ class ClientHeads:
                 return last.block  # the upstream's own id is kept, and ours is not in it
             return last.block.replace(_LINE % last.request_id, _LINE % options.request_id, 1)
         block = write_response_head(for_client(head, options))
-        if options.event_stream:  # goes on for long, and thousands of them each have a connection
-            return block
         self._last = _Last(head, way, options.request_id, block)
         return block
 

@@ -153,12 +153,18 @@ class Delivery:
             self._lost()
 
     async def straight(
-        self, connection: StraightConnection, head: ResponseHead, *, close: bool, settle: Callable[[], None]
+        self,
+        connection: StraightConnection,
+        head: ResponseHead,
+        *,
+        close: bool,
+        settle: Callable[[], None],
+        lasts: Callable[[], None],
     ) -> None:
         """Relay the whole answer without an upstream task, as long as the client takes what comes.
 
-        `settle` gives the connection back; it is called once the upstream has nothing more to say. A client's trouble
-        is noted in the exchange.
+        `settle` gives the connection back; it is called once the upstream has nothing more to say. `lasts` is called
+        when the answer did not come with its head. A client's trouble is noted in the exchange.
         """
         exchange = self._exchange
         block, _ = self._begin(head, close=close)
@@ -169,6 +175,8 @@ class Delivery:
             self._relaying = True
             free = writer.open(block, last)
             block = last = b""
+            self._heads.forget()
+            lasts()
             if free:
                 last = await connection.pass_on(writer.sink, self._settings.bounds.handover_bytes)
             exchange.handed_over = exchange.pieces

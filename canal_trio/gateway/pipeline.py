@@ -26,7 +26,7 @@ from canal_trio.settings import Settings, Upstream
 from canal_trio.upstream.interface import BodySource, StraightConnection
 from canal_trio.upstream.pool import Lease
 from canal_trio.wire.bodies import content_length
-from canal_trio.wire.headers import is_event_stream, wants_continue
+from canal_trio.wire.headers import wants_continue
 
 if TYPE_CHECKING:
     from canal_trio.gateway.core import Generation
@@ -230,8 +230,10 @@ class Pipeline:
                 return answer
             another = self._worth_another(answer, upstream, others=others)
             if another is None:
-                self._settle(answer)
-                await self._delivery.straight(connection, answer, close=self.close, settle=settle)
+                self._settle()
+                await self._delivery.straight(
+                    connection, answer, close=self.close, settle=settle, lasts=self._requests.forget
+                )
             return another
         finally:
             lease.abort()  # of no effect once it was settled
@@ -264,7 +266,7 @@ class Pipeline:
         another = self._worth_another(head, upstream, others=others)
         if another is not None:
             return another
-        self._settle(head)
+        self._settle()
         if head.status == 101:
             await self._tunnel(head, port)
         else:
@@ -283,10 +285,8 @@ class Pipeline:
         detail = f"It answered {head.status}."
         return Failure(Side.UPSTREAM, Phase.FIRST_BYTE, Kind.REFUSED, detail, Retry.UNSENT)
 
-    def _settle(self, answer: ResponseHead) -> None:
+    def _settle(self) -> None:
         """The answer is here: no attempt will follow, so nothing of the request is held any longer."""
-        if is_event_stream(answer.headers):
-            self._requests.forget()
         exchange = self._exchange
         if exchange.body is None:
             return
