@@ -30,6 +30,7 @@ from canal_trio.relay.poller import HANGUP, ROUNDS, Poller
 __all__ = ["Armed", "HandoverStream", "TcpStream", "handover_end"]
 
 DEFAULT_RECEIVE_BYTES = 16_384
+JOINED = 4096  # bytes: up to here a copy costs less than the call that gathers
 GATHER = 1024  # IOV_MAX: the most buffers of one sendmsg
 # What send and shutdown say of a stream whose incoming half may have ended properly: no verdict on what was received.
 _HARMLESS = frozenset({errno.EPIPE, errno.ENOTCONN})
@@ -257,12 +258,17 @@ class TcpStream(HalfCloseableStream):
         return self._gather(pieces)
 
     def _gather(self, pieces: Sequence[Buffer]) -> list[memoryview]:
+        total = sum(map(len, pieces))
+        if not total:
+            return []
         try:
-            sent = self.socket.sendmsg(pieces[:GATHER]) if pieces else 0
+            sent = self._send(b"".join(pieces)) if total <= JOINED else self.socket.sendmsg(pieces[:GATHER])
         except (BlockingIOError, InterruptedError):
             sent = 0
         except OSError as exc:
             raise self._translate(exc) from exc
+        if sent == total:
+            return []
         rest: list[memoryview] = []
         for piece in pieces:
             if sent < len(piece):
