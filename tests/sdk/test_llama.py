@@ -58,7 +58,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Llama]:
     model = tmp_path_factory.mktemp("llama") / "tiny.gguf"
     with Program([sys.executable, Path(__file__).parent / "tiny_model.py", model]) as program:
         # Not at a line's beginning: the server's own log, written in parts, may have begun that line.
-        url = program.wait_for(r"serving on (http://\S+)\s", 60)[1]
+        url = program.wait_for(r"serving on (http://\S+)", 60)[1]
         with gateway_for(f"{url}/v1") as gateway:
             yield Llama(url, gateway.base_url)
 
