@@ -57,8 +57,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Llama]:
     """llama.cpp's server with a model that was written just now, and a gateway in front of it."""
     model = tmp_path_factory.mktemp("llama") / "tiny.gguf"
     with Program([sys.executable, Path(__file__).parent / "tiny_model.py", model]) as program:
-        # Not at a line's beginning: the server's own log, written in parts, may have begun that line.
-        url = program.wait_for(r"serving on (http://\S+)", 60)[1]
+        url = program.wait_for(r"serving on <(http://\S+)>", 60)[1]  # the server's log may be on the same line
         with gateway_for(f"{url}/v1") as gateway:
             yield Llama(url, gateway.base_url)
 

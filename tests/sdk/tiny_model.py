@@ -6,6 +6,7 @@ Run as a program it serves such a model with llama.cpp's own server until it is 
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -96,7 +97,8 @@ def serve(path: Path) -> None:
     params.endpoint_slots = True
     params.warmup = False
     server = xllamacpp.Server(params)
-    print(f"serving on {server.listening_address}", flush=True)
+    # In one write and in brackets: threads of the server write their log to the same pipe, in parts of lines.
+    os.write(1, f"serving on <{server.listening_address}>\n".encode())
     signal.sigwait(signals)
 
 
