@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias, TypeGuard, runtime_checkable
 
-__all__ = ["Armed", "Buffer", "HandoverStream", "can_hand_over", "handover_end"]
+__all__ = ["Armed", "Buffer", "HandoverStream", "can_hand_over", "handover_end", "receive_limit"]
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Armed: TypeAlias = Callable[[], bool]
@@ -80,3 +80,13 @@ def handover_end(stream: object) -> HandoverStream | None:
             return stream
         stream = getattr(stream, "transport_stream", None)
     return None
+
+
+def receive_limit(max_bytes: int | None, default: int) -> int:
+    """The bytes that a `receive_some(max_bytes)` may give. Raises TypeError or ValueError as Trio's own streams do."""
+    limit = default if max_bytes is None else max_bytes
+    if not isinstance(limit, int):
+        raise TypeError("max_bytes is an integer or None")
+    if limit < 1:
+        raise ValueError("max_bytes is at least 1")
+    return limit

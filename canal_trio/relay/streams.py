@@ -24,7 +24,7 @@ import outcome
 import trio
 from trio.abc import HalfCloseableStream
 
-from canal_trio.relay.handover import Armed, Buffer, HandoverStream, handover_end
+from canal_trio.relay.handover import Armed, Buffer, HandoverStream, handover_end, receive_limit
 from canal_trio.relay.poller import HANGUP, ROUNDS, Poller
 
 __all__ = ["Armed", "HandoverStream", "TcpStream", "handover_end"]
@@ -180,11 +180,7 @@ class TcpStream(HalfCloseableStream):
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """As `trio.abc.ReceiveStream.receive_some`; 16 KiB at most unless told. Cancelling it loses nothing."""
-        limit = DEFAULT_RECEIVE_BYTES if max_bytes is None else max_bytes
-        if not isinstance(limit, int):
-            raise TypeError("max_bytes is an integer or None")
-        if limit < 1:
-            raise ValueError("max_bytes is at least 1")
+        limit = receive_limit(max_bytes, DEFAULT_RECEIVE_BYTES)
         self._check_receiver()
         self._receiving = True
         try:

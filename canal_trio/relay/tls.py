@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Protocol, final
 import trio
 from trio.abc import HalfCloseableStream
 
-from canal_trio.relay.handover import Armed, Buffer, HandoverStream
+from canal_trio.relay.handover import Armed, Buffer, HandoverStream, receive_limit
 
 if TYPE_CHECKING:
     import socket
@@ -206,11 +206,7 @@ class TlsStream(HalfCloseableStream):
 
         Raises `trio.BrokenResourceError` also for an end without close_notify.
         """
-        limit = _JOIN if max_bytes is None else max_bytes
-        if not isinstance(limit, int):
-            raise TypeError("max_bytes is an integer or None")
-        if limit < 1:
-            raise ValueError("max_bytes is at least 1")
+        limit = receive_limit(max_bytes, _JOIN)
         self._check_receiver()
         self._receiving = True
         try:

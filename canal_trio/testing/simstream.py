@@ -23,7 +23,7 @@ import outcome
 import trio
 from trio.abc import HalfCloseableStream
 
-from canal_trio.relay.handover import Armed, Buffer
+from canal_trio.relay.handover import Armed, Buffer, receive_limit
 from canal_trio.testing.simlink import End, Fault, FaultKind, Pipe, SimLink, current_wheel
 
 __all__ = ["Fault", "FaultKind", "SimLink", "SimStream", "sim_stream_pair"]
@@ -86,11 +86,7 @@ class SimStream(HalfCloseableStream):
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """As `trio.abc.ReceiveStream.receive_some`."""
-        limit = self.incoming.link.buffer if max_bytes is None else max_bytes
-        if not isinstance(limit, int):
-            raise TypeError("max_bytes is an integer or None")
-        if limit < 1:
-            raise ValueError("max_bytes is at least 1")
+        limit = receive_limit(max_bytes, self.incoming.link.buffer)
         self._check_receiver()
         await trio.lowlevel.checkpoint_if_cancelled()
         self._check_receiver()

@@ -15,7 +15,7 @@ import pytest
 import trio
 import trio.testing
 from kit import Client, Records, settings_for
-from trio.abc import HalfCloseableStream
+from trio.abc import HalfCloseableStream, Stream
 
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.gateway import Gateway
@@ -28,6 +28,7 @@ __all__ = [
     "OK",
     "SSE",
     "Conversation",
+    "OneEnded",
     "PlainStream",
     "Play",
     "World",
@@ -48,8 +49,8 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 SSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
-class PlainStream(HalfCloseableStream):
-    """A Trio stream without the hand-over protocol over one that has it, as a TLS stream is over its socket."""
+class OneEnded(Stream):
+    """A stream without the hand-over protocol over one that has it, which cannot be half-closed: as Trio's own TLS."""
 
     def __init__(self, inner: SimStream) -> None:
         self.transport_stream = inner
@@ -66,13 +67,17 @@ class PlainStream(HalfCloseableStream):
         """As the stream below."""
         return await self.transport_stream.receive_some(max_bytes)
 
-    async def send_eof(self) -> None:
-        """As the stream below."""
-        await self.transport_stream.send_eof()
-
     async def aclose(self) -> None:
         """As the stream below."""
         await self.transport_stream.aclose()
+
+
+class PlainStream(OneEnded, HalfCloseableStream):
+    """A Trio stream without the hand-over protocol over one that has it, as a TLS stream is over its socket."""
+
+    async def send_eof(self) -> None:
+        """As the stream below."""
+        await self.transport_stream.send_eof()
 
 
 @dataclass

@@ -12,8 +12,7 @@ import pytest
 import trio
 import trio.testing
 from kit import Client, chat, request
-from simkit import SSE, Conversation, World, read_request, world
-from trio.abc import Stream
+from simkit import SSE, Conversation, OneEnded, World, read_request, world
 
 from canal_trio.errors import Kind, Phase
 from canal_trio.hooks import ExchangeRecord, Outcome
@@ -185,29 +184,6 @@ async def test_last_event_counts_once_its_blank_line_is_there(autojump_clock: An
         assert response.body == EVENT + DONE
         assert trio.current_time() - start == pytest.approx(6, abs=0.01)
         assert (await here.records.one()).flags == ("late_body_end",)
-
-
-class OneEnded(Stream):
-    """A stream that cannot be half-closed, as Trio's own TLS cannot."""
-
-    def __init__(self, inner: SimStream) -> None:
-        self.transport_stream = inner
-
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """As the stream below."""
-        await self.transport_stream.send_all(data)
-
-    async def wait_send_all_might_not_block(self) -> None:
-        """As the stream below."""
-        await self.transport_stream.wait_send_all_might_not_block()
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """As the stream below."""
-        return await self.transport_stream.receive_some(max_bytes)
-
-    async def aclose(self) -> None:
-        """As the stream below."""
-        await self.transport_stream.aclose()
 
 
 async def test_end_of_a_client_whose_upstream_cannot_be_half_closed(autojump_clock: Any, handover: bool) -> None:
