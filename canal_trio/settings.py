@@ -15,6 +15,7 @@ __all__ = [
     "Key",
     "Model",
     "NamedCertificate",
+    "Price",
     "ServerTLS",
     "Settings",
     "Upstream",
@@ -106,6 +107,19 @@ class Key:
 
 
 @dataclass(frozen=True, slots=True)
+class Price:
+    """What a model costs, per million tokens, in whatever currency all prices are in. `model` may end in `*`."""
+
+    model: str
+    input: float = 0.0
+    output: float = 0.0
+    cached_input: float | None = None  # None: as `input`
+    reasoning: float | None = None  # None: as `output`
+    request: float = 0.0  # for each exchange
+    upstream: str | None = None  # None: at any
+
+
+@dataclass(frozen=True, slots=True)
 class NamedCertificate:
     """A further certificate, for clients that ask for one of `names` (SNI); `*.` at the front stands for one label."""
 
@@ -138,6 +152,7 @@ class Settings:
     upstreams: tuple[Upstream, ...] = ()
     models: tuple[Model, ...] = ()
     keys: tuple[Key, ...] = ()
+    prices: tuple[Price, ...] = ()
     bounds: Bounds = field(default_factory=Bounds)
     deadlines: Deadlines = field(default_factory=Deadlines)
 

@@ -26,12 +26,14 @@ from canal_trio.config.build import (
     upstream_of,
 )
 from canal_trio.config.locate import Path, locate, path_text
+from canal_trio.config.quotas import price_of
 from canal_trio.config.schema import (
     BoundsTable,
     DeadlinesTable,
     FileTables,
     KeyTable,
     ModelTable,
+    PriceTable,
     ServerTable,
     UpstreamTable,
     decode,
@@ -39,7 +41,7 @@ from canal_trio.config.schema import (
 from canal_trio.config.tls import server_tls_of
 from canal_trio.config.values import shown
 from canal_trio.errors import ConfigError
-from canal_trio.settings import Key, Model, Settings, Upstream, address_text
+from canal_trio.settings import Key, Model, Price, Settings, Upstream, address_text
 
 __all__ = ["VARIABLES", "Flags", "load", "strange_variables"]
 
@@ -180,6 +182,7 @@ class _Layers:
             upstreams=upstreams,
             models=models,
             keys=keys,
+            prices=self._prices(tables.price, tables.upstream, upstreams),
             bounds=bounds_of(bounds, ("bounds",), self.complain),
             deadlines=deadlines_of(deadlines, ("deadlines",), self.complain),
         )
@@ -244,6 +247,23 @@ class _Layers:
         self._no_twins("key", "name", tables)
         self._no_twins("key", "sha256", tables)
         return tuple(keys)
+
+    def _prices(
+        self, tables: list[dict[str, Any]], upstreams: list[dict[str, Any]], used: tuple[Upstream, ...]
+    ) -> tuple[Price, ...]:
+        names = {raw["name"] for raw in upstreams if isinstance(raw.get("name"), str)}
+        names |= {upstream.name for upstream in used}
+        prices: dict[tuple[str, str | None], Price] = {}
+        for number, raw in enumerate(tables):
+            path: Path = ("price", number)
+            table = decode(PriceTable, raw, path, self.complain)
+            if table is None:
+                continue
+            price = price_of(table, path, frozenset(names), self.complain)
+            if (price.model, price.upstream) in prices:
+                self.complain((*path, "model"), f"there is a price for {shown(price.model)} already")
+            prices[price.model, price.upstream] = price
+        return tuple(prices.values())
 
     def _no_twins(self, kind: str, key: str, tables: list[dict[str, Any]]) -> None:
         first: dict[str, int] = {}

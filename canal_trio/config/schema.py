@@ -26,6 +26,7 @@ __all__ = [
     "ModelTable",
     "NamedCertificateTable",
     "Number",
+    "PriceTable",
     "Secret",
     "ServerTable",
     "TLSTable",
@@ -60,6 +61,7 @@ class FileTables(Table):
     upstream: list[dict[str, Any]] = []
     model: list[dict[str, Any]] = []
     key: list[dict[str, Any]] = []
+    price: list[dict[str, Any]] = []
 
 
 class ServerTable(Table):
@@ -119,6 +121,18 @@ class KeyTable(Table):
     name: str
     sha256: str
     models: list[str] | None = None
+
+
+class PriceTable(Table):
+    """`[[price]]`."""
+
+    model: str
+    input: float = 0.0
+    output: float = 0.0
+    cached_input: float | None = None
+    reasoning: float | None = None
+    request: float = 0.0
+    upstream: str | None = None
 
 
 def _numbers(name: str, record: type[Any]) -> type[Table]:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from canal_trio.config import Flags, load, strange_variables
 from canal_trio.errors import ConfigError
-from canal_trio.settings import Bounds, Deadlines, Key, Model, Settings, Upstream
+from canal_trio.settings import Bounds, Deadlines, Key, Model, Price, Settings, Upstream
 
 HASH = "ab" * 32
 MINIMAL = '[[upstream]]\nname = "a"\nbase_url = "http://127.0.0.1:1/v1"\n'
@@ -111,6 +111,15 @@ sha256 = "{HASH.upper()}"
 name = "team-b"
 sha256 = "{"cd" * 32}"
 models = ["gpt"]
+
+[[price]]
+model = "gpt"
+upstream = "cloud"
+input = 2.5
+output = 10
+cached_input = 1.25
+reasoning = 12
+request = 0.01
 ''')
     assert _load(file, {"CLOUD": "sk-cloud"}) == Settings(
         listen=(("127.0.0.1", 1), ("::1", 2)),
@@ -136,6 +145,7 @@ models = ["gpt"]
         ),
         models=(Model("gpt", ("local", "cloud")), Model("*", ("third",))),
         keys=(Key("team-a", HASH), Key("team-b", "cd" * 32, ("gpt",))),
+        prices=(Price("gpt", 2.5, 10.0, 1.25, 12.0, 0.01, "cloud"),),
         bounds=Bounds(
             piece_bytes=8192,
             capacity=8,

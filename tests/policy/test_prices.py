@@ -1,0 +1,81 @@
+"""Prices: which one applies, and what a use costs, exactly."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from canal_trio.policy.prices import NANOS, Prices, cost, money
+from canal_trio.settings import Price
+
+PRICE = Price("m", input=2.5, output=10.0, cached_input=1.25, reasoning=12.0, request=0.01)
+TOKENS = st.integers(0, 10**7)
+
+
+def test_every_kind_of_token_has_its_price():
+    """A million of each costs what the table says, cached among the prompt's and reasoning among the completion's."""
+    million = 10**6
+    assert cost(Price("m", input=2.5), prompt=million, completion=0) == 2.5 * NANOS
+    assert cost(Price("m", output=10.0), prompt=0, completion=million) == 10 * NANOS
+    assert cost(PRICE, prompt=2 * million, completion=3 * million, cached=million, reasoning=million) == round(
+        (2.5 + 1.25 + 2 * 10.0 + 12.0 + 0.01) * NANOS
+    )
+
+
+def test_what_has_no_price_of_its_own_costs_what_its_kind_costs():
+    """Cached input costs as input and reasoning as output where nothing else is said."""
+    plain = Price("m", input=3.0, output=5.0)
+    assert cost(plain, prompt=1000, completion=1000, cached=900, reasoning=900) == cost(
+        plain, prompt=1000, completion=1000
+    )
+
+
+@given(TOKENS, TOKENS, TOKENS, TOKENS)
+def test_a_cost_is_never_negative_and_grows_with_use(prompt: int, completion: int, cached: int, reasoning: int):
+    """However strange an upstream's numbers are, more tokens never cost less."""
+    one = cost(PRICE, prompt=prompt, completion=completion, cached=cached, reasoning=reasoning)
+    more = cost(PRICE, prompt=prompt + 1, completion=completion + 1, cached=cached, reasoning=reasoning)
+    assert 0 <= one <= more
+
+
+def test_the_nearest_price_wins():
+    """This upstream before any, an exact name before a pattern, a longer pattern before a shorter one."""
+    exact, here = Price("gpt-4o", input=1), Price("gpt-4o", input=2, upstream="azure")
+    short, long, all_else = Price("gpt-*", input=3), Price("gpt-4o-*", input=4), Price("*", input=5, upstream="local")
+    prices = Prices([all_else, short, exact, long, here])
+    assert prices
+    assert prices.find("azure", "gpt-4o") == here
+    assert prices.find("openai", "gpt-4o") == exact
+    assert prices.find("openai", "gpt-4o-mini") == long
+    assert prices.find("openai", "gpt-5") == short
+    assert prices.find("local", "llama") == all_else
+    assert prices.find("openai", "llama") is None
+    assert prices.find("openai", None) is None
+    assert prices.find("openai", "gpt-5") == short  # remembered
+
+
+def test_the_upstreams_own_name_comes_before_the_clients():
+    """An alias costs what the model behind it costs; where that has no price, what the alias costs."""
+    prices = Prices([Price("cheap", input=1), Price("real", input=9)])
+    assert prices.find("u", "real", "cheap") == Price("real", input=9)
+    assert prices.find("u", "unknown", "cheap") == Price("cheap", input=1)
+
+
+def test_names_that_clients_make_up_are_not_remembered_for_ever():
+    """What is remembered about look-ups is bounded."""
+    prices = Prices([Price("*", input=1)])
+    for number in range(5000):
+        assert prices.find("u", f"m{number}") is not None
+    assert len(prices._found) <= 4096
+    assert not Prices([])
+
+
+def test_money_is_shown_as_people_write_it():
+    """Two decimals, more where there is more."""
+    assert [money(n) for n in (0, NANOS, 12_340_000_000, 150, -2_500_000_000)] == [
+        "0.00",
+        "1.00",
+        "12.34",
+        "0.00000015",
+        "-2.50",
+    ]
