@@ -114,12 +114,7 @@ models = ["gpt"]
 
 [[price]]
 model = "gpt"
-upstream = "cloud"
-input = 2.5
 output = 10
-cached_input = 1.25
-reasoning = 12
-request = 0.01
 ''')
     assert _load(file, {"CLOUD": "sk-cloud"}) == Settings(
         listen=(("127.0.0.1", 1), ("::1", 2)),
@@ -145,7 +140,7 @@ request = 0.01
         ),
         models=(Model("gpt", ("local", "cloud")), Model("*", ("third",))),
         keys=(Key("team-a", HASH), Key("team-b", "cd" * 32, ("gpt",))),
-        prices=(Price("gpt", 2.5, 10.0, 1.25, 12.0, 0.01, "cloud"),),
+        prices=(Price("gpt", output=10.0),),
         bounds=Bounds(
             piece_bytes=8192,
             capacity=8,
