@@ -13,7 +13,7 @@ from typing import Protocol
 from canal_trio.errors import Failure, Phase
 from canal_trio.messages import RequestHead
 
-__all__ = ["Authenticator", "ExchangeRecord", "Outcome", "Principal", "Recorder", "Tap"]
+__all__ = ["Authenticator", "ExchangeRecord", "Outcome", "Principal", "Recorder", "Tap", "Usage", "UsageSource"]
 
 
 class Outcome(enum.Enum):
@@ -35,6 +35,25 @@ class Principal:
 
     name: str
     models: tuple[str, ...] = ("*",)
+
+
+class UsageSource(enum.Enum):
+    """Where the token counts of a record come from."""
+
+    UPSTREAM = "upstream"  # it said so
+    DRAINED = "drained"  # it said so after the client had left: the route drains
+    ESTIMATED = "estimated"  # the stream was cut, or said nothing: from bytes and events
+    NONE = "none"  # nothing was generated, or accounting is off
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one generation. `cached` are among the prompt's, `reasoning` among the completion's."""
+
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
+    reasoning: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +91,8 @@ class ExchangeRecord:
     queued: int = 0  # pieces that took the channel
     waits: int = 0  # times the reading of the upstream stopped until the client had taken more
     flags: tuple[str, ...] = ()  # no_terminal_event, cut_after_terminal, late_body_end, ...
+    usage: Usage | None = None  # None: unknown, see `usage_source`
+    usage_source: UsageSource = UsageSource.NONE
 
 
 class Recorder(Protocol):

@@ -13,7 +13,7 @@ from typing import Any, final
 
 import msgspec
 
-from canal_trio.hooks import ExchangeRecord
+from canal_trio.hooks import ExchangeRecord, UsageSource
 from canal_trio.observe.lines import LineWriter
 from canal_trio.observe.log import printable, timestamp
 
@@ -77,6 +77,9 @@ def text_line(record: ExchangeRecord) -> bytes:
     for name, value in (("key", record.principal), ("model", record.model), ("upstream", record.upstream)):
         if value is not None:
             parts.append(f"{name}={_word(value)}")
+    if record.usage is not None:
+        guess = "~" if record.usage_source is UsageSource.ESTIMATED else ""
+        parts.append(f"tokens={guess}{record.usage.prompt}+{record.usage.completion}")
     parts.append(f"id={_word(record.request_id)}")
     if record.flags:
         parts.append(f"flags={','.join(record.flags)}")
@@ -87,7 +90,7 @@ def text_line(record: ExchangeRecord) -> bytes:
 
 def json_line(record: ExchangeRecord) -> bytes:
     """The line for machines: every field of the record, seconds and bytes as plain numbers."""
-    failure = record.failure
+    failure, usage = record.failure, record.usage
     fields: dict[str, Any] = {
         "time": timestamp(record.started_at + record.duration),
         "kind": "exchange",
@@ -122,6 +125,14 @@ def json_line(record: ExchangeRecord) -> bytes:
             "detail": failure.detail,
         },
         "flags": record.flags,
+        "usage": usage
+        and {
+            "prompt": usage.prompt,
+            "completion": usage.completion,
+            "cached": usage.cached,
+            "reasoning": usage.reasoning,
+        },
+        "usage_source": record.usage_source.value,
     }
     return msgspec.json.encode(_plain(fields)) + b"\n"
 

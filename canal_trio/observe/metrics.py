@@ -139,6 +139,9 @@ class Metrics:
         self._waits = tallies.count(
             "canal_flow_waits", "Times the reading of an upstream stopped until its client had taken more."
         )
+        self._tokens = tallies.count(
+            "canal_tokens", "Tokens, by where the number comes from.", ["type", "source", "upstream"]
+        )
         self.internal_errors = Counter(
             "canal_internal_errors", "Bugs: exceptions that reached a connection's boundary.", registry=registry
         )
@@ -176,6 +179,9 @@ class Metrics:
         self._pieces.add(record.handed_over, "handed_over")
         self._pieces.add(record.queued, "queued")
         self._waits.add(record.waits)
+        if (usage := record.usage) is not None:
+            self._tokens.add(usage.prompt, "prompt", record.usage_source.value, upstream)
+            self._tokens.add(usage.completion, "completion", record.usage_source.value, upstream)
 
     def watch(self, gateway: Watched) -> None:
         """Read the state of `gateway` at every scrape."""

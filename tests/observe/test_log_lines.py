@@ -12,7 +12,7 @@ import time
 import pytest
 
 from canal_trio.errors import Failure, Kind, Phase, Side
-from canal_trio.hooks import ExchangeRecord, Outcome
+from canal_trio.hooks import ExchangeRecord, Outcome, Usage, UsageSource
 from canal_trio.observe.accesslog import AccessLog, json_line, text_line
 from canal_trio.observe.lines import LineWriter
 from canal_trio.observe.log import TRACEBACK_VARIABLE, describe, logging_to, printable, timestamp
@@ -259,6 +259,16 @@ def test_the_line_for_people() -> None:
         "events=3 took=500ms cancel=82us attempts=2 upstream=local id=req_2 flags=late_body_end "
         'failure="client gone (stream): The client closed the connection."\n'
     )
+
+
+def test_the_tokens_of_a_line() -> None:
+    """Where tokens were counted a line says how many; an estimate is marked as one."""
+    said = dataclasses.replace(RECORD, usage=Usage(12, 34, 5, 6), usage_source=UsageSource.UPSTREAM)
+    assert b" tokens=12+34 " in text_line(said)
+    assert b" tokens=~12+34 " in text_line(dataclasses.replace(said, usage_source=UsageSource.ESTIMATED))
+    fields = json.loads(json_line(said))
+    assert fields["usage"] == {"prompt": 12, "completion": 34, "cached": 5, "reasoning": 6}
+    assert fields["usage_source"] == "upstream"
 
 
 def test_the_line_for_machines() -> None:

@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from test_log_lines import GONE, RECORD
 
 from canal_trio import __version__
+from canal_trio.hooks import Usage, UsageSource
 from canal_trio.observe.metrics import _POOL, Metrics
 from canal_trio.upstream.pool import PoolStatistics
 
@@ -97,6 +98,18 @@ def test_a_client_that_left() -> None:
     assert _value(samples, "canal_pieces_total", path="handed_over") == 7
     assert _value(samples, "canal_pieces_total", path="queued") == 2
     assert _value(samples, "canal_flow_waits_total") == 3
+
+
+def test_tokens_by_where_the_number_comes_from() -> None:
+    """Said and estimated tokens are never in one number."""
+    metrics = Metrics()
+    metrics.finished(replace(RECORD, usage=Usage(12, 34), usage_source=UsageSource.UPSTREAM))
+    metrics.finished(replace(GONE, usage=Usage(1, 2), usage_source=UsageSource.ESTIMATED))
+    samples = _scrape(metrics)
+    said = {"source": "upstream", "upstream": "local"}
+    assert _value(samples, "canal_tokens_total", type="prompt", **said) == 12
+    assert _value(samples, "canal_tokens_total", type="completion", **said) == 34
+    assert _value(samples, "canal_tokens_total", type="completion", source="estimated", upstream="local") == 2
 
 
 def test_no_label_comes_from_a_client() -> None:

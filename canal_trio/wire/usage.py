@@ -1,0 +1,219 @@
+"""The tap on what a generation used: token counts out of bytes that pass, however they are split.
+
+Two shapes of answer tell it: a JSON object with `usage` at its top, and an event stream in which some event's JSON has
+`usage` at its top (a usage chunk, a last chunk) or in its `response` (the Responses API). Both are skimmed, not parsed:
+a few bytes of state follow strings and depth, and only the value of such a `usage` is kept, up to 8 KiB. The last one
+that is an object counts. Invariants: the result does not depend on how the bytes are split; memory is bounded however
+long an event or a body is; what is not JSON is looked at and forgotten.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final, final
+
+import msgspec
+
+from canal_trio.hooks import Usage
+
+__all__ = ["BodyUsage", "StreamUsage", "usage_of"]
+
+USAGE_BYTES: Final = 8192  # of one `usage` value; a real one has some hundred
+_MOST_TOKENS: Final = 2**53  # what any JSON reader can hold
+
+_TEXT: Final = re.compile(rb'(?:[^"\\]+|\\.)*+', re.DOTALL)  # inside of a string, up to its end
+_NEAR: Final = re.compile(rb'[^"\[\]{}:,]*')  # outside of strings, where members are looked at
+_DEEP: Final = re.compile(rb'[^"\[\]{}]*')  # the same, where they are not
+_NAME_BYTES: Final = 12  # of a string: enough for the names that are looked for
+_USAGE, _RESPONSE = b'usage"', b'response"'
+_QUOTE, _BACKSLASH, _COLON, _COMMA = b'"\\:,'
+_OPENING, _CLOSING = frozenset(b"{["), frozenset(b"}]")
+
+_LINE_END: Final = re.compile(rb"\r\n?|\n")
+# Nearly every event: whole, and without a `usage` that is anything but null.
+_TELLING: Final = re.compile(rb'"usage"(?![ \t]*:[ \t]*null)').search
+
+
+def usage_of(raw: object) -> Usage | None:
+    """The counts in a decoded `usage`, by Chat Completions' names or the Responses API's; None if it has none."""
+    if not isinstance(raw, dict):
+        return None
+    prompt = _count(raw, "prompt_tokens", "input_tokens")
+    completion = _count(raw, "completion_tokens", "output_tokens")
+    if prompt is None and completion is None:
+        return None
+    cached = _count(_part(raw, "prompt_tokens_details", "input_tokens_details"), "cached_tokens")
+    reasoning = _count(_part(raw, "completion_tokens_details", "output_tokens_details"), "reasoning_tokens")
+    return Usage(prompt or 0, completion or 0, cached or 0, reasoning or 0)
+
+
+def _count(raw: dict[str, Any], *names: str) -> int | None:
+    for name in names:
+        value = raw.get(name)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_TOKENS:
+            return value
+    return None
+
+
+def _part(raw: dict[str, Any], *names: str) -> dict[str, Any]:
+    for name in names:
+        value = raw.get(name)
+        if isinstance(value, dict):
+            return value
+    return {}
+
+
+@final
+class BodyUsage:
+    """The tap on a JSON text. `usage` is None until one was seen."""
+
+    __slots__ = ("_depth", "_in_response", "_in_string", "_kept", "_kept_depth", "_name", "_open_escape", "usage")
+
+    def __init__(self) -> None:
+        self.usage: Usage | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Another text begins. `usage` stays."""
+        self._depth = 0
+        self._in_string = False
+        self._open_escape = False  # a string's last byte so far is a backslash that escapes what follows
+        self._name = b""  # the beginning of the last string
+        self._in_response = False  # the present member at the top is `response`
+        self._kept: bytearray | None = None  # the value of a `usage`, as far as it is here
+        self._kept_depth = 0
+
+    def feed(self, data: bytes) -> None:
+        """Take note of `data`, which has passed."""
+        at, size = 0, len(data)
+        while at < size:
+            end = self._string(data, at) if self._in_string else self._outside(data, at)
+            kept = self._kept
+            if kept is not None:
+                kept += data[at:end]
+                if len(kept) > USAGE_BYTES:
+                    self._kept = None
+            if end < size and not self._in_string:
+                end = self._token(data, end)
+            at = end
+
+    def _string(self, data: bytes, at: int) -> int:
+        """Through a string, up to its closing quote and beyond it, or to the end of what is here."""
+        start = at
+        if self._open_escape:
+            self._open_escape = False
+            at += 1
+        match = _TEXT.match(data, at)
+        assert match is not None  # it may be empty
+        end = match.end()
+        if end < len(data):
+            if data[end] == _QUOTE:
+                self._in_string = False
+            else:
+                self._open_escape = True  # a backslash, and the last byte that is here
+            end += 1
+        room = _NAME_BYTES - len(self._name)
+        if room > 0:
+            self._name += data[start : min(end, start + room)]
+        return end
+
+    def _outside(self, data: bytes, at: int) -> int:
+        match = (_NEAR if self._depth <= 2 else _DEEP).match(data, at)
+        assert match is not None  # it may be empty
+        return match.end()
+
+    def _token(self, data: bytes, at: int) -> int:
+        """The one byte that the run of others stopped at; the place behind it."""
+        byte = data[at]
+        if self._kept is not None and self._depth == self._kept_depth and (byte == _COMMA or byte in _CLOSING):
+            self._take(bytes(self._kept))
+            self._kept = None
+        if self._kept is not None:
+            self._kept.append(byte)
+        if byte == _QUOTE:
+            self._in_string = True
+            self._name = b""
+        elif byte in _OPENING:
+            self._depth += 1
+        elif byte in _CLOSING:
+            self._depth -= 1
+        elif byte == _COLON:
+            self._member()
+        return at + 1
+
+    def _member(self) -> None:
+        """A colon: the last string was a member's name."""
+        if self._depth == 1:
+            self._in_response = self._name == _RESPONSE
+        if self._name == _USAGE and (self._depth == 1 or (self._depth == 2 and self._in_response)):
+            self._kept, self._kept_depth = bytearray(), self._depth
+
+    def _take(self, value: bytes) -> None:
+        try:
+            found = usage_of(msgspec.json.decode(value))
+        except (msgspec.DecodeError, RecursionError):
+            return
+        if found is not None:
+            self.usage = found
+
+
+@final
+class StreamUsage:
+    """The tap on an event stream. `usage` is None until one was seen."""
+
+    __slots__ = ("_after_cr", "_body", "_fresh", "_idle", "_name", "_payload")
+
+    def __init__(self) -> None:
+        self._body = BodyUsage()
+        self._after_cr = False
+        self._idle = True  # between two events, with nothing pending
+        self._fresh = True  # at the beginning of a line
+        self._name = b""  # the beginning of the line
+        self._payload = False  # the line is a `data:` line, and past its name
+
+    @property
+    def usage(self) -> Usage | None:
+        """The counts of the last `usage` that was an object."""
+        return self._body.usage
+
+    def feed(self, piece: bytes) -> None:
+        """Take note of `piece`, which has passed."""
+        if self._idle and piece.endswith(b"\n\n") and not (b'"usage"' in piece and _TELLING(piece)):
+            return
+        self._look(piece)
+
+    def _look(self, piece: bytes) -> None:
+        if self._after_cr and piece:
+            self._after_cr = False
+            piece = piece.removeprefix(b"\n")
+        at = 0
+        for match in _LINE_END.finditer(piece):
+            self._part(piece, at, match.start())
+            self._end_line()
+            at = match.end()
+        self._part(piece, at, len(piece))
+        if piece.endswith(b"\r"):
+            self._after_cr, self._idle = True, False
+
+    def _part(self, piece: bytes, start: int, end: int) -> None:
+        """Bytes of the present line."""
+        if start == end:
+            return
+        self._fresh = self._idle = False
+        missing = 5 - len(self._name)
+        if missing > 0:
+            self._name += piece[start : min(end, start + missing)]
+            start += missing
+            self._payload = self._name == b"data:"
+        if self._payload and start < end:
+            self._body.feed(piece[start:end])
+
+    def _end_line(self) -> None:
+        if self._fresh:
+            self._body.reset()
+            self._idle = True
+        elif self._payload:
+            self._body.feed(b"\n")  # where the data of two lines meet
+        self._fresh, self._name, self._payload = True, b"", False

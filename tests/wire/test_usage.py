@@ -1,0 +1,157 @@
+"""The tap on usage: what 20 recorded answers used, however their bytes are split, and what is never taken for it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from canal_trio.hooks import Usage
+from canal_trio.wire.usage import USAGE_BYTES, BodyUsage, StreamUsage, usage_of
+
+CASES = Path(__file__).parent.parent / "cases" / "usage"
+EXPECTED = json.loads((CASES / "expected.json").read_text())
+
+
+def tap_for(name: str) -> BodyUsage | StreamUsage:
+    """The tap for a recording, by its kind."""
+    return StreamUsage() if name.endswith(".sse") else BodyUsage()
+
+
+def expected(name: str) -> Usage | None:
+    """What the recording used."""
+    counts = EXPECTED[name]["usage"]
+    return None if counts is None else Usage(**counts)
+
+
+def tapped(name: str, *pieces: bytes) -> Usage | None:
+    """What the tap says after these pieces."""
+    tap = tap_for(name)
+    for piece in pieces:
+        tap.feed(piece)
+    return tap.usage
+
+
+def cuts(data: bytes) -> list[int]:
+    """Each place about the last `usage`, and every 11th of the others. `python -m loadtest ledger` tries them all."""
+    near = data.rfind(b'"usage"')
+    return sorted({*range(0, len(data) + 1, 11), *range(max(0, near - 10), min(len(data), near + 60))})
+
+
+def test_there_are_twenty_recordings():
+    """Each file has an expectation and the other way round."""
+    assert len(EXPECTED) == 20
+    assert {path.name for path in CASES.iterdir()} == {*EXPECTED, "expected.json"}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_usage_lost_when_an_event_straddles_reads(name: str):
+    """Envoy AI gateway 2162: cut in two, and fed by bytes, a recording used what it used."""
+    data = (CASES / name).read_bytes()
+    assert tapped(name, data) == expected(name)
+    assert tapped(name, *(data[at : at + 1] for at in range(len(data)))) == expected(name)
+    wrong = [at for at in cuts(data) if tapped(name, data[:at], data[at:]) != expected(name)]
+    assert wrong == []
+
+
+@given(st.sampled_from(sorted(EXPECTED)), st.lists(st.integers(0, 5000), max_size=12))
+def test_cut_anywhere_any_number_of_times(name: str, where: list[int]):
+    """The result does not depend on how the bytes are split."""
+    data = (CASES / name).read_bytes()
+    edges = [0, *sorted(min(cut, len(data)) for cut in where), len(data)]
+    assert tapped(name, *(data[a:b] for a, b in itertools.pairwise(edges))) == expected(name)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=6) | st.just("usage"),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["usage", "response", 'a"b', "prompt_tokens", "é", "\\"]), inner, max_size=4)
+    ),
+    max_leaves=20,
+)
+
+
+@given(JSON, st.integers(1, 7), st.booleans())
+def test_the_skimmer_agrees_with_a_json_reader(value: object, size: int, spaced: bool):
+    """Whatever the JSON holds, the tap finds the `usage` at the top or in `response`, and nothing else."""
+    text = json.dumps(value, indent=1 if spaced else None).encode()
+    tap = BodyUsage()
+    for at in range(0, len(text), size):
+        tap.feed(text[at : at + size])
+    wanted = None
+    if isinstance(value, dict):  # in the order of the text: the last one counts
+        for key, member in value.items():
+            inner = member.get("usage") if key == "response" and isinstance(member, dict) else None
+            wanted = usage_of(member if key == "usage" else inner) or wanted
+    assert tap.usage == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "usage"),
+    [
+        ("{}", None),
+        ('{"seconds": 3}', None),
+        ("[1]", None),
+        ('{"prompt_tokens": true, "completion_tokens": -1}', None),
+        ('{"prompt_tokens": 9e99, "completion_tokens": "3"}', None),
+        ('{"prompt_tokens": 3.0}', Usage(prompt=3)),
+        ('{"output_tokens": 4, "output_tokens_details": null}', Usage(completion=4)),
+        ('{"prompt_tokens": 1, "prompt_tokens_details": {"cached_tokens": 1}}', Usage(1, 0, 1)),
+    ],
+)
+def test_what_counts_as_usage(text: str, usage: Usage | None):
+    """Whole numbers of tokens by their usual names; anything else is no usage, and no error."""
+    assert usage_of(json.loads(text)) == usage
+
+
+def test_a_broken_usage_is_no_usage():
+    """What is not JSON is passed over, and the next one counts."""
+    tap = StreamUsage()
+    tap.feed(b'data: {"usage": {"prompt_tokens": oops}}\n\n')
+    assert tap.usage is None
+    tap.feed(b'data: {"usage": {"prompt_tokens": 3}}\n\n')
+    assert tap.usage == Usage(3)
+
+
+def test_a_huge_usage_is_not_kept():
+    """A `usage` beyond 8 KiB is given up, so that memory is bounded; what comes behind it is found."""
+    tap = BodyUsage()
+    tap.feed(b'{"usage": {"x": "')
+    for _ in range(100):
+        tap.feed(b"y" * USAGE_BYTES)
+        assert tap._kept is None or len(tap._kept) <= 2 * USAGE_BYTES
+    tap.feed(b'"}, "usage": {"prompt_tokens": 1}}')
+    assert tap.usage == Usage(1)
+
+
+def test_a_five_megabyte_line_is_passed_over():
+    """gateways.md C15: a tool call or an image of 5 MiB in one `data:` line costs the tap a few bytes, and then it goes
+    on."""
+    tap = StreamUsage()
+    for piece in (b'data: {"choices":[{"delta":{"content":"', *[b"A" * 65_536] * 80, b'"}}],"usage":null}\n\n'):
+        tap.feed(piece)
+        assert len(tap._body._name) <= 12
+    tap.feed(b'data: {"choices":[],"usage":{"prompt_tokens":2,"completion_tokens":1}}\n\n')
+    assert tap.usage == Usage(2, 1)
+
+
+def test_a_usage_in_the_text_is_no_usage():
+    """What the model writes, however much it looks like a usage, is text."""
+    tap = StreamUsage()
+    text = json.dumps({"choices": [{"delta": {"content": '"usage": {"prompt_tokens": 7}'}}]}).encode()
+    tap.feed(b"data: " + text + b"\n\ndata: " + text)
+    tap.feed(b"\n\nretry: 5\n\n")
+    assert tap.usage is None
+
+
+def test_an_object_over_several_data_lines_is_one():
+    """Lines of one event belong together, whether they end with LF, CR or both."""
+    for end in (b"\n", b"\r", b"\r\n"):
+        text = end.join([b'data: {"usage":', b'data: {"prompt_tokens":', b"data: 5}}", b"", b""])
+        for cut in range(len(text)):
+            assert tapped(".sse", text[:cut], text[cut:]) == Usage(5), (end, cut)
