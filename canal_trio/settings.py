@@ -10,12 +10,15 @@ import math
 from dataclasses import dataclass, field
 
 __all__ = [
+    "Balance",
     "Bounds",
     "Deadlines",
+    "Health",
     "Key",
     "Model",
     "NamedCertificate",
     "Price",
+    "Retries",
     "ServerTLS",
     "Settings",
     "Upstream",
@@ -74,6 +77,48 @@ class Deadlines:
 
 
 @dataclass(frozen=True, slots=True)
+class Balance:
+    """How one upstream is chosen among those of a model. The table `[balance]`, and keys of a `[[model]]`."""
+
+    strategy: str = "in_order"  # or round_robin, fewest_streams, fastest, hash
+    hash_by: str = "principal"  # or prompt, or header:NAME
+    hold_first_event: bool = False  # a first event that is an error is no answer while there is another upstream
+    memory: float = 10.0  # seconds in which `fastest` forgets most of what it has seen
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """When an upstream is avoided, and how it comes back. Counted in each worker, by what its exchanges meet."""
+
+    failures: int = 5  # in a row
+    error_rate: float = 0.5  # of at least `error_count` exchanges that ended within `error_window`
+    error_count: int = 20
+    error_window: float = 30.0
+    eject: float = 10.0  # seconds; doubled each time in a row,
+    eject_most: float = 300.0  # up to this
+    most_ejected: float = 0.5  # of a model's upstreams, rounded down: a single one is never avoided
+    trials: int = 1  # exchanges at once that find out whether it is well again
+    slow_start: float = 30.0  # seconds in which its weight rises to what it was
+    set_aside: float = 1.0  # after a 429 or 503 that does not say for how long
+    set_aside_most: float = 60.0  # whatever it says
+    check_interval: float = 10.0  # active checks: of upstreams that have a `check` path
+    check_timeout: float = 5.0
+    check_failures: int = 2  # in a row: down. One that succeeds: up
+
+
+@dataclass(frozen=True, slots=True)
+class Retries:
+    """How often another upstream is asked, before the first byte of an answer was relayed."""
+
+    attempts: int = 3  # per exchange, at most
+    share: float = 0.2  # of a model's exchanges: so much more load, at most
+    floor: float = 1.0  # per second, however few exchanges there are
+    burst: float = 20.0  # unused ones that are kept for later
+    backoff: float = 0.025  # seconds before the second attempt, doubled each time; a random part of it is waited
+    backoff_most: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Upstream:
     """One place that answers. `base_url` is what one would give to an OpenAI SDK."""
 
@@ -87,6 +132,9 @@ class Upstream:
     on_client_eof: str = "abort"  # or "finish"
     connections: float | None = None  # instead of Bounds.upstream_connections
     heartbeat: float | None = None  # seconds of silence after which ": ping\n" is sent
+    weight: float = 1.0  # its part of the load, against the others'
+    tier: int = 0  # an upstream is asked only when none of a lower tier can be
+    check: str | None = None  # the path of an active check, asked of the root of the upstream; None: not checked
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +143,7 @@ class Model:
 
     name: str
     upstreams: tuple[str, ...]
+    balance: Balance | None = None  # instead of Settings.balance
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +204,9 @@ class Settings:
     prices: tuple[Price, ...] = ()
     bounds: Bounds = field(default_factory=Bounds)
     deadlines: Deadlines = field(default_factory=Deadlines)
+    balance: Balance = field(default_factory=Balance)
+    health: Health = field(default_factory=Health)
+    retries: Retries = field(default_factory=Retries)
 
 
 def address_text(address: tuple[str, int]) -> str:
