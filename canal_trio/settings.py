@@ -73,6 +73,7 @@ class Deadlines:
     drain: float = 30.0
     linger: float = 2.0
     after_done: float = 1.0  # the upstream's body has to end this long after its terminal event
+    worker_answer: float = 30.0  # a worker that its supervisor hears nothing of for this long is killed and replaced
     upstream_keep_alive: float = 60.0  # an idle upstream connection is not reused after this
 
 

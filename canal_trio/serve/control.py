@@ -45,11 +45,15 @@ class Family(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Start(msgspec.Struct, tag=True):
-    """The first order: be worker `number` (from 1) and listen on `addresses` together with the others."""
+    """The first order: be worker `number` (from 1) and listen on `addresses` together with the others.
+
+    With `sockets` these inherited descriptors are accepted from, instead: all workers have the same ones.
+    """
 
     number: int
     settings: Settings
     addresses: list[tuple[str, int]]
+    sockets: list[int] = []
 
 
 class Reload(msgspec.Struct, tag=True):

@@ -15,6 +15,7 @@ import trio
 
 from canal_trio.errors import ConfigError
 from canal_trio.observe.log import describe
+from canal_trio.serve.systemd import Notifier
 from canal_trio.settings import Settings
 
 __all__ = ["Reloader"]
@@ -30,7 +31,7 @@ class Reloader:
     """Loads with `load` (in a thread; None: it is never asked to) and applies with `apply`.
 
     `apply` raises `ConfigError` if it cannot, having changed nothing. `count(result)` gets `ok` or `refused`, `stopped`
-    says that the end has begun, and `settings` are those in use.
+    says that the end has begun, and `settings` are those in use. `notifier` hears when it begins and how it ended.
     """
 
     def __init__(
@@ -40,12 +41,15 @@ class Reloader:
         apply: Callable[[Settings], Awaitable[None]],
         count: Callable[[str], None],
         stopped: Callable[[], bool],
+        notifier: Notifier,
     ) -> None:
         self.settings = settings
         self._load = load
         self._apply = apply
         self._count = count
         self._stopped = stopped
+        self._notifier = notifier
+        self._result = ""  # of the last one, for people
         self._running = False
         self._again = False
 
@@ -55,6 +59,8 @@ class Reloader:
             self._again = True
         else:
             self._running = True
+            if not self._stopped():
+                self._notifier.reloading()
             nursery.start_soon(self._run)
 
     async def _run(self) -> None:
@@ -68,6 +74,8 @@ class Reloader:
                 self._refuse(describe(exc))
             if not self._again:
                 self._running = False
+                if not self._stopped():
+                    self._notifier.ready(self._result)
                 return
 
     async def _once(self) -> None:
@@ -84,11 +92,13 @@ class Reloader:
         await self._apply(new)
         self.settings = new
         self._count("ok")
+        self._result = "reloaded the configuration"
         _log.info("reloaded the configuration")
         if changed:
             _log.warning("a change of %s needs a restart; the old value stays", ", ".join(changed))
 
     def _refuse(self, reason: str) -> None:
         self._count("refused")
+        self._result = f"the new configuration is refused, the old one stays: {reason}"
         for line in reason.splitlines() or [""]:
             _log.error("the new configuration is refused, the old one stays: %s", line)

@@ -33,6 +33,7 @@ from canal_trio.serve.greeting import greet
 from canal_trio.serve.limits import Capacity, capacity_of, freeze_garbage, raise_descriptor_limit
 from canal_trio.serve.listen import Acceptor, ListenError, Slots, open_listeners, set_options
 from canal_trio.serve.reload import Reloader
+from canal_trio.serve.systemd import Handed, handed_over
 from canal_trio.serve.tls import Certificates, Terminator
 from canal_trio.settings import Settings
 
@@ -45,6 +46,7 @@ __all__ = [
     "ServedGateway",
     "Server",
     "hinting",
+    "longest_stop",
     "real_gateway",
     "run",
     "serve",
@@ -98,9 +100,16 @@ class Served:
 
 def run(settings: Settings, *, config_loader: Callable[[], Settings] | None = None) -> int:
     """Serve in a process of our own until told to stop; the exit code. Raises `ListenError`."""
-    descriptors = raise_descriptor_limit()
+    descriptors, handed = raise_descriptor_limit(), handed_over()
     return trio.run(
-        partial(serve, settings, config_loader=config_loader, descriptors=descriptors, on_listening=freeze_garbage)
+        partial(
+            serve,
+            settings,
+            config_loader=config_loader,
+            descriptors=descriptors,
+            on_listening=freeze_garbage,
+            handed=handed,
+        )
     )
 
 
@@ -119,42 +128,50 @@ async def serve(
     descriptors: int = 1024,
     log_fd: int = 2,
     on_listening: Callable[[], None] = lambda: None,
+    handed: Handed | None = None,
     task_status: trio.TaskStatus[Served] = trio.TASK_STATUS_IGNORED,
 ) -> int:
     """Serve until SIGTERM or SIGINT, then drain. The exit code: 0, or 1 if streams were cut without their ending.
 
     Main thread only (signals). `config_loader` is called in a thread on SIGHUP and returns the new settings or raises
-    `ConfigError`; without one SIGHUP ends it, too (the terminal is gone). `log_fd` stays open. Raises `ListenError`, or
-    `ConfigError` for certificates that cannot be used, before anything was started. Cancelling it closes the listeners
-    and cancels every connection.
+    `ConfigError`; without one SIGHUP ends it, too (the terminal is gone). `log_fd` stays open. Sockets that were
+    `handed` over are used instead of `settings`' addresses. Raises `ListenError`, or `ConfigError` for certificates
+    that cannot be used, before anything was started. Cancelling it closes the listeners and cancels every connection.
     """
+    handed = handed or Handed()
     certificates = None if settings.tls is None else Certificates(settings.tls)
     writer = LineWriter(log_fd, capacity=settings.bounds.log_lines)
     try:
         with logging_to(writer, settings.log), trio.open_signal_receiver(*SIGNALS) as signals:
             with hinting(LISTEN_HINT):
-                listening = await open_listeners(settings.listen)
+                listening = handed.listening or await open_listeners(settings.listen)
             try:
                 with hinting(ADMIN_HINT):
-                    admin = await open_listeners([settings.admin] if settings.admin else [])
+                    admin = handed.admin or await open_listeners([settings.admin] if settings.admin else [])
             except BaseException:
                 _close(listening)
                 raise
             capacity = capacity_of(settings, descriptors)
             server = Server(settings, make_gateway, capacity, writer, certificates)
-            reloader = Reloader(settings, config_loader, server.apply, server.count_reload, server.stop.is_set)
+            stopping = server.stop.is_set
+            reloader = Reloader(
+                settings, config_loader, server.apply, server.count_reload, stopping, handed.notifier
+            )
 
             def started() -> None:
                 on_listening()
                 greet(writer, settings, capacity, listening, admin)
+                handed.notifier.ready("serving")
                 task_status.started(Served(_addresses(listening), _addresses(admin), server.gateway))
 
             async def orders(services: trio.Nursery) -> None:
+                services.start_soon(handed.notifier.beat, server.status)
                 async for number in signals:
                     if number == signal.SIGHUP and config_loader is not None:
                         reloader.begin(services)
                     elif not server.stop.is_set():
                         server.stop.set()
+                        handed.notifier.stopping(longest_stop(server.settings), "draining")
                     else:
                         server.cut()
 
@@ -163,7 +180,13 @@ async def serve(
             finally:
                 _close(listening + admin)
     finally:
+        handed.close()
         writer.close()
+
+
+def longest_stop(settings: Settings) -> float:
+    """Seconds from SIGTERM to the end of this process, at most."""
+    return settings.deadlines.drain + settings.deadlines.linger + GRACE
 
 
 @contextlib.contextmanager
@@ -294,10 +317,16 @@ class Server:
         self.gateway.drain(deadline)
         if self.terminator is not None:
             self.terminator.hurry(deadlines.linger)  # who has not said a word by now must not hold up the end
-        self.stopped.deadline = deadline + deadlines.linger + GRACE
+        self.stopped.deadline = trio.current_time() + longest_stop(self.settings)
         count = self.gateway.statistics().in_flight
         what = "1 exchange has" if count == 1 else f"{count} exchanges have"
         _log.info("draining: %s %g seconds to finish; signal again to stop now", what, deadlines.drain)
+
+    def status(self) -> str:
+        """For systemd: how many it serves now."""
+        now = self.gateway.statistics()
+        state = "draining" if self.stop.is_set() else "serving"
+        return f"{state}: {now.in_flight} exchanges, {now.connections} connections"
 
     def count_reload(self, result: str) -> None:
         """For the metrics: `ok` or `refused`."""

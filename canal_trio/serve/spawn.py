@@ -71,11 +71,13 @@ class Worker:
                 return f"died of signal {-self.code}"
         return f"ended with exit code {self.code}"
 
-    async def live(self, orders: Callable[[], Sequence[Message]], accepting: Callable[[], None]) -> None:
+    async def live(
+        self, orders: Callable[[], Sequence[Message]], accepting: Callable[[], None], inherited: Sequence[int] = ()
+    ) -> None:
         """Run one process to its end; `code` says how it was. A checkpoint. Cancelled, the process is killed.
 
         `orders` gives what it is told first, as of when it can be told anything; others follow in the order in which
-        they are given. `accepting` is called when it accepts connections.
+        they are given. `accepting` is called when it accepts connections. It has the descriptors `inherited`, too.
         """
         self.complaint, self.metrics = "", []
         ours, theirs = socket.socketpair()
@@ -83,7 +85,7 @@ class Worker:
         process: trio.Process | None = None
         try:
             try:
-                process = self._process = await _spawn(theirs.fileno())
+                process = self._process = await _spawn(theirs.fileno(), inherited)
             except OSError as exc:
                 self.complaint, self.code = f"cannot start a process: {exc.strerror or exc}", 1
                 return
@@ -163,12 +165,12 @@ class Worker:
         return True
 
 
-async def _spawn(control: int) -> trio.Process:
+async def _spawn(control: int, inherited: Sequence[int]) -> trio.Process:
     # A process group of its own: a terminal's Ctrl-C is for the supervisor alone, who passes it on as an order.
     return await trio.lowlevel.open_process(
         [*_python(), "-m", "canal_trio", "worker", str(control)],
         stdin=subprocess.DEVNULL,
-        pass_fds=[control],
+        pass_fds=[control, *inherited],
         process_group=0,
     )
 

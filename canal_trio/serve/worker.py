@@ -67,7 +67,10 @@ async def _work(control: socket.socket, descriptors: int) -> int:
             listening: list[socket.socket] = []
             try:
                 certificates = None if settings.tls is None else Certificates(settings.tls)
-                listening = await open_listeners(start.addresses, share=True)
+                if start.sockets:
+                    listening = [socket.socket(fileno=fd) for fd in start.sockets]
+                else:
+                    listening = await open_listeners(start.addresses, share=True)
             except CanalError as exc:
                 await channel.send(Failed(str(exc)))
                 return 1

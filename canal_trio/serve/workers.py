@@ -29,8 +29,10 @@ from canal_trio.serve.limits import raise_descriptor_limit, share_of
 from canal_trio.serve.listen import Acceptor, Slots, open_listeners, reserve
 from canal_trio.serve.merged_view import MergedView
 from canal_trio.serve.reload import Reloader
-from canal_trio.serve.run import ADMIN_HINT, GRACE, LISTEN_HINT, SIGNALS, hinting
+from canal_trio.serve.run import ADMIN_HINT, LISTEN_HINT, SIGNALS, hinting, longest_stop
 from canal_trio.serve.spawn import Worker
+from canal_trio.serve.systemd import Handed, handed_over
+from canal_trio.serve.watchdog import guard
 from canal_trio.settings import Settings
 
 __all__ = ["WorkerError", "supervise"]
@@ -54,31 +56,43 @@ def supervise(settings: Settings, *, config_loader: Callable[[], Settings] | Non
     Main thread only (signals). Raises `ListenError` or `WorkerError`, in a group, with nothing left running.
     """
     raise_descriptor_limit()  # the workers inherit it
-    return trio.run(_supervise, settings, config_loader)
+    return trio.run(_supervise, settings, config_loader, handed_over())
 
 
-async def _supervise(settings: Settings, config_loader: Callable[[], Settings] | None) -> int:
+async def _supervise(
+    settings: Settings, config_loader: Callable[[], Settings] | None, handed: Handed | None = None
+) -> int:
+    handed = handed or Handed()
     writer = LineWriter(2, capacity=settings.bounds.log_lines, shared=True)
     sockets: list[socket.socket] = []
     try:
         with logging_to(writer, settings.log), trio.open_signal_receiver(*SIGNALS) as signals:
             with hinting(LISTEN_HINT):
-                held = await reserve(settings.listen)
+                held = handed.listening or await reserve(settings.listen)
             sockets += held
             with hinting(ADMIN_HINT):
-                admin = await open_listeners([settings.admin] if settings.admin else [])
+                admin = handed.admin or await open_listeners([settings.admin] if settings.admin else [])
             sockets += admin
-            return await _Supervisor(settings, config_loader, writer).run(held, admin, signals)
+            return await _Supervisor(settings, config_loader, writer, handed).run(held, admin, signals)
     finally:
         for sock in sockets:
             sock.close()
+        handed.close()
         writer.close()
 
 
 @final
 class _Supervisor:
-    def __init__(self, settings: Settings, config_loader: Callable[[], Settings] | None, writer: LineWriter) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        config_loader: Callable[[], Settings] | None,
+        writer: LineWriter,
+        handed: Handed,
+    ) -> None:
         self._writer = writer
+        self._handed = handed
+        self._notifier = handed.notifier
         self._settings = settings
         self._stopping = trio.Event()
         self._greeted = False
@@ -100,6 +114,7 @@ class _Supervisor:
             self._apply,
             lambda result: reloads.labels(result).inc(),
             self._stopping.is_set,
+            self._notifier,
         )
 
     async def run(self, held: list[socket.socket], admin: list[socket.socket], signals: AsyncIterator[int]) -> int:
@@ -107,6 +122,7 @@ class _Supervisor:
         async with trio.open_nursery() as services:
             services.start_soon(self._obey, signals, services)
             services.start_soon(self._keep_all, addresses)
+            services.start_soon(self._notifier.beat, self._status)
             page = Admin(self._view, self._view, refresh=self._view.refresh)
             slots = Slots(self._settings.bounds.admin_connections)
             for sock in admin:
@@ -114,8 +130,7 @@ class _Supervisor:
             await self._first(held, admin)
             await self._stopping.wait()
             await self._order(Drain())
-            deadlines = self._settings.deadlines
-            with trio.move_on_after(deadlines.drain + deadlines.linger + GRACE + LAST):
+            with trio.move_on_after(longest_stop(self._settings) + LAST):
                 await self._ended.wait()
             self._kill()
             await self._ended.wait()
@@ -143,6 +158,12 @@ class _Supervisor:
         capacity = self._workers[0].capacity
         assert capacity is not None
         greet(self._writer, self._settings, capacity, held, admin, workers=count, warnings=warnings)
+        self._notifier.ready(self._status())
+
+    def _status(self) -> str:
+        """For systemd."""
+        count = sum(worker.accepting is not None for worker in self._workers)
+        return f"{'draining' if self._stopping.is_set() else 'serving'}: {count} of {len(self._workers)} workers"
 
     # -- the life of a worker ------------------------------------------------------------------------------------------
 
@@ -157,7 +178,7 @@ class _Supervisor:
         back_off = BACK_OFF_FIRST
         while not self._stopping.is_set():
             began = trio.current_time()
-            await worker.live(partial(self._first_orders, worker, addresses), self._began)
+            await self._live(worker, addresses)
             if self._stopping.is_set():
                 break
             if not self._greeted:
@@ -179,9 +200,20 @@ class _Supervisor:
             back_off = min(back_off * 2, BACK_OFF_LAST)
         self._began()  # nobody needs to wait for this one to accept
 
-    def _first_orders(self, worker: Worker, addresses: list[tuple[str, int]]) -> list[Message]:
+    async def _live(self, worker: Worker, addresses: list[tuple[str, int]]) -> None:
+        """One process of `worker`, under our eyes."""
+        inherited = [sock.fileno() for sock in self._handed.listening if sock.fileno() >= 0]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(guard, worker, lambda: self._settings.deadlines.worker_answer)
+            orders = partial(self._first_orders, worker, addresses, inherited)
+            await worker.live(orders, self._began, inherited)
+            nursery.cancel_scope.cancel(reason="its process has ended")
+
+    def _first_orders(
+        self, worker: Worker, addresses: list[tuple[str, int]], inherited: list[int]
+    ) -> list[Message]:
         share = share_of(self._settings, worker.number - 1, len(self._workers))
-        start = Start(worker.number, share, addresses)
+        start = Start(worker.number, share, addresses, inherited)
         return [start, Drain()] if self._stopping.is_set() else [start]
 
     def _began(self) -> None:
@@ -199,6 +231,9 @@ class _Supervisor:
                 _log.info("draining: %d workers; signal again to stop now", len(self._workers))
                 self._stopping.set()
                 self._accepting.set()
+                self._notifier.stopping(longest_stop(self._settings) + LAST, self._status())
+                for sock in self._handed.listening:  # for as long as we hold them, clients come in and find nobody
+                    sock.close()
             else:
                 services.start_soon(self._stop_now)
 

@@ -87,6 +87,7 @@ async def running(
     environ: dict[str, str] | None = None,
     command: Sequence[str] = COMMAND,
     admin: str = "127.0.0.1:0",
+    pass_fds: Sequence[int] = (),
 ) -> AsyncIterator[Process]:
     """`canal-trio serve` on a free port, killed at the end of the block if it still runs."""
     argv = [*command, "serve", "--listen", "127.0.0.1:0", "--admin", admin, *arguments]
@@ -98,6 +99,7 @@ async def running(
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             env=CLEAN | (environ or {}),
+            pass_fds=pass_fds,
         )
         process = Process(await nursery.start(start))
         nursery.start_soon(process.listen)
