@@ -57,6 +57,7 @@ class Kind(enum.Enum):
     TARGET_TOO_LONG = "target_too_long"
     BODY_TOO_LARGE = "body_too_large"
     BUFFERS_FULL = "buffers_full"  # the process-wide budget for held bodies is used up
+    OVERLOADED = "overloaded"  # the gateway has as many exchanges, or holds as much, as it may
     UNSUPPORTED_CODING = "unsupported_coding"  # a transfer coding other than chunked
     UNSUPPORTED_VERSION = "unsupported_version"
     METHOD_NOT_ALLOWED = "method_not_allowed"
@@ -93,7 +94,8 @@ class Retry(enum.Enum):
 class Failure:
     """Why an exchange or an attempt did not complete: side x phase x kind x retry, and a sentence for people.
 
-    `detail` is one sentence without secrets; it may be shown to the client and written to the log.
+    `detail` is one sentence without secrets; it may be shown to the client and written to the log. `retry_after` is in
+    seconds, where it is known when trying again makes sense; without it the answer says what its kind says.
     """
 
     side: Side
@@ -101,6 +103,7 @@ class Failure:
     kind: Kind
     detail: str = ""
     retry: Retry = Retry.NO
+    retry_after: float | None = None
 
     def __str__(self) -> str:
         text = f"{self.side.value} {self.kind.value} ({self.phase.value})"

@@ -46,7 +46,9 @@ class Bounds:
     held_body_bytes: int = 32 * MIB  # body held for routing or replay, per exchange; beyond: 413 / no replay
     held_total_bytes: int = 256 * MIB  # the same, all exchanges together; beyond: 503
     upstream_connections: float = math.inf  # per upstream
-    waiters: int = 1024  # per upstream, waiting for a lease
+    exchanges: float = math.inf  # at work at once; beyond: wait, then 503
+    waiters: int = 1024  # per upstream, waiting for a lease; as many for a place among `exchanges`
+    memory_bytes: int | None = None  # of bodies and flows, beyond: 503. None: half of the machine's, or of its cgroup's
     client_connections: int | None = None  # None: from the descriptor limit
     informational_heads: int = 16  # 1xx heads per response, beyond: malformed
     admin_connections: int = 64
@@ -62,7 +64,7 @@ class Deadlines:
     keep_alive: float = 75.0
     body_idle: float = 30.0
     body_rate: float = 500.0  # bytes per second, on average after the first `body_idle` seconds
-    lease: float = 10.0
+    lease: float = 10.0  # waiting for a connection, or for a place among `exchanges`
     connect: float = 5.0
     connect_tls: float = 5.0  # added to `connect`
     first_byte: float = 300.0

@@ -43,6 +43,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "held_body_bytes": (0, 2**40),
     "held_total_bytes": (0, 2**40),
     "waiters": (0, 10**7),
+    "memory_bytes": (2**20, 2**50),
     "log_lines": (16, 10**7),
 }
 

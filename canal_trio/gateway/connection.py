@@ -165,18 +165,19 @@ class ClientConnection:
 
     def _hold(self, exchange: Exchange, content: bytes, end: End) -> bool:
         """Hold a body that is here as a whole. False: it is more than may be held."""
-        if len(content) > self._gateway.settings.bounds.held_body_bytes or not self._gateway.budget.take(len(content)):
+        budget = self._gateway.places.budget
+        if len(content) > self._gateway.settings.bounds.held_body_bytes or not budget.take(len(content)):
             return False
-        exchange.body = WholeBody(content, end, self._gateway.budget)
+        exchange.body = WholeBody(content, end, budget)
         return True
 
     def _open_upload(self, exchange: Exchange) -> FlowSender:
         """A flow for a body that is not here as a whole."""
-        gateway, bounds = self._gateway, self._gateway.settings.bounds
+        places, bounds = self._gateway.places, self._gateway.settings.bounds
         sender, receiver = open_flow(
-            bounds.capacity, piece_bytes=bounds.piece_bytes, handover_bytes=bounds.handover_bytes
+            bounds.capacity, piece_bytes=bounds.piece_bytes, handover_bytes=bounds.handover_bytes, meter=places.meter
         )
-        exchange.body = HeldBody(receiver, gateway.budget, bounds.held_body_bytes)
+        exchange.body = HeldBody(receiver, places.budget, bounds.held_body_bytes)
         return sender
 
     def _refuse(self, failure: Failure, started: float) -> Exchange:
@@ -194,7 +195,8 @@ class ClientConnection:
         """Run it to its end. True: the connection can carry another request."""
         gateway, head = self._gateway, exchange.head
         generation = gateway.generation
-        delivery = Delivery(exchange, self._writer, generation.settings, gateway.reaper, self._answers)
+        places = gateway.places
+        delivery = Delivery(exchange, self._writer, generation.settings, gateway.reaper, self._answers, places.meter)
         if gateway.draining:
             exchange.note(Failure(Side.GATEWAY, Phase.ROUTE, Kind.DRAINING))
         if head is None or exchange.failure is not None:
@@ -205,7 +207,7 @@ class ClientConnection:
             exchange.status = own[0]
             return await self._writer.write([own[1]], exchange.has_answer) and keep and exchange.received
         trusted = gateway.trusts(self._peer)
-        pipeline = Pipeline(exchange, generation, self._writer, delivery, self._requests, trusted=trusted)
+        pipeline = Pipeline(exchange, generation, places, self._writer, delivery, self._requests, trusted=trusted)
         pipeline.close = not keep
         try:
             with exchange.scope:
@@ -255,6 +257,9 @@ class ClientConnection:
         if exchange.upgraded is not None:
             exchange.upgraded.set()
         self._gateway.end(exchange)
+        if exchange.placed is not None:
+            self._gateway.places.give(exchange.finished_at - exchange.placed)
+            exchange.placed = None
 
     async def _linger(self) -> None:
         """Close without losing the answer: a close on unread input would reset the connection (RFC 9112 9.6)."""

@@ -17,9 +17,9 @@ from typing import final
 import trio
 
 from canal_trio.errors import Failure, Kind, Side
-from canal_trio.gateway.body import Budget
 from canal_trio.gateway.connection import ClientConnection
 from canal_trio.gateway.exchange import Exchange, ExchangeView
+from canal_trio.gateway.places import Places
 from canal_trio.hooks import Recorder
 from canal_trio.policy.routing import Router
 from canal_trio.relay.idle import Reaper
@@ -40,6 +40,9 @@ class GatewayStatistics:
     in_flight: int
     held_bytes: int
     pools: dict[str, PoolStatistics]
+    waiting: int = 0  # exchanges that wait for a place
+    flow_bytes: int = 0
+    memory_limit: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,15 @@ class Generation:
     settings: Settings
     router: Router
     pools: dict[str, Pool]
+
+    def crowded(self) -> Failure | None:
+        """No upstream has room, not even in its queue: why nothing can be done for any request, whatever it wants."""
+        pools = self.pools.values()
+        for pool in pools:
+            if not pool.crowded:
+                return None
+        refusals = [pool.refuse() for pool in pools]
+        return min(refusals, key=lambda refusal: refusal.retry_after or 0.0, default=None)
 
 
 @final
@@ -65,7 +77,7 @@ class Gateway:
         self._exchanges: dict[Exchange, None] = {}
         self._networks = _networks(settings)
         self.reaper = Reaper()
-        self.budget = Budget(settings.bounds.held_total_bytes)
+        self.places = Places(settings)
         self.draining = False
         self._drained_by = math.inf
         self.generation = self._generation(settings, {})
@@ -116,7 +128,7 @@ class Gateway:
         keep = {u: old.pools[u.name] for u in old.settings.upstreams} if unchanged else {}
         self.generation = self._generation(settings, keep)
         self._networks = _networks(settings)
-        self.budget.limit = settings.bounds.held_total_bytes
+        self.places.configure(settings)
         current = set(self.generation.pools.values())
         for pool in old.pools.values():
             if pool not in current:
@@ -162,7 +174,16 @@ class Gateway:
     def statistics(self) -> GatewayStatistics:
         """A snapshot for metrics."""
         pools = {name: pool.statistics() for name, pool in self.generation.pools.items()}
-        return GatewayStatistics(len(self._connections), len(self._exchanges), self.budget.held, pools)
+        places = self.places
+        return GatewayStatistics(
+            len(self._connections),
+            len(self._exchanges),
+            places.budget.held,
+            pools,
+            waiting=places.waiting,
+            flow_bytes=places.meter.bytes,
+            memory_limit=places.ceiling,
+        )
 
     # -- the end -------------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from canal_trio.gateway.respond import http_date
 from canal_trio.gateway.writer import BROKEN, BodyWriter, ClientWriter
 from canal_trio.messages import End, ResponseHead
 from canal_trio.policy.exchange import answer_for
-from canal_trio.relay.flow import Aborted, Ended, FlowReceiver, FlowSender, open_flow
+from canal_trio.relay.flow import Aborted, Ended, FlowReceiver, FlowSender, Meter, open_flow
 from canal_trio.relay.idle import Reaper
 from canal_trio.settings import Settings
 from canal_trio.upstream.interface import StraightConnection
@@ -39,13 +39,20 @@ class Delivery:
     """One exchange's answer on its way to the client. `begun`: the final head was written, there is no other answer."""
 
     def __init__(
-        self, exchange: Exchange, writer: ClientWriter, settings: Settings, reaper: Reaper, heads: ClientHeads
+        self,
+        exchange: Exchange,
+        writer: ClientWriter,
+        settings: Settings,
+        reaper: Reaper,
+        heads: ClientHeads,
+        meter: Meter,
     ) -> None:
         self._exchange = exchange
         self._writer = writer
         self._settings = settings
         self._reaper = reaper
         self._heads = heads
+        self.meter = meter  # of the flows that this answer goes through
         self._body: BodyWriter | None = None
         self._sender: FlowSender | None = None  # what the body comes through, if it is a flow
         self._relaying = False
@@ -209,7 +216,7 @@ class Delivery:
         writer, bounds = self._body, self._settings.bounds
         assert writer is not None
         sender, flow = open_flow(
-            bounds.capacity, piece_bytes=bounds.piece_bytes, handover_bytes=bounds.handover_bytes
+            bounds.capacity, piece_bytes=bounds.piece_bytes, handover_bytes=bounds.handover_bytes, meter=self.meter
         )
         self._sender = sender
 
@@ -218,13 +225,14 @@ class Delivery:
                 await connection.pass_rest(sender)
             settle()
 
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(upstream_task)
-            if await writer.flush():
-                await self.body(sender, flow)
-            else:
-                self._lost()
-            nursery.cancel_scope.cancel(reason="the answer was delivered or given up")
+        with flow:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(upstream_task)
+                if await writer.flush():
+                    await self.body(sender, flow)
+                else:
+                    self._lost()
+                nursery.cancel_scope.cancel(reason="the answer was delivered or given up")
 
     async def _heartbeat(self, writer: BodyWriter, interval: float) -> float:
         """A comment between events, after silence (design, section 6: one newline, openai-python 2722).

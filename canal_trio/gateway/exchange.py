@@ -75,6 +75,7 @@ class Exchange:
         "model",
         "phase",
         "pieces",
+        "placed",
         "principal",
         "queued",
         "received",
@@ -112,6 +113,7 @@ class Exchange:
         self.received = head is None  # the request was read to its end
         self.body: HeldBody | WholeBody | None = None
         self.lease: Lease | None = None
+        self.placed: float | None = None  # since when it has one of the gateway's places
         self.upgraded: trio.Event | None = trio.Event() if self.upgrade is not None else None
         self.tunnel = False
         # what was decided

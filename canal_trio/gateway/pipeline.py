@@ -15,6 +15,7 @@ import trio
 from canal_trio.errors import Failure, Kind, Phase, Retry, Side
 from canal_trio.gateway.deliver import Delivery
 from canal_trio.gateway.exchange import Exchange
+from canal_trio.gateway.places import Places
 from canal_trio.gateway.port import Port
 from canal_trio.gateway.requests import UpstreamRequest, UpstreamRequests
 from canal_trio.gateway.respond import continue_head
@@ -51,6 +52,7 @@ class Pipeline:
         self,
         exchange: Exchange,
         generation: Generation,
+        places: Places,
         writer: ClientWriter,
         delivery: Delivery,
         requests: UpstreamRequests,
@@ -62,6 +64,7 @@ class Pipeline:
         self._head: RequestHead = exchange.head
         self._generation = generation
         self._settings: Settings = generation.settings
+        self._places = places
         self._writer = writer
         self._delivery = delivery
         self._requests = requests
@@ -71,7 +74,7 @@ class Pipeline:
     async def run(self) -> Failure | None:
         """The failure to answer with, or None: an answer was delivered or broke off."""
         exchange = self._exchange
-        refusal = self._authenticate()
+        refusal = self._authenticate() or await self._enter()
         if refusal is not None:
             return refusal
         refusal = await self._continue()
@@ -91,6 +94,23 @@ class Pipeline:
             return verdict
         self._exchange.principal = verdict
         return None
+
+    async def _enter(self) -> Failure | None:
+        """Take one of the gateway's places, before the body costs anything; the failure if there is too much to do.
+
+        A checkpoint only if it waits.
+        """
+        exchange, places = self._exchange, self._places
+        if places.take_nowait():
+            exchange.placed = exchange.headed
+        else:
+            if all(upstream.on_client_eof == "abort" for upstream in self._settings.upstreams):
+                exchange.routed(eof_leaves=True)  # wherever it may go: so it can be seen to leave the line
+            refusal = await places.take()
+            if refusal is not None:
+                return refusal
+            exchange.placed = trio.current_time()
+        return self._generation.crowded()
 
     async def _continue(self) -> Failure | None:
         """Invite the body of a client that waits for it (RFC 9110 10.1.1)."""
@@ -186,12 +206,15 @@ class Pipeline:
         straight = lease.connection.straight if self._goes_straight(upstream) else None
         if straight is not None:
             return await self._straight(lease, straight, request, upstream, others=others)
-        port = Port(self._settings.bounds)
+        port = Port(self._settings.bounds, self._delivery.meter)
         body = exchange.body.source() if exchange.body is not None else None
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._upstream_task, lease, request.head, body, port)
-            failure = await self._answer(port, upstream, others=others)
-            nursery.cancel_scope.cancel(reason="the answer was delivered or given up")
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._upstream_task, lease, request.head, body, port)
+                failure = await self._answer(port, upstream, others=others)
+                nursery.cancel_scope.cancel(reason="the answer was delivered or given up")
+        finally:
+            port.close()
         return failure
 
     def _goes_straight(self, upstream: Upstream) -> bool:

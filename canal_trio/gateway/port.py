@@ -9,7 +9,7 @@ import trio
 
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.messages import ResponseHead
-from canal_trio.relay.flow import FlowReceiver, FlowSender, open_flow
+from canal_trio.relay.flow import FlowReceiver, FlowSender, Meter, open_flow
 from canal_trio.settings import Bounds
 
 __all__ = ["Port"]
@@ -19,12 +19,12 @@ __all__ = ["Port"]
 class Port:
     """The upstream task's side is an `upstream.interface.Answer`; the driver takes heads and then the flow."""
 
-    def __init__(self, bounds: Bounds) -> None:
+    def __init__(self, bounds: Bounds, meter: Meter) -> None:
         self._send, self._receive = trio.open_memory_channel[ResponseHead](1)
         self.body: FlowSender
         self.flow: FlowReceiver
         self.body, self.flow = open_flow(
-            bounds.capacity, piece_bytes=bounds.piece_bytes, handover_bytes=bounds.handover_bytes
+            bounds.capacity, piece_bytes=bounds.piece_bytes, handover_bytes=bounds.handover_bytes, meter=meter
         )
         self._failure: Failure | None = None
 
@@ -37,6 +37,10 @@ class Port:
         self._failure = failure
         self._send.close()
         self.body.abort(failure)
+
+    def close(self) -> None:
+        """The driver wants no more of it. Not a checkpoint; idempotent."""
+        self.flow.close()
 
     async def next_head(self) -> ResponseHead | Failure:
         """The next head, or the failure that came instead. A checkpoint."""

@@ -48,8 +48,20 @@ class Statistics(Protocol):
         """Per upstream, a dataclass of numbers."""
 
     @property
+    def waiting(self) -> int:
+        """Exchanges that wait for a place."""
+
+    @property
     def held_bytes(self) -> int:
         """Bytes of request bodies held for routing or replay."""
+
+    @property
+    def flow_bytes(self) -> int:
+        """Bytes on their way in flows: read, and not taken by the other side yet."""
+
+    @property
+    def memory_limit(self) -> float:
+        """Bytes of both, beyond which no new exchange is taken."""
 
 
 class Watched(Protocol):
@@ -214,7 +226,12 @@ class _State(Collector):
         yield GaugeMetricFamily("canal_draining", "1 while draining.", float(gateway.draining))
         yield GaugeMetricFamily("canal_connections", "Client connections open.", now.connections)
         yield GaugeMetricFamily("canal_exchanges_in_flight", "Exchanges in flight.", now.in_flight)
+        yield GaugeMetricFamily("canal_exchanges_waiting", "Exchanges that wait for a place.", now.waiting)
         yield GaugeMetricFamily("canal_held_bytes", "Request body bytes held for routing or replay.", now.held_bytes)
+        yield GaugeMetricFamily("canal_flow_bytes", "Bytes read and not taken by the other side yet.", now.flow_bytes)
+        yield GaugeMetricFamily(
+            "canal_memory_limit_bytes", "Held and flow bytes beyond which requests get a 503.", now.memory_limit
+        )
         yield from _pools(now.pools)
 
 

@@ -7,6 +7,7 @@ piece.
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass, replace
 
 from canal_trio.errors import Failure, Kind, Phase, Retry, Side
@@ -49,6 +50,7 @@ _CLIENT: dict[Kind, Answer] = {
 
 _GATEWAY: dict[Kind, Answer] = {
     Kind.BUFFERS_FULL: Answer(503, "server_error", "overloaded", "The gateway holds too much already.", None, 1, True),
+    Kind.OVERLOADED: Answer(503, "server_error", "gateway_overloaded", "The gateway is at its limit.", None, 1, True),
     Kind.UNAVAILABLE: Answer(503, "server_error", "upstream_unavailable", "No upstream is free.", None, 1, True),
     Kind.DRAINING: Answer(503, "server_error", "gateway_draining", "The gateway is shutting down.", None, 1, True),
     Kind.TIMEOUT: Answer(504, "server_error", "deadline_exceeded", "The exchange took too long.", None, None, False),
@@ -82,7 +84,10 @@ def answer_for(failure: Failure) -> Answer:
     message = row.message
     if failure.detail:
         message = failure.detail if failure.kind in _SAID_BY_DETAIL else f"{row.message} {failure.detail}"
-    return replace(row, message=message, should_retry=should_retry)
+    retry_after = row.retry_after
+    if failure.retry_after is not None:
+        retry_after = max(1, math.ceil(failure.retry_after))  # whole seconds (RFC 9110 10.2.3), and never too early
+    return replace(row, message=message, should_retry=should_retry, retry_after=retry_after)
 
 
 def blames_upstream(failure: Failure) -> bool:

@@ -71,6 +71,11 @@ class PoolCore(Generic[C, T]):
         """Tickets in the queue."""
         return len(self._queue)
 
+    @property
+    def crowded(self) -> bool:
+        """Nobody who came now would get a connection, or a place in the queue."""
+        return self.used >= self.limit and len(self._queue) >= self.waiters
+
     def acquire(self, ticket: T, now: float, *, fresh: bool = False) -> tuple[Reuse[C] | Dial | Wait | Full, list[C]]:
         """What `ticket` gets, and which connections are to be closed. `fresh` refuses a used one."""
         expired = self.expire(now)

@@ -23,6 +23,7 @@ from canal_trio.relay.flow import (
     FlowReceiver,
     FlowSender,
     FlowStatistics,
+    Meter,
     Sink,
     open_flow,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "FlowSender",
     "FlowStatistics",
     "HandoverStream",
+    "Meter",
     "OnEof",
     "Progress",
     "Reaper",

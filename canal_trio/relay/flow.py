@@ -13,6 +13,9 @@ Invariants:
   away synchronously, inside `cancel()`. Everything else about the flow is the same with and without a sink.
 * *A sink that raises is its receiver's bug.* The exception is raised there, the receiver is closed (a piece is lost, so
   nothing may follow it), and the sender sees no more than that: `trio.BrokenResourceError`.
+* *What it holds is counted*, in bytes, in the `Meter` it was opened with: a piece from when it enters the channel, or
+  was kept by a sink, until the receiver comes back for more or closes. So a counted flow's receiver has to be closed. A
+  piece that goes straight through is not counted, and costs nothing.
 * *A parked receiver never waits inside the channel.* A piece given to it directly would free a slot early, and a batch
   could then hold one piece more than the bound allows.
 """
@@ -26,7 +29,7 @@ from typing import Any, Self, TypeAlias, final
 import outcome
 import trio
 
-__all__ = ["Aborted", "Ended", "Ending", "FlowReceiver", "FlowSender", "FlowStatistics", "Sink", "open_flow"]
+__all__ = ["Aborted", "Ended", "Ending", "FlowReceiver", "FlowSender", "FlowStatistics", "Meter", "Sink", "open_flow"]
 
 Sink: TypeAlias = Callable[[bytes], bool]
 """Takes a whole piece at once, never blocks. True: all of it was passed on. False: the rest is kept, wake me."""
@@ -61,6 +64,19 @@ class FlowStatistics:
     peak: int  # the most pieces the channel ever held
 
 
+@final
+class Meter:
+    """Bytes that some flows hold together: in their channels, and in the hands of their receivers."""
+
+    __slots__ = ("bytes",)
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+
+_UNREAD = Meter()  # of flows that nobody counts
+
+
 class _State:
     """What the two ends share. Only this module touches it."""
 
@@ -71,6 +87,9 @@ class _State:
         "handed_over",
         "handover_bytes",
         "held",
+        "in_hand",
+        "load",
+        "meter",
         "parked",
         "peak",
         "piece_bytes",
@@ -84,7 +103,7 @@ class _State:
         "waits",
     )
 
-    def __init__(self, capacity: int, piece_bytes: int, handover_bytes: int) -> None:
+    def __init__(self, capacity: int, piece_bytes: int, handover_bytes: int, meter: Meter) -> None:
         self.send, self.receive = trio.open_memory_channel[bytes](capacity)
         self.capacity = capacity
         self.piece_bytes = piece_bytes
@@ -96,6 +115,9 @@ class _State:
         self.waiting = False  # a put waits for room
         self.torn = False  # a put is, or was interrupted, between the pieces it cut
         self.handed_over = self.queued = self.bytes = self.waits = self.held = self.peak = 0
+        self.meter = meter
+        self.load = 0  # bytes in the channel; as `held`, below 0 while a waiting put's piece has yet to be noted
+        self.in_hand = 0  # bytes that the receiver has taken and not come back from
 
     def wake(self, fault: Exception | None = None) -> None:
         """Take the sink away and let the parked receiver run, or raise `fault` in it."""
@@ -105,8 +127,11 @@ class _State:
 
     def enter(self, piece: bytes) -> None:
         """`piece` is in the channel."""
+        size = len(piece)
         self.queued += 1
-        self.bytes += len(piece)
+        self.bytes += size
+        self.load += size
+        self.meter.bytes += size
         self.held += 1
         self.peak = max(self.peak, self.held)
 
@@ -123,11 +148,15 @@ class _State:
         self.handed_over += 1
         self.bytes += len(piece)
         if not taken:
+            self.in_hand += len(piece)
+            self.meter.bytes += len(piece)
             self.refused = True
             self.wake()
 
     def close_receiver(self) -> None:
         self.receive.close()
+        self.meter.bytes -= max(0, self.load) + self.in_hand
+        self.load, self.in_hand = min(self.load, 0), 0
         self.held = min(self.held, 0)  # below 0: a waiting put's piece was taken, and is still to enter the books
         self.wake(trio.ClosedResourceError("this receiver was closed"))
 
@@ -324,7 +353,12 @@ class FlowReceiver:
             pass
         except trio.EndOfChannel:
             self.ending = state.ending
-        state.held -= len(batch)
+        if batch or state.in_hand:
+            size = sum(map(len, batch))
+            state.held -= len(batch)
+            state.load -= size
+            state.meter.bytes -= state.in_hand  # what was taken before has gone on by now
+            state.in_hand = size
         return batch
 
     def close(self) -> None:
@@ -347,14 +381,14 @@ class FlowReceiver:
 
 
 def open_flow(
-    capacity: int = 4, *, piece_bytes: int = 16_384, handover_bytes: int = 32_768
+    capacity: int = 4, *, piece_bytes: int = 16_384, handover_bytes: int = 32_768, meter: Meter = _UNREAD
 ) -> tuple[FlowSender, FlowReceiver]:
     """The two ends of a new flow.
 
     `capacity` (pieces) and `piece_bytes` bound the channel; `handover_bytes` bounds one hand-over, which may always be
-    as large as a piece. Raises ValueError for anything smaller than 1.
+    as large as a piece. What the flow holds is counted in `meter`. Raises ValueError for anything smaller than 1.
     """
     if min(capacity, piece_bytes, handover_bytes) < 1:
         raise ValueError("capacity, piece_bytes and handover_bytes are at least 1")
-    state = _State(capacity, piece_bytes, max(piece_bytes, handover_bytes))
+    state = _State(capacity, piece_bytes, max(piece_bytes, handover_bytes), meter)
     return FlowSender(state), FlowReceiver(state)

@@ -1,19 +1,34 @@
-"""What the process may use: descriptors, and how many client connections they are good for; the garbage collector."""
+"""What the process may use: descriptors, and how many client connections they are good for; memory; the garbage
+collector.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
+import os
 import resource
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from canal_trio.settings import Settings
 
-__all__ = ["Capacity", "capacity_of", "freeze_garbage", "raise_descriptor_limit", "share_of"]
+__all__ = [
+    "Capacity",
+    "capacity_of",
+    "freeze_garbage",
+    "machine_memory",
+    "raise_descriptor_limit",
+    "share_of",
+    "with_ceiling",
+]
 
 # Standard streams, epolls, wake-up pipes, listeners, the admin's connections, resolver threads, certificate files.
 RESERVE = 128
 MOST_DESCRIPTORS = 1_048_576  # the hard limit may be "unlimited", which the kernel would not give anyway
+
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # version 2, version 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +67,23 @@ def capacity_of(settings: Settings, descriptors: int) -> Capacity:
     return Capacity(min(wanted, most), descriptors, wanted if wanted > most else None)
 
 
+def machine_memory(limit_files: Iterable[str] = CGROUP_LIMITS) -> int:
+    """Bytes of memory that this process and those beside it may use: the machine's, or less, as a cgroup says."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name in limit_files:
+        # There is no such file, or it says "max".
+        with contextlib.suppress(OSError, ValueError), open(name, encoding="ascii") as file:
+            found = min(found, int(file.read()))
+    return found
+
+
+def with_ceiling(settings: Settings) -> Settings:
+    """The same with a number for `memory_bytes`, where that was left to us: half of what there is."""
+    if settings.bounds.memory_bytes is not None:
+        return settings
+    return replace(settings, bounds=replace(settings.bounds, memory_bytes=machine_memory() // 2))
+
+
 def share_of(settings: Settings, number: int, count: int) -> Settings:
     """What the worker `number` (from 0) of `count` gets of the bounds that are those of the whole gateway.
 
@@ -64,7 +96,8 @@ def share_of(settings: Settings, number: int, count: int) -> Settings:
         each, rest = divmod(int(whole), count)
         return max(1, each + (number < rest))
 
-    bounds = settings.bounds
+    bounds = with_ceiling(settings).bounds
+    assert bounds.memory_bytes is not None
     clients = bounds.client_connections
     return replace(
         settings,
@@ -73,6 +106,8 @@ def share_of(settings: Settings, number: int, count: int) -> Settings:
             client_connections=None if clients is None else int(part(clients)),
             upstream_connections=part(bounds.upstream_connections),
             waiters=int(part(bounds.waiters)) if bounds.waiters else 0,
+            exchanges=part(bounds.exchanges),
+            memory_bytes=max(1, bounds.memory_bytes // count),
             held_total_bytes=max(bounds.held_body_bytes, int(part(bounds.held_total_bytes))),
         ),
         upstreams=tuple(

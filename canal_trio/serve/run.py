@@ -30,7 +30,7 @@ from canal_trio.observe.log import logging_to
 from canal_trio.observe.metrics import Metrics, Statistics
 from canal_trio.relay.streams import TcpStream
 from canal_trio.serve.greeting import greet
-from canal_trio.serve.limits import Capacity, capacity_of, freeze_garbage, raise_descriptor_limit
+from canal_trio.serve.limits import Capacity, capacity_of, freeze_garbage, raise_descriptor_limit, with_ceiling
 from canal_trio.serve.listen import Acceptor, ListenError, Slots, open_listeners, set_options
 from canal_trio.serve.reload import Reloader
 from canal_trio.serve.systemd import Handed, handed_over
@@ -224,7 +224,7 @@ class Server:
         writer: LineWriter,
         certificates: Certificates | None,
     ) -> None:
-        self.settings = settings
+        self.settings = settings = with_ceiling(settings)
         self.capacity = capacity
         self.metrics = metrics = Metrics()
         self.gateway = make_gateway(settings, [metrics, AccessLog(writer, settings.log)])
@@ -334,6 +334,7 @@ class Server:
 
     async def apply(self, new: Settings) -> None:
         """Swap settings and certificates, touching no stream. Raises `ConfigError`, with nothing changed."""
+        new = with_ceiling(new)
         certificates: Certificates | None = None
         if new.tls is not None:  # the same names may be other files by now
             certificates = await trio.to_thread.run_sync(Certificates, new.tls, abandon_on_cancel=True)

@@ -17,6 +17,7 @@ import outcome
 import trio
 
 from canal_trio.errors import Failure, Kind, Phase, Retry, Side
+from canal_trio.policy.pace import Pace
 from canal_trio.policy.pool import Dial, Full, Grant, PoolCore, Reuse
 from canal_trio.relay.idle import Reaper
 from canal_trio.settings import Bounds, Deadlines, Upstream
@@ -47,11 +48,12 @@ class PoolStatistics:
 class Lease:
     """A connection in use. Give it back with `release()`, or close it with `abort()`; the first call counts."""
 
-    __slots__ = ("_over", "_pool", "connection", "reused")
+    __slots__ = ("_over", "_pool", "_since", "connection", "reused")
 
     def __init__(self, pool: Pool, connection: Connection, *, reused: bool) -> None:
         self._pool = pool
         self._over = False
+        self._since = trio.current_time()
         self.connection = connection
         self.reused = reused
 
@@ -62,14 +64,14 @@ class Lease:
         """The exchange is over and the connection can be used again. Not a checkpoint."""
         if not self._over:
             self._over = True
-            self._pool._released(self.connection)
+            self._pool._released(self.connection, self._since)
 
     def abort(self) -> None:
         """Close the connection in this very step and give its slot back. Not a checkpoint."""
         if not self._over:
             self._over = True
             self.connection.abort()
-            self._pool._lost()
+            self._pool._aborted(self._since)
 
 
 class _Ticket:
@@ -96,6 +98,7 @@ class Pool:
             limit=limit, waiters=bounds.waiters, idle_seconds=deadlines.upstream_keep_alive
         )
         self._closed = False
+        self._pace = Pace()  # of its leases
         self._dialled = self._reused = self._failed = self._stale = self._timeouts = self._refused = 0
         self._sweep = reaper.add(self._look, trio.current_time() + deadlines.upstream_keep_alive)
 
@@ -121,8 +124,7 @@ class Pool:
             if isinstance(verdict, Dial):
                 return await self._dial(dialling)
             if isinstance(verdict, Full):
-                self._refused += 1
-                return self._unavailable("Too many requests wait for a connection.")
+                return self.refuse()
             return await self._wait(ticket, dialling)
 
     async def _wait(self, ticket: _Ticket, dialling: Callable[[], None] | None) -> Lease | Failure:
@@ -171,22 +173,39 @@ class Pool:
         connection.abort()
         return False
 
+    @property
+    def crowded(self) -> bool:
+        """A request that came now would be refused: every connection is in use, and the queue is full."""
+        return self._core.crowded
+
+    def refuse(self) -> Failure:
+        """The refusal of a request that found the pool crowded; counted. Not a checkpoint."""
+        self._refused += 1
+        return self._unavailable("Too many requests wait for a connection.")
+
     def _unavailable(self, detail: str) -> Failure:
-        return Failure(Side.GATEWAY, Phase.LEASE, Kind.UNAVAILABLE, detail, Retry.UNSENT)
+        after = self._pace.wait(self._core.used, self._core.waiting)
+        return Failure(Side.GATEWAY, Phase.LEASE, Kind.UNAVAILABLE, detail, Retry.UNSENT, after)
 
     # -- what comes back -----------------------------------------------------------------------------------------------
 
-    def _released(self, connection: Connection) -> None:
+    def _released(self, connection: Connection, since: float) -> None:
         if self._closed:
             connection.abort()
             self._lost()
             return
-        grant, superfluous = self._core.release(connection, trio.current_time())
+        now = trio.current_time()
+        self._pace.ended(now - since)
+        grant, superfluous = self._core.release(connection, now)
         _close(superfluous)
         if grant is None:
             connection.watch_idle(lambda: self._died(connection))
         else:
             _wake(grant)
+
+    def _aborted(self, since: float) -> None:
+        self._pace.ended(trio.current_time() - since)
+        self._lost()
 
     def _lost(self) -> None:
         grant = self._core.lost()

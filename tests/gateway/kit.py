@@ -146,6 +146,8 @@ class RunningGateway:
         statistics = gateway.statistics()
         assert statistics.in_flight == 0, gateway.exchanges()
         assert statistics.held_bytes == 0, f"{statistics.held_bytes} bytes of bodies are still held"
+        assert statistics.flow_bytes == 0, f"{statistics.flow_bytes} bytes of flows are still counted"
+        assert gateway.places.used == 0, f"{gateway.places.used} places are not given back"
         for name, pool in statistics.pools.items():
             assert pool.used == 0, f"{name}: {pool}"
             assert pool.waiting == 0, f"{name}: {pool}"

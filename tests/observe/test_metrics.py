@@ -33,6 +33,9 @@ class Numbers:
     connections: int = 3
     in_flight: int = 2
     held_bytes: int = 77
+    waiting: int = 5
+    flow_bytes: int = 66
+    memory_limit: float = 1e6
     pools: Mapping[str, object] = field(default_factory=lambda: {"a": PoolNumbers(1, 2, 8), "b": PoolNumbers(3, 4, 9)})
 
 
@@ -141,6 +144,9 @@ def test_the_state_is_read_when_asked() -> None:
     assert _value(samples, "canal_connections") == 3
     assert _value(samples, "canal_exchanges_in_flight") == 2
     assert _value(samples, "canal_held_bytes") == 77
+    assert _value(samples, "canal_exchanges_waiting") == 5
+    assert _value(samples, "canal_flow_bytes") == 66
+    assert _value(samples, "canal_memory_limit_bytes") == 1e6
     assert _value(samples, "canal_ready") == 1
     assert _value(samples, "canal_draining") == 0
     assert _value(samples, "canal_pool_idle", upstream="a") == 1

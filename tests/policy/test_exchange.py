@@ -36,6 +36,7 @@ failures = st.builds(
         (C, Kind.NOT_FOUND, 404),
         (G, Kind.UNAVAILABLE, 503),
         (G, Kind.BUFFERS_FULL, 503),
+        (G, Kind.OVERLOADED, 503),
         (G, Kind.DRAINING, 503),
         (G, Kind.TIMEOUT, 504),
         (G, Kind.INTERNAL, 500),
@@ -69,6 +70,13 @@ def test_unavailable_answers_say_when_to_come_back(failure: Failure):
     """429 and 503 carry retry-after."""
     answer = answer_for(failure)
     assert (answer.retry_after is not None) == (answer.status in (429, 503))
+
+
+def test_retry_after_is_never_too_early():
+    """What the failure knows is rounded up to whole seconds; without it the kind's own number stands."""
+    known = [Failure(G, Phase.LEASE, Kind.UNAVAILABLE, retry_after=after) for after in (0.0, 0.2, 1.0, 7.01)]
+    assert [answer_for(failure).retry_after for failure in known] == [1, 1, 1, 8]
+    assert answer_for(Failure(C, Phase.ROUTE, Kind.LIMITED)).retry_after == 1
 
 
 @pytest.mark.parametrize(

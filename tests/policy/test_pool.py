@@ -27,6 +27,18 @@ def dialled(book: PoolCore[str, str], *tickets: str) -> None:
         assert book.acquire(ticket, 0.0) == (Dial(), [])
 
 
+def test_crowded_is_where_a_request_would_be_refused() -> None:
+    """Not while a connection can be had, idle or new, and not while there is room in the queue."""
+    book = core(limit=2, waiters=1)
+    for number, crowded in enumerate((False, False, False, True)):
+        assert book.crowded is crowded
+        book.acquire(f"t{number}", 0.0)
+    assert book.acquire("one too many", 0.0) == (Full(), [])
+    book.abandon("t2")
+    assert not book.crowded
+    assert not core().crowded
+
+
 class Book(RuleBasedStateMachine):
     """A pool's life: exchanges come, wait, give up, end well or badly; time passes; peers hang up on idle connections.
 

@@ -25,6 +25,9 @@ class Numbers:
     connections: int
     in_flight: int
     held_bytes: int = 0
+    waiting: int = 0
+    flow_bytes: int = 0
+    memory_limit: float = 1e9
     pools: Mapping[str, object] = field(default_factory=dict)
 
 

@@ -102,18 +102,26 @@ def test_the_supervisor_counts_reloads() -> None:
 def test_shares_add_up(count: int, clients: int, connections: int, waiters: int) -> None:
     """What bounds the whole gateway bounds all workers together, as far as each of them gets one."""
     whole = Settings(
-        bounds=Bounds(client_connections=clients, waiters=waiters, upstream_connections=connections),
+        bounds=Bounds(
+            client_connections=clients,
+            waiters=waiters,
+            upstream_connections=connections,
+            exchanges=clients,
+            memory_bytes=connections * 1000,
+        ),
         upstreams=(Upstream("a", "http://a", connections=connections), Upstream("b", "http://b")),
     )
     parts = [share_of(whole, number, count) for number in range(count)]
     for total, shares in (
         (clients, [part.bounds.client_connections for part in parts]),
+        (clients, [part.bounds.exchanges for part in parts]),
         (connections, [part.bounds.upstream_connections for part in parts]),
         (connections, [part.upstreams[0].connections for part in parts]),
     ):
         assert sum(shares) == max(total, count)  # type: ignore[arg-type]  # none of them is None here
         assert max(shares) - min(shares) <= 1  # type: ignore[operator, type-var]
     assert sum(part.bounds.waiters for part in parts) == (max(waiters, count) if waiters else 0)
+    assert {part.bounds.memory_bytes for part in parts} == {connections * 1000 // count}
     assert {part.upstreams[1].connections for part in parts} == {None}
     assert share_of(Settings(), 0, 4).bounds.client_connections is None
     assert share_of(Settings(), 0, 16).bounds.held_total_bytes == Bounds().held_body_bytes

@@ -197,6 +197,7 @@ class World:
         await trio.testing.wait_all_tasks_blocked()
         statistics = self.gateway.statistics()
         assert (statistics.connections, statistics.in_flight, statistics.held_bytes) == (0, 0, 0), statistics
+        assert (statistics.waiting, statistics.flow_bytes, self.gateway.places.used) == (0, 0, 0), statistics
         for pool in statistics.pools.values():
             assert (pool.used, pool.waiting) == (0, 0), pool
             open_ends = sum(not stream.closed for stream in self.streams)
