@@ -95,7 +95,8 @@ class Failure:
     """Why an exchange or an attempt did not complete: side x phase x kind x retry, and a sentence for people.
 
     `detail` is one sentence without secrets; it may be shown to the client and written to the log. `retry_after` is in
-    seconds, where it is known when trying again makes sense; without it the answer says what its kind says.
+    seconds, where it is known when trying again makes sense; without it the answer says what its kind says. `remark` is
+    for the log only: what the client must not learn.
     """
 
     side: Side
@@ -104,7 +105,9 @@ class Failure:
     detail: str = ""
     retry: Retry = Retry.NO
     retry_after: float | None = None
+    remark: str = ""
 
     def __str__(self) -> str:
         text = f"{self.side.value} {self.kind.value} ({self.phase.value})"
-        return f"{text}: {self.detail}" if self.detail else text
+        said = [part for part in (self.detail, f"[{self.remark}]" if self.remark else "") if part]
+        return f"{text}: {' '.join(said)}" if said else text

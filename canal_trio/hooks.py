@@ -31,10 +31,11 @@ class Outcome(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Whose key it was. `models` are names or `*`; empty allows nothing."""
+    """Whose key it was, and the name of that key. `models` are names or patterns; empty allows nothing."""
 
     name: str
     models: tuple[str, ...] = ("*",)
+    key: str = ""
 
 
 class UsageSource(enum.Enum):

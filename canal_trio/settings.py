@@ -19,8 +19,10 @@ __all__ = [
     "NamedCertificate",
     "Price",
     "Retries",
+    "Route",
     "ServerTLS",
     "Settings",
+    "Target",
     "Upstream",
     "address_text",
 ]
@@ -128,6 +130,8 @@ class Upstream:
     name: str
     base_url: str
     api_key: str | None = field(default=None, repr=False)
+    key_header: str = "authorization"  # where `api_key` goes: also "api-key" or "x-api-key", without "Bearer"
+    list_models: bool = False  # what it lists itself is listed by the gateway, too
     http2: bool = False
     proxy: str | None = field(default=None, repr=False)  # http://host:port or socks5://host:port, perhaps a password
     ca_file: str | None = None  # instead of the system's trust store
@@ -141,21 +145,51 @@ class Upstream:
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
-    """A model name and the upstreams that serve it, in order of preference. A name may be `*`."""
+class Target:
+    """An upstream that serves a model or a route. `name` is the upstream's.
+
+    `model` is this upstream's own name for the model; None: it has the name that the client said. A `*` in it stands
+    for what the model's `*` matched.
+    """
 
     name: str
-    upstreams: tuple[str, ...]
+    model: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model's name and the upstreams that serve it, in order of preference. One `*` in a name stands for any text."""
+
+    name: str
+    upstreams: tuple[Target, ...]
     balance: Balance | None = None  # instead of Settings.balance
 
 
 @dataclass(frozen=True, slots=True)
+class Route:
+    """A path and the upstreams that serve it, whatever model its requests may name. It may end with a `*`."""
+
+    name: str
+    path: str
+    upstreams: tuple[Target, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Key:
-    """A client's key, by its SHA-256 in lower-case hexadecimal digits."""
+    """A client's key, by its SHA-256 in lower-case hexadecimal digits, and what it opens.
+
+    `models` and `routes` are names, one `*` in each stands for any text. `routes` None: all of them if it opens all
+    models, else none. `principal` is whose key it is (None: it has the key's name), so that one principal can have
+    several. `expires` is Unix time in seconds.
+    """
 
     name: str
     sha256: str
     models: tuple[str, ...] = ("*",)
+    routes: tuple[str, ...] | None = None
+    principal: str | None = None
+    expires: float | None = None
+    revoked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +237,7 @@ class Settings:
     allow_anonymous: bool = False
     upstreams: tuple[Upstream, ...] = ()
     models: tuple[Model, ...] = ()
+    routes: tuple[Route, ...] = ()
     keys: tuple[Key, ...] = ()
     prices: tuple[Price, ...] = ()
     bounds: Bounds = field(default_factory=Bounds)

@@ -12,14 +12,16 @@ from canal_trio.gateway.core import GatewayStatistics
 from canal_trio.gateway.exchange import ExchangeView
 from canal_trio.hooks import ExchangeRecord
 from canal_trio.observe.metrics import Metrics
-from canal_trio.settings import Bounds, Deadlines, Key, Model, Upstream
+from canal_trio.settings import Bounds, Deadlines, Key, Model, Route, Target, Upstream
 from canal_trio.upstream.pool import PoolStatistics
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize("record", [Bounds, Deadlines, Upstream, Model, Key], ids=lambda record: record.__name__)
+@pytest.mark.parametrize(
+    "record", [Bounds, Deadlines, Upstream, Model, Route, Target, Key], ids=lambda record: record.__name__
+)
 def test_every_setting_is_documented(record: type):
     """Each field of each record of settings has a place in docs/settings.md."""
     text = (ROOT / "docs" / "settings.md").read_text()

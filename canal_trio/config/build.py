@@ -18,16 +18,18 @@ from typing import Any, TypeVar
 
 from canal_trio.config import values
 from canal_trio.config.locate import Path
-from canal_trio.config.schema import Complain, KeyTable, ModelTable, Secret, Table, UpstreamTable
+from canal_trio.config.schema import Complain, Secret, Table, UpstreamTable
 from canal_trio.config.values import nearest, shown
-from canal_trio.settings import Bounds, Deadlines, Key, Model, Upstream
+from canal_trio.settings import Bounds, Deadlines, Upstream
 from canal_trio.wire.targets import BaseUrl, parse_base_url
 
-__all__ = ["Surroundings", "base_url_of", "bounds_of", "deadlines_of", "key_of", "model_of", "read", "upstream_of"]
+__all__ = ["Surroundings", "base_url_of", "bounds_of", "deadlines_of", "read", "upstream_of"]
 
 T = TypeVar("T")
 S = TypeVar("S")
 
+KEY_HEADERS = ("authorization", "api-key", "x-api-key")
+KEY_HEADERS_TEXT = "'authorization', 'api-key' or 'x-api-key'"
 SECRET_BYTES = 64 * 1024
 YEAR = 366 * 86400.0
 SOCKET_BYTES = (1024, 2**30)  # what a socket option can say
@@ -136,6 +138,8 @@ def upstream_of(table: UpstreamTable, path: Path, around: Surroundings, complain
     read(table.base_url, base_url_of, at("base_url"), complain, None)
     if table.on_client_eof not in ("abort", "finish"):
         complain(at("on_client_eof"), f"expected 'abort' or 'finish', got {shown(table.on_client_eof)}")
+    if table.key_header not in KEY_HEADERS:
+        complain(at("key_header"), f"expected {KEY_HEADERS_TEXT}, got {shown(table.key_header)}")
     api_key = None if table.api_key is None else _secret(table.api_key, at("api_key"), around, complain)
     proxy = None if table.proxy is None else _secret(table.proxy, at("proxy"), around, complain)
     if proxy is not None:
@@ -153,6 +157,8 @@ def upstream_of(table: UpstreamTable, path: Path, around: Surroundings, complain
         name,
         table.base_url,
         api_key=api_key,
+        key_header=table.key_header,
+        list_models=table.list_models,
         http2=table.http2,
         proxy=proxy,
         ca_file=ca_file,
@@ -231,29 +237,3 @@ def _checked_secret(secret: str, source: str, path: Path, complain: Complain) ->
         complain(path, f"{source} holds blanks or characters that no header can carry (it is not shown here)")
         return None
     return secret
-
-
-def model_of(table: ModelTable, path: Path, upstreams: frozenset[str], remark: str, complain: Complain) -> Model:
-    """One `[[model]]`. `upstreams` are the names there are; `remark` says why there are no others."""
-    name = read(table.name, values.name, (*path, "name"), complain, "?")
-    if not table.upstreams:
-        complain((*path, "upstreams"), f"expected the name of at least one upstream{nearest('', upstreams)}")
-    for number, upstream in enumerate(table.upstreams):
-        where = (*path, "upstreams", number)
-        if upstream not in upstreams:
-            complain(where, f"there is no upstream named {shown(upstream)}{remark or nearest(upstream, upstreams)}")
-        elif upstream in table.upstreams[:number]:
-            complain(where, f"{shown(upstream)} is listed twice")
-    return Model(name, tuple(table.upstreams))
-
-
-def key_of(table: KeyTable, path: Path, models: frozenset[str], complain: Complain) -> Key:
-    """One `[[key]]`. `models` are the names of the configured models, empty if none are."""
-    name = read(table.name, values.name, (*path, "name"), complain, "?")
-    digest = read(table.sha256, values.sha256, (*path, "sha256"), complain, "0" * 64)
-    if models and "*" not in models:
-        for number, model in enumerate(table.models or ()):
-            if model != "*" and model not in models:
-                text = f"there is no model named {shown(model)}{nearest(model, models)}"
-                complain((*path, "models", number), text)
-    return Key(name, digest, ("*",) if table.models is None else tuple(table.models))

@@ -15,24 +15,14 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar, final
 
 from canal_trio.config import values
-from canal_trio.config.build import (
-    Surroundings,
-    base_url_of,
-    bounds_of,
-    deadlines_of,
-    key_of,
-    model_of,
-    read,
-    upstream_of,
-)
+from canal_trio.config.access import Known, keys_of, models_of, routes_of
+from canal_trio.config.build import Surroundings, base_url_of, bounds_of, deadlines_of, read, upstream_of
 from canal_trio.config.locate import Path, locate, path_text
 from canal_trio.config.quotas import price_of
 from canal_trio.config.schema import (
     BoundsTable,
     DeadlinesTable,
     FileTables,
-    KeyTable,
-    ModelTable,
     PriceTable,
     ServerTable,
     UpstreamTable,
@@ -41,7 +31,7 @@ from canal_trio.config.schema import (
 from canal_trio.config.tls import server_tls_of
 from canal_trio.config.values import shown
 from canal_trio.errors import ConfigError
-from canal_trio.settings import Key, Model, Price, Settings, Upstream, address_text
+from canal_trio.settings import Price, Settings, Upstream, address_text
 
 __all__ = ["VARIABLES", "Flags", "load", "strange_variables"]
 
@@ -162,8 +152,12 @@ class _Layers:
         bounds = decode(BoundsTable, tables.bounds, ("bounds",), self.complain) or BoundsTable()
         deadlines = decode(DeadlinesTable, tables.deadlines, ("deadlines",), self.complain) or DeadlinesTable()
         upstreams = self._upstreams(tables.upstream)
-        models = self._models(tables.model, tables.upstream, upstreams)
-        keys = self._keys(tables.key, tables.model)
+        known = self._known(tables.upstream, upstreams)
+        models = models_of(tables.model, known, self.complain)
+        routes = routes_of(tables.route, known, self.complain)
+        keys = keys_of(tables.key, _names(tables.model), _names(tables.route), self.complain)
+        for kind, key in (("model", "name"), ("route", "name"), ("route", "path"), ("key", "name"), ("key", "sha256")):
+            self._no_twins(kind, key, getattr(tables, kind))
         if not keys and "key" not in self.raw and not server.allow_anonymous:
             self._refuse_open_relay(upstreams)
         listen = self._listen(server)
@@ -181,13 +175,14 @@ class _Layers:
             allow_anonymous=server.allow_anonymous,
             upstreams=upstreams,
             models=models,
+            routes=routes,
             keys=keys,
             prices=self._prices(tables.price, tables.upstream, upstreams),
             bounds=bounds_of(bounds, ("bounds",), self.complain),
             deadlines=deadlines_of(deadlines, ("deadlines",), self.complain),
         )
 
-    # -- [[upstream]], [[model]], [[key]] ------------------------------------------------------------------------------
+    # -- [[upstream]] --------------------------------------------------------------------------------------------------
 
     def _upstreams(self, tables: list[dict[str, Any]]) -> tuple[Upstream, ...]:
         upstreams: list[Upstream] = []
@@ -220,33 +215,12 @@ class _Layers:
             self.complain_said("upstream", f"expected a list of URLs, got {shown(self.said['upstream'][1])}")
         return tuple(upstreams.values())
 
-    def _models(
-        self, tables: list[dict[str, Any]], upstreams: list[dict[str, Any]], used: tuple[Upstream, ...]
-    ) -> tuple[Model, ...]:
+    def _known(self, tables: list[dict[str, Any]], used: tuple[Upstream, ...]) -> Known:
+        """What models and routes may refer to."""
         names = frozenset(upstream.name for upstream in used)
-        remark = f": {self.said['upstream'][0]} replaces those of the file" if "upstream" in self.said else ""
-        if not remark:  # a faulty upstream is there all the same
-            names |= {raw["name"] for raw in upstreams if isinstance(raw.get("name"), str)}
-        models: list[Model] = []
-        for number, raw in enumerate(tables):
-            path: Path = ("model", number)
-            table = decode(ModelTable, raw, path, self.complain)
-            if table is not None:
-                models.append(model_of(table, path, names, remark, self.complain))
-        self._no_twins("model", "name", tables)
-        return tuple(models)
-
-    def _keys(self, tables: list[dict[str, Any]], models: list[dict[str, Any]]) -> tuple[Key, ...]:
-        names = frozenset(raw["name"] for raw in models if isinstance(raw.get("name"), str))
-        keys: list[Key] = []
-        for number, raw in enumerate(tables):
-            path: Path = ("key", number)
-            table = decode(KeyTable, raw, path, self.complain)
-            if table is not None:
-                keys.append(key_of(table, path, names, self.complain))
-        self._no_twins("key", "name", tables)
-        self._no_twins("key", "sha256", tables)
-        return tuple(keys)
+        if "upstream" in self.said:
+            return Known(names, f": {self.said['upstream'][0]} replaces those of the file")
+        return Known(names | frozenset(_names(tables)))  # a faulty upstream is there all the same
 
     def _prices(
         self, tables: list[dict[str, Any]], upstreams: list[dict[str, Any]], used: tuple[Upstream, ...]
@@ -346,6 +320,10 @@ class _Layers:
         if "workers" in self.said:
             workers = self._read_said("workers", self.said["workers"][1], values.workers) or workers
         return workers
+
+
+def _names(tables: list[dict[str, Any]]) -> list[str]:
+    return [raw["name"] for raw in tables if isinstance(raw.get("name"), str)]
 
 
 def _address_or_off(text: str) -> Address | None:

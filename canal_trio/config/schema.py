@@ -27,10 +27,12 @@ __all__ = [
     "NamedCertificateTable",
     "Number",
     "PriceTable",
+    "RouteTable",
     "Secret",
     "ServerTable",
     "TLSTable",
     "Table",
+    "TargetTable",
     "UpstreamTable",
     "decode",
 ]
@@ -60,6 +62,7 @@ class FileTables(Table):
     deadlines: dict[str, Any] = {}
     upstream: list[dict[str, Any]] = []
     model: list[dict[str, Any]] = []
+    route: list[dict[str, Any]] = []
     key: list[dict[str, Any]] = []
     price: list[dict[str, Any]] = []
 
@@ -99,6 +102,8 @@ class UpstreamTable(Table):
     name: str
     base_url: str
     api_key: Secret | None = None
+    key_header: str = "authorization"
+    list_models: bool = False
     http2: bool = False
     proxy: Secret | None = None
     ca_file: str | None = None
@@ -108,11 +113,26 @@ class UpstreamTable(Table):
     heartbeat: Number | None = None
 
 
+class TargetTable(Table):
+    """A member of `upstreams` that is more than a name."""
+
+    name: str
+    model: str | None = None
+
+
 class ModelTable(Table):
     """`[[model]]`."""
 
     name: str
-    upstreams: list[str]
+    upstreams: list[str | dict[str, Any]]
+
+
+class RouteTable(Table):
+    """`[[route]]`."""
+
+    name: str
+    path: str
+    upstreams: list[str | dict[str, Any]]
 
 
 class KeyTable(Table):
@@ -121,6 +141,10 @@ class KeyTable(Table):
     name: str
     sha256: str
     models: list[str] | None = None
+    routes: list[str] | None = None
+    principal: str | None = None
+    expires: Any = None  # a date, or a date and time: TOML has four kinds of them
+    revoked: bool = False
 
 
 class PriceTable(Table):

@@ -22,6 +22,7 @@ __all__ = [
     "name",
     "nearest",
     "network",
+    "pattern",
     "proxy_url",
     "server_name",
     "sha256",
@@ -151,6 +152,13 @@ def name(text: str) -> str:
     """A name for people and for metrics: 1 to 128 printable characters without blanks at the ends."""
     if not 0 < len(text) <= 128 or not text.isprintable() or text != text.strip():
         raise ValueError(f"expected a name of 1 to 128 printable characters, got {shown(text)}")
+    return text
+
+
+def pattern(text: str) -> str:
+    """A name in which one `*` may stand for any text."""
+    if name(text).count("*") > 1:
+        raise ValueError(f"expected at most one '*', got {shown(text)}")
     return text
 
 

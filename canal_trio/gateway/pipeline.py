@@ -22,12 +22,14 @@ from canal_trio.gateway.respond import continue_head
 from canal_trio.gateway.writer import ClientWriter
 from canal_trio.messages import RequestHead, ResponseHead
 from canal_trio.policy.exchange import Step, next_step, retries_status
+from canal_trio.policy.routing import Plan
 from canal_trio.relay.flow import Ended
 from canal_trio.settings import Settings, Upstream
 from canal_trio.upstream.interface import BodySource, StraightConnection
 from canal_trio.upstream.pool import Lease
 from canal_trio.wire.bodies import content_length
 from canal_trio.wire.headers import wants_continue
+from canal_trio.wire.targets import origin_form, plain_path
 
 if TYPE_CHECKING:
     from canal_trio.gateway.core import Generation
@@ -80,16 +82,16 @@ class Pipeline:
         refusal = await self._continue()
         if refusal is not None:
             return refusal
-        upstreams = await self._route()
-        if isinstance(upstreams, Failure):
-            return upstreams
-        if not upstreams:
+        plan = await self._route()
+        if isinstance(plan, Failure):
+            return plan
+        if not plan.choices:
             return Failure(Side.GATEWAY, Phase.ROUTE, Kind.UNAVAILABLE, "No upstream is configured.")
-        exchange.routed(eof_leaves=upstreams[0].on_client_eof == "abort")
-        return await self._attempts(upstreams)
+        exchange.routed(eof_leaves=plan.choices[0].upstream.on_client_eof == "abort")
+        return await self._attempts(plan)
 
     def _authenticate(self) -> Failure | None:
-        verdict = self._generation.router.authenticate(self._head.headers)
+        verdict = self._generation.router.authenticate(self._head.headers, self._exchange.started_at)
         if isinstance(verdict, Failure):
             return verdict
         self._exchange.principal = verdict
@@ -123,11 +125,15 @@ class Pipeline:
 
     # -- routing -------------------------------------------------------------------------------------------------------
 
-    async def _route(self) -> list[Upstream] | Failure:
+    async def _route(self) -> Plan | Failure:
         exchange, router, body = self._exchange, self._generation.router, self._exchange.body
+        if self._settings.routes:
+            plan = self._path_route()
+            if plan is not None:
+                return plan
         is_json = self._is_json()
         tunnel = exchange.upgrade is not None  # its bytes are no body: there is nothing to wait for
-        if body is not None and not tunnel and router.needs_model(exchange.principal, is_json=is_json):
+        if body is not None and not tunnel and router.needs_model(exchange.principal, named=is_json):
             exchange.phase = Phase.UPLOAD
             failure = self._too_large() or await body.hold_all()
             if failure is not None:
@@ -140,6 +146,11 @@ class Pipeline:
             exchange.model = model
         exchange.phase = Phase.ROUTE
         return router.route(exchange.model, exchange.principal, has_body=body is not None)
+
+    def _path_route(self) -> Plan | Failure | None:
+        origin = origin_form(self._head)
+        path = None if isinstance(origin, Failure) else plain_path(origin[0])
+        return self._generation.router.by_path(path, self._exchange.principal)
 
     def _is_json(self) -> bool:
         media = (self._head.headers.get(b"content-type") or b"").partition(b";")[0].strip().lower()
@@ -164,12 +175,12 @@ class Pipeline:
 
     # -- attempts ------------------------------------------------------------------------------------------------------
 
-    async def _attempts(self, upstreams: list[Upstream]) -> Failure | None:
+    async def _attempts(self, plan: Plan) -> Failure | None:
         exchange = self._exchange
         index, fresh = 0, False
         while True:
-            upstream = upstreams[index]
-            others = index + 1 < len(upstreams)
+            upstream = plan.choices[index].upstream
+            others = index + 1 < len(plan.choices)
             failure = await self._attempt(upstream, fresh=fresh, others=others)
             if failure is None or self._delivery.begun or exchange.failure is not None:
                 return failure

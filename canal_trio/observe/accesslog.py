@@ -123,6 +123,7 @@ def json_line(record: ExchangeRecord) -> bytes:
             "phase": failure.phase.value,
             "kind": failure.kind.value,
             "detail": failure.detail,
+            "remark": failure.remark,
         },
         "flags": record.flags,
         "usage": usage

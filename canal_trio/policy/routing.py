@@ -1,21 +1,54 @@
-"""Whose request it is and where it may go: keys and routes as pure look-ups.
+"""Whose request it is and where it may go: keys, models and routes as pure look-ups.
 
-A `Router` is built once from the settings and replaced as a whole on reload. Without models every request goes to the
-upstreams in their configured order; with models the request's `model` chooses, and requests that have no body go to
-all upstreams in order. A key for certain models opens nothing that does not name one of them.
+A `Router` is built once from the settings and replaced as a whole on reload; building it may take a while, asking it
+takes as long with ten thousand keys as with ten. Where a request goes is a `Plan`: the path's `[[route]]` if there is
+one, else the `[[model]]` of its `model`, else every upstream in its configured order.
+
+A key for certain models opens nothing that does not name one of them, except the routes that it is given. What a key is
+told is the same whether it was never known, has expired or is revoked, and whether a model exists that it may not use;
+the failure's `remark` tells them apart in the log.
 """
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import final
 
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.hooks import Principal
 from canal_trio.messages import Headers
-from canal_trio.settings import Settings, Upstream
+from canal_trio.policy.names import Names
+from canal_trio.settings import Key, Model, Route, Settings, Upstream
 
-__all__ = ["Router", "key_in"]
+__all__ = ["Choice", "Plan", "Router", "key_in"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An upstream to try, and what the request's `model` becomes for it; None: it stays as it is."""
+
+    upstream: Upstream
+    model: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where a request goes: the entry of the settings that said so (None: none did), and the choices, best first."""
+
+    choices: tuple[Choice, ...]
+    entry: Model | Route | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Holder:
+    """What a key opens."""
+
+    principal: Principal
+    models: Names[bool] | None  # None: every one
+    routes: Names[bool]
+    expires: float | None
+    revoked: bool
 
 
 def key_in(headers: Headers) -> bytes | None:
@@ -33,52 +66,118 @@ class Router:
 
     def __init__(self, settings: Settings) -> None:
         self._upstreams = {upstream.name: upstream for upstream in settings.upstreams}
-        self._models = {model.name: model for model in settings.models}
+        self._all = Plan(tuple(Choice(upstream) for upstream in settings.upstreams))
+        self._models = Names((model.name, self._plan(model)) for model in settings.models)
+        self._routes = Names((route.path, self._plan(route)) for route in settings.routes)
+        self._has_models = bool(settings.models)
+        self._has_routes = bool(settings.routes)
         # Looked up by digest: the time it takes says nothing about any key.
-        self._principals = {key.sha256: Principal(key.name, key.models) for key in settings.keys}
+        self._holders: dict[str, _Holder] = {}
+        self._by_key: dict[str, _Holder] = {}
+        opened: dict[tuple[str, ...], Names[bool]] = {}  # many keys open the same
+        for key in settings.keys:
+            self._holders[key.sha256] = self._by_key[key.name] = _holder(key, opened)
 
-    def needs_model(self, principal: Principal | None, *, is_json: bool) -> bool:
-        """The request's model decides, so its body must be read before it can be routed.
+    def _plan(self, entry: Model | Route) -> Plan:
+        """Where `entry` goes, if its `*` (should it have one) stood for itself."""
+        return Plan(tuple(Choice(self._upstreams[target.name], target.model) for target in entry.upstreams), entry)
 
-        A key for certain models is held to them whatever the body calls itself: many upstreams do not look at that.
-        """
-        return _limited(principal) or (is_json and bool(self._models))
+    # -- who -----------------------------------------------------------------------------------------------------------
 
     @property
     def keyed(self) -> bool:
         """Keys are configured: the client's key is ours, and never goes to an upstream."""
-        return bool(self._principals)
+        return bool(self._holders)
 
-    def authenticate(self, headers: Headers) -> Principal | Failure | None:
-        """The principal, None where no keys are configured, or the failure to answer with."""
-        if not self._principals:
+    def authenticate(self, headers: Headers, now: float) -> Principal | Failure | None:
+        """The principal, None where no keys are configured, or the failure to answer with. `now` is Unix time."""
+        if not self._holders:
             return None
         shown = key_in(headers)
         if not shown:
             detail = "Send it as 'Authorization: Bearer KEY'."
-            return Failure(Side.CLIENT, Phase.ROUTE, Kind.UNAUTHENTICATED, f"No API key was given. {detail}")
-        principal = self._principals.get(hashlib.sha256(shown).hexdigest())
-        return principal or Failure(Side.CLIENT, Phase.ROUTE, Kind.UNAUTHENTICATED)
+            return _unauthenticated("no key was given", f"No API key was given. {detail}")
+        digest = hashlib.sha256(shown).hexdigest()
+        holder = self._holders.get(digest)
+        if holder is None:
+            return _unauthenticated(f"the key is unknown; its SHA-256 begins with {digest[:8]}")
+        if holder.revoked:
+            return _unauthenticated(f"the key '{holder.principal.key}' is revoked")
+        if holder.expires is not None and holder.expires <= now:
+            return _unauthenticated(f"the key '{holder.principal.key}' has expired")
+        return holder.principal
 
-    def route(
-        self, model: str | None, principal: Principal | None, *, has_body: bool = False
-    ) -> list[Upstream] | Failure:
-        """The upstreams to try, best first. `model` is None when the request names none.
+    def limited(self, principal: Principal | None) -> bool:
+        """Does the principal's key open certain models only?"""
+        return principal is not None and self._by_key[principal.key].models is not None
 
-        A request without a body (a list of models) asks for no generation; one with a body that names no model may.
+    # -- where to ------------------------------------------------------------------------------------------------------
+
+    def by_path(self, path: str | None, principal: Principal | None) -> Plan | Failure | None:
+        """Where the `[[route]]` of `path` leads, None if there is none. `path` is None for one that is not plain."""
+        found = self._routes.find(path) if self._has_routes and path is not None else None
+        if found is None:
+            return None
+        plan = found[0]
+        if principal is not None:
+            name = plan.entry.name if plan.entry is not None else ""
+            if name not in self._by_key[principal.key].routes:
+                detail = f"The key has no access to the route '{name}'."
+                return Failure(Side.CLIENT, Phase.ROUTE, Kind.FORBIDDEN, detail)
+        return plan
+
+    def needs_model(self, principal: Principal | None, *, named: bool) -> bool:
+        """The request's model decides, so its body must be read before it can be routed.
+
+        `named`: it is of a kind that names its model. A key for certain models is held to them whatever the body calls
+        itself: many upstreams do not look at that.
         """
-        if model is None and has_body and _limited(principal):
-            detail = "The key is for certain models, and the request's body names none."
-            return Failure(Side.CLIENT, Phase.ROUTE, Kind.FORBIDDEN, detail)
-        if principal is not None and model is not None and not {model, "*"} & set(principal.models):
-            return Failure(Side.CLIENT, Phase.ROUTE, Kind.FORBIDDEN, f"The key has no access to the model '{model}'.")
-        if not self._models or model is None:
-            return list(self._upstreams.values())
-        entry = self._models.get(model) or self._models.get("*")
-        if entry is None:
+        return (named and self._has_models) or self.limited(principal)
+
+    def route(self, model: str | None, principal: Principal | None, *, has_body: bool = False) -> Plan | Failure:
+        """Where a request goes that no path's route takes. `model` is None when the request names none.
+
+        A request without a body (a list of files) asks for no generation; one with a body that names no model may.
+        """
+        allowed = self._by_key[principal.key].models if principal is not None else None
+        if model is None:
+            if has_body and allowed is not None:
+                detail = "The key is for certain models, and the request's body names none."
+                return Failure(Side.CLIENT, Phase.ROUTE, Kind.FORBIDDEN, detail)
+            return self._all
+        found = self._models.find(model) if self._has_models else (self._all, None)
+        if allowed is not None and model not in allowed:
+            detail = f"The key has no access to the model '{model}'."
+            remark = "" if found is not None else "there is no such model"
+            return Failure(Side.CLIENT, Phase.ROUTE, Kind.FORBIDDEN, detail, remark=remark)
+        if found is None:
             return Failure(Side.CLIENT, Phase.ROUTE, Kind.NOT_FOUND, f"The model '{model}' does not exist.")
-        return [self._upstreams[name] for name in entry.upstreams]
+        plan, star = found
+        return plan if star is None else _with_star(plan, star)
 
 
-def _limited(principal: Principal | None) -> bool:
-    return principal is not None and "*" not in principal.models
+def _holder(key: Key, opened: dict[tuple[str, ...], Names[bool]]) -> _Holder:
+    def names(chosen: tuple[str, ...]) -> Names[bool]:
+        if chosen not in opened:
+            opened[chosen] = Names((name, True) for name in chosen)
+        return opened[chosen]
+
+    everything = "*" in key.models
+    routes = key.routes if key.routes is not None else (("*",) if everything else ())
+    principal = Principal(key.principal or key.name, key.models, key.name)
+    return _Holder(principal, None if everything else names(key.models), names(routes), key.expires, key.revoked)
+
+
+def _unauthenticated(remark: str, detail: str = "") -> Failure:
+    return Failure(Side.CLIENT, Phase.ROUTE, Kind.UNAUTHENTICATED, detail, remark=remark)
+
+
+def _with_star(plan: Plan, star: str) -> Plan:
+    """`plan` with what the `*` in the model's name stood for."""
+    if not any(choice.model is not None and "*" in choice.model for choice in plan.choices):
+        return plan
+    choices = [
+        choice if choice.model is None else Choice(choice.upstream, choice.model.replace("*", star))
+        for choice in plan.choices
+    ]
+    return Plan(tuple(choices), plan.entry)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.messages import RequestHead
 
-__all__ = ["BaseUrl", "is_authority", "origin_form", "parse_base_url", "upstream_target"]
+__all__ = ["BaseUrl", "is_authority", "origin_form", "parse_base_url", "plain_path", "upstream_target"]
 
 # RFC 3986 3.2.2, without the comma: no host has one, and it is how two Host values are joined into one.
 _NAME = rb"(?:[A-Za-z0-9\-._~!$&'()*+;=]|%[0-9A-Fa-f]{2})+"
@@ -119,6 +119,16 @@ def _leaves(path: bytes) -> bool:
         elif name not in (b"", b"."):
             depth += 1
     return False
+
+
+# No segment that some upstream would resolve or cut, and nothing escaped.
+_PLAIN = re.compile(rb"(?:/(?!\.\.?(?:/|\Z))[A-Za-z0-9\-._~!$&'()*+,=:@]+)+/?|/")
+
+
+def plain_path(target: bytes) -> str | None:
+    """The path in an origin-form `target`; None if it is not one that every upstream reads in the same way."""
+    path = target.partition(b"?")[0]
+    return path.decode("ascii") if _PLAIN.fullmatch(path) else None
 
 
 @functools.lru_cache(maxsize=256)

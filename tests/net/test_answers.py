@@ -13,7 +13,7 @@ from kit import Response, RunningGateway, chat, eventually, request, running_gat
 
 from canal_trio.errors import Failure, Kind, Phase, Retry, Side
 from canal_trio.hooks import ExchangeRecord, Outcome
-from canal_trio.settings import Bounds, Deadlines, Key, Model, Settings, Upstream
+from canal_trio.settings import Bounds, Deadlines, Key, Model, Settings, Target, Upstream
 from canal_trio.testing.scripts import Script, Send, Stall, reply
 from canal_trio.testing.upstreams import ScriptedUpstream
 
@@ -52,8 +52,8 @@ def small(settings: Settings) -> Settings:
 
 def keyed(settings: Settings) -> Settings:
     """A key for one model, and two models."""
-    names = (settings.upstreams[0].name,)
-    return replace(settings, keys=(KEY,), models=(Model("small", names), Model("large", names)))
+    targets = (Target(settings.upstreams[0].name),)
+    return replace(settings, keys=(KEY,), models=(Model("small", targets), Model("large", targets)))
 
 
 def forbidden(raw: bytes) -> Row:
@@ -64,7 +64,7 @@ def forbidden(raw: bytes) -> Row:
 
 def routed(settings: Settings) -> Settings:
     """Models without keys."""
-    return replace(settings, models=(Model("small", (settings.upstreams[0].name,)),))
+    return replace(settings, models=(Model("small", (Target(settings.upstreams[0].name),)),))
 
 
 def no_upstream(settings: Settings) -> Settings:

@@ -16,7 +16,7 @@ from strict import OK, strict_upstream
 
 from canal_trio.errors import Kind, Side
 from canal_trio.hooks import Outcome
-from canal_trio.settings import Bounds, Model
+from canal_trio.settings import Bounds, Model, Target
 from canal_trio.testing.scripts import Script, Send, reply
 from canal_trio.testing.upstreams import ScriptedUpstream
 
@@ -94,7 +94,7 @@ async def test_held_body(framing: str) -> None:
     """A body that is held for routing: `held_body_bytes`, beyond 413; nothing stays held."""
     async with strict_upstream() as upstream:
         settings = settings_for(upstream.url, bounds=Bounds(held_body_bytes=50_000))
-        settings = replace(settings, models=(Model("*", ("u0",)),))
+        settings = replace(settings, models=(Model("*", (Target("u0"),)),))
         async with running_gateway(settings) as gateway:
             # Blanks are no JSON: that it is judged at all shows that it was held whole.
             assert await body_of(gateway, 50_000, framing, JSON) == 400
@@ -107,7 +107,7 @@ async def test_held_bodies_of_all_exchanges() -> None:
     """`held_total_bytes`: what goes beyond is 503 `overloaded` with retry-after; the others are not disturbed."""
     async with strict_upstream() as upstream:
         settings = settings_for(upstream.url, bounds=Bounds(held_total_bytes=50_000))
-        settings = replace(settings, models=(Model("*", ("u0",)),))
+        settings = replace(settings, models=(Model("*", (Target("u0"),)),))
         async with running_gateway(settings) as gateway:
             body = b'{"model":"m"}'.ljust(30_000)
             head = request("POST", "/v1/x", None, JSON, f"Content-Length: {len(body)}")

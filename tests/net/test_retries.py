@@ -12,7 +12,7 @@ from kit import RunningGateway, chat, chunked, eventually, request, running_gate
 
 from canal_trio.errors import Kind
 from canal_trio.hooks import Outcome
-from canal_trio.settings import Bounds, Deadlines, Model, Upstream
+from canal_trio.settings import Bounds, Deadlines, Model, Target, Upstream
 from canal_trio.testing.scripts import Cut, Reset, Script, Stall, chat_stream, cut_after, openai_error, reply
 from canal_trio.testing.upstreams import Answer, ScriptedUpstream, SeenRequest, in_order
 
@@ -232,9 +232,8 @@ async def test_failover_keeps_to_the_models_order() -> None:
     scripts = (GOOD, GOOD, openai_error(503))
     async with AsyncExitStack() as stack:
         other, good, busy = [await stack.enter_async_context(ScriptedUpstream(script)) for script in scripts]
-        settings = replace(
-            settings_for(other.url, good.url, busy.url), models=(Model("m", ("u2", "u1")), Model("x", ("u0",)))
-        )
+        models = (Model("m", (Target("u2"), Target("u1"))), Model("x", (Target("u0"),)))
+        settings = replace(settings_for(other.url, good.url, busy.url), models=models)
         async with running_gateway(settings) as gateway:
             assert (await gateway.ask(chat())).status == 200
             record = await gateway.records.one()

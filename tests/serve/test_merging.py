@@ -17,7 +17,7 @@ from canal_trio.serve import merge
 from canal_trio.serve.control import Ask, Channel, Drain, Family, Report, Start
 from canal_trio.serve.limits import share_of
 from canal_trio.serve.listen import ListenError, open_listeners, reserve
-from canal_trio.settings import Bounds, Key, Model, NamedCertificate, ServerTLS, Settings, Upstream
+from canal_trio.settings import Bounds, Key, Model, NamedCertificate, ServerTLS, Settings, Target, Upstream
 
 # -- metrics -----------------------------------------------------------------------------------------------------------
 
@@ -165,7 +165,7 @@ async def test_a_name_with_two_addresses_is_reserved_as_one_port() -> None:
 SETTINGS = Settings(
     tls=ServerTLS("a.pem", "a.key", (NamedCertificate(("x.test",), "b.pem", "b.key"),)),
     upstreams=(Upstream("u", "http://u", api_key="sk-x", heartbeat=1.5, connections=float("inf")),),
-    models=(Model("m", ("u",)),),
+    models=(Model("m", (Target("u"),)),),
     keys=(Key("k", "00" * 32, ("m",)),),
 )
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from canal_trio.errors import Failure, Kind
 from canal_trio.messages import Headers, RequestHead
-from canal_trio.wire.targets import BaseUrl, is_authority, origin_form, parse_base_url, upstream_target
+from canal_trio.wire.targets import BaseUrl, is_authority, origin_form, parse_base_url, plain_path, upstream_target
 
 
 def form(target: bytes, host: bytes | None = b"gw.test", method: bytes = b"GET", version: bytes = b"1.1") -> object:
@@ -222,3 +222,27 @@ def test_what_is_not_a_base_url_is_explained(url: str) -> None:
     complaint = parse_base_url(url)
     assert isinstance(complaint, str)
     assert complaint.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [
+        (b"/v1/files", "/v1/files"),
+        (b"/v1/files/file-1/content?a=../b", "/v1/files/file-1/content"),
+        (b"/v1/files/", "/v1/files/"),
+        (b"/v1/...", "/v1/..."),
+        (b"/", "/"),
+        (b"/v1/files/..", None),
+        (b"/v1/files/../chat/completions", None),
+        (b"/v1/./files", None),
+        (b"/v1//files", None),
+        (b"/v1/files;a=b", None),
+        (b"/v1/%66iles", None),
+        (b"/v1/files%2f..%2fchat", None),
+        (b"*", None),
+        (b"", None),
+    ],
+)
+def test_a_plain_path_is_one_that_nobody_resolves(target: bytes, path: str | None):
+    """What a route is chosen by is the path that the upstream will see, or there is no route."""
+    assert plain_path(target) == path
