@@ -15,6 +15,7 @@ __all__ = [
     "Deadlines",
     "Health",
     "Key",
+    "Ledger",
     "Model",
     "NamedCertificate",
     "Price",
@@ -52,6 +53,7 @@ class Bounds:
     waiters: int = 1024  # per upstream, waiting for a lease; as many for a place among `exchanges`
     memory_bytes: int | None = None  # of bodies and flows, beyond: 503. None: half of the machine's, or of its cgroup's
     client_connections: int | None = None  # None: from the descriptor limit
+    usage_event_bytes: int = 16 * KIB  # longest event that the usage edit holds; a longer one passes unjudged
     informational_heads: int = 16  # 1xx heads per response, beyond: malformed
     admin_connections: int = 64
     log_lines: int = 4096  # lines that wait for a slow log, beyond: dropped and counted
@@ -206,6 +208,17 @@ class Price:
 
 
 @dataclass(frozen=True, slots=True)
+class Ledger:
+    """Where every admitted exchange leaves its row: one of `file` (SQLite) and `postgres` (a URL), behind a journal."""
+
+    file: str | None = None
+    postgres: str | None = field(default=None, repr=False)
+    journal: str = "journal"  # a folder of this machine's
+    journal_bytes: int = 256 * MIB  # not yet in the store, all workers together; beyond: 503
+    instance: str = "canal"  # our name in the rows
+
+
+@dataclass(frozen=True, slots=True)
 class NamedCertificate:
     """A further certificate, for clients that ask for one of `names` (SNI); `*.` at the front stands for one label."""
 
@@ -232,6 +245,7 @@ class Settings:
     workers: int = 1
     log: str = "text"  # or "json"
     tls: ServerTLS | None = None
+    count_tokens: bool = False  # read what answers use, for log and metrics; a ledger does it anyway
     trusted_proxies: tuple[str, ...] = ()  # networks whose Forwarded and X-Forwarded-* are believed
     pseudonym: str = "canal"  # our name in Via
     allow_anonymous: bool = False
@@ -240,11 +254,17 @@ class Settings:
     routes: tuple[Route, ...] = ()
     keys: tuple[Key, ...] = ()
     prices: tuple[Price, ...] = ()
+    ledger: Ledger | None = None
     bounds: Bounds = field(default_factory=Bounds)
     deadlines: Deadlines = field(default_factory=Deadlines)
     balance: Balance = field(default_factory=Balance)
     health: Health = field(default_factory=Health)
     retries: Retries = field(default_factory=Retries)
+
+    @property
+    def accounting(self) -> bool:
+        """What answers use is read from their bytes."""
+        return self.count_tokens or self.ledger is not None
 
 
 def address_text(address: tuple[str, int]) -> str:

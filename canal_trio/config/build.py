@@ -23,7 +23,16 @@ from canal_trio.config.values import nearest, shown
 from canal_trio.settings import Bounds, Deadlines, Upstream
 from canal_trio.wire.targets import BaseUrl, parse_base_url
 
-__all__ = ["Surroundings", "base_url_of", "bounds_of", "deadlines_of", "read", "upstream_of"]
+__all__ = [
+    "Surroundings",
+    "base_url_of",
+    "bounds_of",
+    "deadlines_of",
+    "read",
+    "secret_of",
+    "upstream_of",
+    "within",
+]
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -47,6 +56,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "waiters": (0, 10**7),
     "memory_bytes": (2**20, 2**50),
     "log_lines": (16, 10**7),
+    "usage_event_bytes": (256, 2**20),
 }
 
 
@@ -67,7 +77,8 @@ def read(raw: S, reader: Callable[[S], T], path: Path, complain: Complain, inste
         return instead
 
 
-def _within(number: float, least: float, most: float, unit: str) -> float:
+def within(number: float, least: float, most: float, unit: str) -> float:
+    """`number`, if it is in these limits; ValueError with `unit` in its text if not."""
     if math.isinf(number) and not math.isinf(most):
         raise ValueError("expected a finite number, got inf")
     if not least <= number <= most:
@@ -91,16 +102,16 @@ def _bound(raw: Any, name: str, default: Any) -> Any:
     number = values.size(raw) if name.endswith("_bytes") else values.count(raw)
     most = math.inf if default == math.inf else 2**40
     least, most = _RANGES.get(name, (1, most))
-    return _within(number, least, most, " bytes" if name.endswith("_bytes") else "")
+    return within(number, least, most, " bytes" if name.endswith("_bytes") else "")
 
 
 def _deadline(raw: Any, name: str, default: Any) -> Any:
     if name == "body_rate":
-        return _within(values.size(raw), 0, 2**40, " bytes per second")
+        return within(values.size(raw), 0, 2**40, " bytes per second")
     number = values.duration(raw)
     if number <= 0:
         raise ValueError(f"expected more than 0 seconds, got {number:g}")
-    return _within(number, 0, math.inf if default == math.inf else YEAR, " seconds")
+    return within(number, 0, math.inf if default == math.inf else YEAR, " seconds")
 
 
 def bounds_of(table: Table, path: Path, complain: Complain) -> Bounds:
@@ -140,8 +151,8 @@ def upstream_of(table: UpstreamTable, path: Path, around: Surroundings, complain
         complain(at("on_client_eof"), f"expected 'abort' or 'finish', got {shown(table.on_client_eof)}")
     if table.key_header not in KEY_HEADERS:
         complain(at("key_header"), f"expected {KEY_HEADERS_TEXT}, got {shown(table.key_header)}")
-    api_key = None if table.api_key is None else _secret(table.api_key, at("api_key"), around, complain)
-    proxy = None if table.proxy is None else _secret(table.proxy, at("proxy"), around, complain)
+    api_key = None if table.api_key is None else secret_of(table.api_key, at("api_key"), around, complain)
+    proxy = None if table.proxy is None else secret_of(table.proxy, at("proxy"), around, complain)
     if proxy is not None:
         proxy = read(proxy, values.proxy_url, at("proxy"), complain, None)
     ca_file = None if table.ca_file is None else os.path.join(around.folder, table.ca_file)
@@ -170,7 +181,7 @@ def upstream_of(table: UpstreamTable, path: Path, around: Surroundings, complain
 
 
 def _connections(raw: float) -> float:
-    return _within(values.count(raw), 1, math.inf, "")
+    return within(values.count(raw), 1, math.inf, "")
 
 
 def _check_certificates(path: str) -> None:
@@ -182,7 +193,7 @@ def _check_certificates(path: str) -> None:
         raise ValueError(f"cannot read {shown(path)}: {exc.strerror or exc}") from None
 
 
-def _secret(raw: Secret, path: Path, around: Surroundings, complain: Complain) -> str | None:
+def secret_of(raw: Secret, path: Path, around: Surroundings, complain: Complain) -> str | None:
     """The secret that `raw` is or points at; None after a complaint, which never repeats it."""
     if isinstance(raw, str):
         if borrowed := re.fullmatch(r"\$\{?(\w+)\}?|os\.environ/(\w+)|env:(\w+)", raw, re.ASCII):

@@ -167,6 +167,7 @@ class _Layers:
             workers=self._workers(server),
             log=self._log(server),
             tls=None if server.tls is None else server_tls_of(server.tls, TLS, self.around, self.complain),
+            count_tokens=server.count_tokens,
             trusted_proxies=tuple(
                 read(text, values.network, ("server", "trusted_proxies", number), self.complain, "")
                 for number, text in enumerate(server.trusted_proxies)

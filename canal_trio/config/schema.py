@@ -23,6 +23,7 @@ __all__ = [
     "DeadlinesTable",
     "FileTables",
     "KeyTable",
+    "LedgerTable",
     "ModelTable",
     "NamedCertificateTable",
     "Number",
@@ -77,6 +78,7 @@ class ServerTable(Table):
     trusted_proxies: list[str] = []
     pseudonym: str | None = None
     allow_anonymous: bool = False
+    count_tokens: bool = False
     tls: dict[str, Any] | None = None
 
 
@@ -94,6 +96,16 @@ class NamedCertificateTable(Table):
     names: list[str]
     certificate: str
     key: str
+
+
+class LedgerTable(Table):
+    """`[ledger]`."""
+
+    file: str | None = None
+    postgres: Secret | None = None
+    journal: str | None = None
+    journal_bytes: Number | None = None
+    instance: str | None = None
 
 
 class UpstreamTable(Table):

@@ -16,13 +16,14 @@ from typing import final
 import trio
 
 from canal_trio.errors import Failure, Kind, Phase, Side
+from canal_trio.gateway.account import account_for
 from canal_trio.gateway.answers import ClientHeads
 from canal_trio.gateway.exchange import Exchange
 from canal_trio.gateway.respond import http_date
 from canal_trio.gateway.writer import BROKEN, BodyWriter, ClientWriter
 from canal_trio.messages import End, ResponseHead
 from canal_trio.policy.exchange import answer_for
-from canal_trio.relay.flow import Aborted, Ended, FlowReceiver, FlowSender, Meter, open_flow
+from canal_trio.relay.flow import Aborted, Ended, FlowReceiver, FlowSender, Meter, Sink, open_flow
 from canal_trio.relay.idle import Reaper
 from canal_trio.settings import Settings
 from canal_trio.upstream.interface import StraightConnection
@@ -89,6 +90,10 @@ class Delivery:
         if streamed and not bodyless:
             known = None
             exchange.scanner = EventScanner()
+        if exchange.accounted and not bodyless:
+            exchange.account = account_for(
+                head, streamed=streamed, asked=exchange.asked_usage, held_bytes=self._settings.bounds.usage_event_bytes
+            )
         self.close = close or (not modern and known is None and not bodyless)
         self._body = BodyWriter(self._writer, exchange, chunked=chunked, length=known, on_terminal=self._terminal)
         exchange.phase = Phase.FIRST_EVENT
@@ -133,7 +138,10 @@ class Delivery:
         writer, exchange = self._body, self._exchange
         assert writer is not None
         self._sender, self._relaying = sender, True
-        sink = writer.sink if writer.can_hand_over else None
+        sink: Sink | None = writer.sink if writer.can_hand_over else None
+        account = exchange.account
+        if account is not None and sink is not None:
+            sink = account.before(sink)
         beat = trio.current_time() + (heartbeat or math.inf)
         while flow.ending is None:
             batch: list[bytes] | None = None
@@ -147,6 +155,8 @@ class Delivery:
             if batch is None:
                 beat = await self._heartbeat(writer, heartbeat or math.inf)
                 continue
+            if account is not None:
+                batch = account.batch(batch, over=flow.ending is not None)
             end = flow.ending.trailer if isinstance(flow.ending, Ended) else None
             if not await writer.write(batch, end if isinstance(end, End) else None):
                 break
@@ -177,7 +187,11 @@ class Delivery:
         block, _ = self._begin(head, close=close)
         writer = self._body
         assert writer is not None
+        account = exchange.account
+        sink: Sink = writer.sink
         last = connection.early()
+        if account is not None:
+            last, sink = account.feed(last), account.before(sink)
         if connection.end is None and connection.failure is None:
             self._relaying = True
             free = writer.open(block, last)
@@ -185,7 +199,9 @@ class Delivery:
             self._heads.forget()
             lasts()
             if free:
-                last = await connection.pass_on(writer.sink, self._settings.bounds.handover_bytes)
+                last = await connection.pass_on(sink, self._settings.bounds.handover_bytes)
+                if account is not None:
+                    last = account.feed(last)
             exchange.handed_over = exchange.pieces
             if exchange.left or exchange.failure is not None:
                 return  # noted by whoever saw it
@@ -203,6 +219,8 @@ class Delivery:
         if end is None and "late_body_end" in self._exchange.flags:
             end = End()  # ours
         failure = connection.failure
+        if self._exchange.account is not None:
+            last += self._exchange.account.flush()
         self._relaying = False
         settle()
         if not await writer.write([last] if last else [], end, block):
@@ -282,6 +300,9 @@ class Delivery:
         """Tell the client of an event stream why it ends, if that can be told: between events, and never `[DONE]`."""
         exchange, writer = self._exchange, self._body
         scanner = exchange.scanner
+        held = exchange.account.flush() if exchange.account is not None else b""
+        if held and writer is not None and not self._writer.unsent:
+            await writer.write([held], None)
         if writer is None or scanner is None or not scanner.at_boundary or exchange.terminal or scanner.error:
             return
         if self._writer.unsent or self._writer.trouble is not None:

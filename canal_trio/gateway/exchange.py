@@ -15,18 +15,22 @@ from typing import TYPE_CHECKING, final
 import trio
 
 from canal_trio.errors import Failure, Kind, Phase, Side
-from canal_trio.hooks import ExchangeRecord, Outcome, Principal
+from canal_trio.hooks import ExchangeRecord, Outcome, Principal, Usage, UsageSource
 from canal_trio.messages import Headers
+from canal_trio.policy.estimate import estimated
 from canal_trio.policy.exchange import outcome_of
 from canal_trio.wire.headers import request_id, upgrade_of
 from canal_trio.wire.sse import EventScanner
 
 if TYPE_CHECKING:
+    from canal_trio.gateway.account import Account
     from canal_trio.gateway.body import HeldBody, WholeBody
     from canal_trio.messages import RequestHead
     from canal_trio.upstream.pool import Lease
 
 __all__ = ["Exchange", "ExchangeView"]
+
+_GENERATING = ("/completions", "/responses", "/embeddings")  # what names a model, although nobody had to read it
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,10 @@ class Exchange:
     """One request and its response. `head` is None when the request's head was refused."""
 
     __slots__ = (
+        "account",
+        "accounted",
         "answered",
+        "asked_usage",
         "attempts",
         "body",
         "cancel_latency",
@@ -116,6 +123,10 @@ class Exchange:
         self.placed: float | None = None  # since when it has one of the gateway's places
         self.upgraded: trio.Event | None = trio.Event() if self.upgrade is not None else None
         self.tunnel = False
+        # what it uses, where accounting is on
+        self.accounted = False
+        self.asked_usage = False  # the gateway asked for the usage chunk, not the client
+        self.account: Account | None = None
         # what was decided
         self.principal: Principal | None = None
         self.model: str | None = None
@@ -240,11 +251,30 @@ class Exchange:
             return Outcome.UPSTREAM_ERROR  # it came first
         return outcome
 
+    def _used(self) -> tuple[Usage | None, UsageSource]:
+        """The tokens, and who says so."""
+        if not self.accounted:
+            return None, UsageSource.NONE
+        if self.account is not None and self.account.usage is not None:
+            return self.account.usage, UsageSource.UPSTREAM
+        events = self.scanner.events - self.scanner.terminal if self.scanner else 0
+        guess = estimated(
+            request_bytes=self.request_bytes,
+            events=max(events, 0),
+            streamed=self.scanner is not None,
+            generates=self.model is not None or _path(self.head).endswith(_GENERATING),
+            whole=self.failure is None,
+            phase=self.failure.phase if self.failure else self.phase,
+            status=self.status,
+        )
+        return guess, UsageSource.NONE if guess is None else UsageSource.ESTIMATED
+
     def finish(self) -> ExchangeRecord:
         """The exchange is over: its one record. Called once."""
         now = self.finished_at = trio.current_time()
         if self.failure is None and self.scanner is not None and not self.scanner.terminal:
             self.flags |= {"no_terminal_event"}
+        usage, source = self._used()
         record = ExchangeRecord(
             request_id=self.id,
             started_at=self.started_at,
@@ -274,6 +304,8 @@ class Exchange:
             queued=self.queued,
             waits=self.waits,
             flags=tuple(sorted(self.flags)),
+            usage=usage,
+            usage_source=source,
         )
         self.finished.set()
         return record

@@ -80,6 +80,7 @@ class Pipeline:
             return plan
         if not plan.choices:
             return Failure(Side.GATEWAY, Phase.ROUTE, Kind.UNAVAILABLE, "No upstream is configured.")
+        exchange.accounted = self._settings.accounting
         exchange.routed(eof_leaves=plan.choices[0].upstream.on_client_eof == "abort")
         attempts = Attempts(
             exchange,

@@ -96,11 +96,15 @@ def share_of(settings: Settings, number: int, count: int) -> Settings:
         each, rest = divmod(int(whole), count)
         return max(1, each + (number < rest))
 
+    ledger = settings.ledger
+    if ledger is not None:
+        ledger = replace(ledger, journal_bytes=ledger.journal_bytes // count)
     bounds = with_ceiling(settings).bounds
     assert bounds.memory_bytes is not None
     clients = bounds.client_connections
     return replace(
         settings,
+        ledger=ledger,
         bounds=replace(
             bounds,
             client_connections=None if clients is None else int(part(clients)),
