@@ -54,6 +54,8 @@ class Bounds:
     memory_bytes: int | None = None  # of bodies and flows, beyond: 503. None: half of the machine's, or of its cgroup's
     client_connections: int | None = None  # None: from the descriptor limit
     usage_event_bytes: int = 16 * KIB  # longest event that the usage edit holds; a longer one passes unjudged
+    listener_connections: float = math.inf  # the same, for each address that is listened on
+    address_connections: float = math.inf  # of one client address (IPv6: /64), but for trusted proxies; beyond: 503
     informational_heads: int = 16  # 1xx heads per response, beyond: malformed
     admin_connections: int = 64
     log_lines: int = 4096  # lines that wait for a slow log, beyond: dropped and counted

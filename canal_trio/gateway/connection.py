@@ -89,6 +89,10 @@ class ClientConnection:
         if self._reader is not None:
             self._reader.stop_if_idle()
 
+    def idle_since(self) -> float | None:
+        """Since when the client has asked for nothing; None while it is served."""
+        return None if self._reader is None else self._reader.idle_since()
+
     async def _serve(self) -> None:
         requests = Handoff()
         settings = self._gateway.settings

@@ -6,6 +6,7 @@ The gateway counts and lists, drains and stops; the work is done by `ClientConne
 
 from __future__ import annotations
 
+import heapq
 import ipaddress
 import logging
 import math
@@ -28,6 +29,8 @@ from canal_trio.upstream.connect import Connector, Dialer
 from canal_trio.upstream.pool import Pool, PoolStatistics
 
 __all__ = ["Gateway", "GatewayStatistics", "Generation"]
+
+_MAY_ASK = 1.0  # seconds
 
 _log = logging.getLogger("canal_trio.gateway")
 
@@ -184,6 +187,18 @@ class Gateway:
             flow_bytes=places.meter.bytes,
             memory_limit=places.ceiling,
         )
+
+    def make_room(self, most: int = 32) -> int:
+        """Close up to `most` client connections that ask for nothing, idle for the longest time; how many it were.
+
+        None that was idle for less than a second: it may be about to ask. Walks over all connections: call it seldom.
+        """
+        before = trio.current_time() - _MAY_ASK
+        idle = [(since, id(one), one) for one in self._connections if (since := one.idle_since()) is not None]
+        chosen = heapq.nsmallest(most, [entry for entry in idle if entry[0] <= before])
+        for _, _, connection in chosen:
+            connection.drain()
+        return len(chosen)
 
     # -- the end -------------------------------------------------------------------------------------------------------
 

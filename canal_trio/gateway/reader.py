@@ -106,9 +106,16 @@ class ClientReader:
         self.superfluous = bool(self._held)
 
     def stop_if_idle(self) -> None:
-        """Draining: no new request on this connection."""
-        if self._mode is _Mode.IDLE and (self._active is None or self._active.finished.is_set()):
+        """Draining, or others need the room: no new request on this connection."""
+        if self.idle_since() is not None:
             self._scope.cancel(reason="draining")
+
+    def idle_since(self) -> float | None:
+        """Since when nothing was asked for, if nothing is now."""
+        active = self._active
+        if self._mode is not _Mode.IDLE or (active is not None and not active.finished.is_set()):
+            return None
+        return max(self._since, active.finished_at if active is not None else 0.0)
 
     # -- deadlines -----------------------------------------------------------------------------------------------------
 
@@ -120,9 +127,9 @@ class ClientReader:
         deadlines = self._deadlines
         due = math.inf
         if self._mode is _Mode.IDLE:
-            active = self._active
-            if active is None or active.finished.is_set():
-                due = max(self._since, active.finished_at if active else 0.0) + deadlines.keep_alive
+            idle = self.idle_since()
+            if idle is not None:
+                due = idle + deadlines.keep_alive
         elif self._mode is _Mode.HEAD:
             due = self._since + deadlines.request_head
         elif self._mode is _Mode.BODY:

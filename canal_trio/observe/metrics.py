@@ -160,6 +160,12 @@ class Metrics:
         self.accept_errors = Counter(
             "canal_accept_errors", "Connections that could not be accepted, by cause.", ["cause"], registry=registry
         )
+        self.shed = Counter(
+            "canal_connections_shed",
+            "Client connections refused (address: it has too many) or closed to make room (idle).",
+            ["cause"],
+            registry=registry,
+        )
         self.tls_handshakes = Counter(
             "canal_tls_handshakes", "Handshakes of clients: ok, or how they ended.", ["result"], registry=registry
         )

@@ -24,7 +24,7 @@ __all__ = [
     "with_ceiling",
 ]
 
-# Standard streams, epolls, wake-up pipes, listeners, the admin's connections, resolver threads, certificate files.
+# Standard streams, epolls, wake-up pipes, listeners, resolver threads, certificate files; refused clients.
 RESERVE = 128
 MOST_DESCRIPTORS = 1_048_576  # the hard limit may be "unlimited", which the kernel would not give anyway
 
@@ -108,6 +108,8 @@ def share_of(settings: Settings, number: int, count: int) -> Settings:
         bounds=replace(
             bounds,
             client_connections=None if clients is None else int(part(clients)),
+            listener_connections=part(bounds.listener_connections),
+            address_connections=part(bounds.address_connections),
             upstream_connections=part(bounds.upstream_connections),
             waiters=int(part(bounds.waiters)) if bounds.waiters else 0,
             exchanges=part(bounds.exchanges),

@@ -2,8 +2,10 @@
 
 Trio's own listeners accept one connection per scheduler pass, cannot be told to stop at a number, and write a traceback
 ten times a second when descriptors run out. Here: the number of connections is bounded by slots shared by all listeners
-of a gateway, and at the bound nobody accepts, so that the kernel's backlog holds what is too much; a wake-up accepts
-several connections; trouble with descriptors or memory backs off and is told once in a while.
+of a gateway, perhaps by others for each address it listens on, and at the bound nobody accepts, so that the kernel's
+backlog holds what is too much, while idle connections are closed to make room for those who knock; a client address may
+have a bound, too, beyond which it is refused; a wake-up accepts several connections; trouble with descriptors or memory
+backs off and is told once in a while.
 
 Options are set on the listening socket, from which Linux hands them down to every accepted one: no system call per
 connection. Invariant: an accepted socket is always owned, by a slot and a task, or closed.
@@ -14,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeAlias, final
@@ -22,6 +25,7 @@ import trio
 
 from canal_trio.errors import CanalError
 from canal_trio.relay.streams import TcpStream
+from canal_trio.serve.crowd import Crowd, Partings
 from canal_trio.settings import Bounds, Deadlines, address_text
 
 __all__ = ["Acceptor", "ListenError", "Slots", "listening_texts", "open_listeners", "reserve", "set_options"]
@@ -30,6 +34,7 @@ BACKLOG = 4096  # the kernel cuts it to net.core.somaxconn
 ACCEPTS_PER_WAKE = 64  # before the scheduler gets its turn
 KEEP_IDLE, KEEP_INTERVAL, KEEP_COUNT = 60, 15, 4  # seconds, seconds, probes: a vanished client is seen in 2 minutes
 BACK_OFF_FIRST, BACK_OFF_LAST = 0.05, 1.0  # seconds
+ROOM_EVERY = 1.0  # seconds between two looks for idle connections to close, while somebody knocks at a full door
 TELL_EVERY = 30.0  # seconds between two log lines about the same trouble
 
 # What accept(2) reports about the connection in question, not about us: Trio ignores the same ones.
@@ -178,28 +183,39 @@ def set_options(sock: socket.socket, bounds: Bounds, deadlines: Deadlines) -> No
 
 @final
 class Slots:
-    """How many connections there may be. Shared by the acceptors of one gateway."""
+    """How many connections there may be. Shared by the acceptors of one gateway; a part of `whole`, if there is one."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: float, whole: Slots | None = None) -> None:
         self.total = total
         self.used = 0
+        self._whole = whole
         self._waiting = trio.lowlevel.ParkingLot()
 
     @property
-    def free(self) -> int:
+    def free(self) -> float:
         """Slots left; negative after `total` was lowered below what is in use."""
-        return self.total - self.used
+        own = self.total - self.used
+        return own if self._whole is None else min(own, self._whole.free)
+
+    @property
+    def bound(self) -> float:
+        """The total that is in the way, now that none is free."""
+        return self.total if self._whole is None or self.used >= self.total else self._whole.bound
 
     def take(self) -> None:
         """Use one slot; look at `free` first."""
         self.used += 1
+        if self._whole is not None:
+            self._whole.take()
 
     def give(self) -> None:
         """A connection has ended."""
         self.used -= 1
         self._waiting.unpark_all()
+        if self._whole is not None:
+            self._whole.give()
 
-    def resize(self, total: int) -> None:
+    def resize(self, total: float) -> None:
         """Change the bound. Connections beyond it live on; none is accepted until they have gone."""
         self.total = total
         self._waiting.unpark_all()
@@ -207,14 +223,18 @@ class Slots:
     async def wait_free(self) -> None:
         """Return once there is a slot; a checkpoint only if it had to wait."""
         while self.free <= 0:
-            await self._waiting.park()
+            if self._whole is not None and self.used < self.total:
+                await self._whole.wait_free()
+            else:
+                await self._waiting.park()
 
 
 @final
 class Acceptor:
     """The accept loop of one listening socket, which it owns. Each connection becomes a task of `connections`.
 
-    `trouble(cause)` is called for each failed accept; it counts.
+    `trouble(cause)` is called for each failed accept; it counts. `make_room()` closes idle connections. `crowd` knows
+    who has too many already: they get the words of `refusal()` through `partings`.
     """
 
     def __init__(
@@ -225,6 +245,10 @@ class Acceptor:
         connections: trio.Nursery,
         *,
         trouble: Callable[[str], None] | None = None,
+        make_room: Callable[[], object] = lambda: None,
+        crowd: Crowd | None = None,
+        partings: Partings | None = None,
+        refusal: Callable[[], bytes] = lambda: b"",
     ) -> None:
         self.socket = sock
         self.address: Address = sock.getsockname()[:2]
@@ -232,6 +256,10 @@ class Acceptor:
         self._handler = handler
         self._connections = connections
         self._trouble = trouble or (lambda _cause: None)
+        self._make_room = make_room
+        self._crowd = Crowd(math.inf, ()) if crowd is None else crowd
+        self._partings = Partings() if partings is None else partings
+        self._refusal = refusal
         self._back_off = BACK_OFF_FIRST
         self._tell_at = -TELL_EVERY
         self._untold = 0
@@ -240,10 +268,12 @@ class Acceptor:
     async def run(self) -> None:
         """Accept until cancelled. Cancelling leaves the socket open and loses no connection."""
         while True:
-            if self._slots.free <= 0:
-                self._tell_full()
-                await self._slots.wait_free()
             await trio.lowlevel.wait_readable(self.socket)
+            while self._slots.free <= 0:
+                self._tell_full()
+                self._make_room()
+                with trio.move_on_after(ROOM_EVERY):
+                    await self._slots.wait_free()
             if not self._accept(ACCEPTS_PER_WAKE):
                 await trio.sleep(self._back_off)
                 self._back_off = min(self._back_off * 2, BACK_OFF_LAST)
@@ -255,9 +285,9 @@ class Acceptor:
         trio.lowlevel.notify_closing(self.socket)
         self.socket.close()
 
-    def _accept(self, most: int) -> bool:
+    def _accept(self, most: float) -> bool:
         """Accept up to `most` connections, as far as there are slots. False: short of something, come back later."""
-        for _ in range(most):
+        for _ in range(int(min(most, BACKLOG))):
             if self._slots.free <= 0:
                 return True
             try:
@@ -271,23 +301,31 @@ class Acceptor:
                     raise
                 self._short(exc)
                 return False
+            peer = _peer(address[0])
+            mark = self._crowd.enter(peer)
+            if mark is None:
+                sock.setblocking(False)
+                self._partings.part(sock, self._refusal())
+                continue
             try:
                 stream = TcpStream(sock)
             except OSError as exc:  # the poller is short of kernel memory
                 sock.close()
+                self._crowd.leave(mark)
                 self._short(exc)
                 return False
             self._back_off = BACK_OFF_FIRST
             self._slots.take()
-            self._connections.start_soon(self._serve, stream, _peer(address[0]))
+            self._connections.start_soon(self._serve, stream, peer, mark)
         return True
 
-    async def _serve(self, stream: TcpStream, peer: str) -> None:
+    async def _serve(self, stream: TcpStream, peer: str, mark: object) -> None:
         try:
             await self._handler(stream, peer)
         finally:
             stream.close()
             self._slots.give()
+            self._crowd.leave(mark)
 
     def _short(self, exc: OSError) -> None:
         self._trouble(errno.errorcode.get(exc.errno or 0, "unknown"))
@@ -302,8 +340,8 @@ class Acceptor:
     def _tell_full(self) -> None:
         now = trio.current_time()
         if now >= self._full_told_at + TELL_EVERY:
-            where, total = address_text(self.address), self._slots.total
-            _log.warning("%s has all its %d connections: new ones wait", where, total)
+            where, total = address_text(self.address), self._slots.bound
+            _log.warning("%s has all its %.0f connections: new ones wait", where, total)
             self._full_told_at = now
 
 

@@ -29,6 +29,7 @@ from canal_trio.observe.lines import LineWriter
 from canal_trio.observe.log import logging_to
 from canal_trio.observe.metrics import Metrics, Statistics
 from canal_trio.relay.streams import TcpStream
+from canal_trio.serve.crowd import Crowd, Partings, refusal
 from canal_trio.serve.greeting import greet
 from canal_trio.serve.limits import Capacity, capacity_of, freeze_garbage, raise_descriptor_limit, with_ceiling
 from canal_trio.serve.listen import Acceptor, ListenError, Slots, open_listeners, set_options
@@ -71,6 +72,9 @@ class ServedGateway(Protocol):
 
     def reload(self, settings: Settings) -> None:
         """Use `settings` for the next requests."""
+
+    def make_room(self) -> int:
+        """Close some idle client connections; how many."""
 
     def drain(self, deadline: float) -> None:
         """Finish what runs, end it honestly at `deadline` (Trio's clock)."""
@@ -154,9 +158,7 @@ async def serve(
             capacity = capacity_of(settings, descriptors)
             server = Server(settings, make_gateway, capacity, writer, certificates)
             stopping = server.stop.is_set
-            reloader = Reloader(
-                settings, config_loader, server.apply, server.count_reload, stopping, handed.notifier
-            )
+            reloader = Reloader(settings, config_loader, server.apply, server.count_reload, stopping, handed.notifier)
 
             def started() -> None:
                 on_listening()
@@ -230,6 +232,10 @@ class Server:
         self.gateway = make_gateway(settings, [metrics, AccessLog(writer, settings.log)])
         metrics.watch(self.gateway)
         self.slots = Slots(capacity.connections)
+        self.listener_slots: list[Slots] = []  # of each listener
+        shed = metrics.shed.labels
+        self.crowd = Crowd(settings.bounds.address_connections, settings.trusted_proxies, lambda: shed("address").inc())
+        self.partings = Partings()
         metrics.gauge("canal_connection_slots", "Client connections there may be.", lambda: self.slots.total)
         metrics.gauge("canal_log_lines_dropped", "Log lines lost because the log is read too slowly.",
                       lambda: writer.dropped)  # fmt: skip
@@ -258,6 +264,7 @@ class Server:
         async with trio.open_nursery() as services:
             services.start_soon(orders, services)
             await services.start(self.gateway.run)
+            services.start_soon(self.partings.run)
             page = Admin(self.gateway, self.metrics)
             admin_slots = Slots(self.settings.bounds.admin_connections)
             for sock in admin:
@@ -287,7 +294,22 @@ class Server:
     def _door(self, sock: socket.socket, connections: trio.Nursery) -> Acceptor:
         set_options(sock, self.settings.bounds, self.settings.deadlines)
         trouble = self.metrics.accept_errors.labels
-        return Acceptor(sock, self.slots, self._connection, connections, trouble=lambda cause: trouble(cause).inc())
+        slots = Slots(self.settings.bounds.listener_connections, self.slots)
+        self.listener_slots.append(slots)
+        return Acceptor(
+            sock,
+            slots,
+            self._connection,
+            connections,
+            trouble=lambda cause: trouble(cause).inc(),
+            make_room=self._make_room,
+            crowd=self.crowd,
+            partings=self.partings,
+            refusal=refusal if self.terminator is None else bytes,
+        )
+
+    def _make_room(self) -> None:
+        self.metrics.shed.labels("idle").inc(self.gateway.make_room())
 
     async def _connection(self, stream: TcpStream, peer: str) -> None:
         """The boundary of one connection: what gets here is a bug, and it ends nobody else's stream."""
@@ -343,6 +365,9 @@ class Server:
             self.terminator.certificates = certificates
         self.settings = new
         self.slots.resize(capacity_of(new, self.capacity.descriptors).connections)
+        for slots in self.listener_slots:
+            slots.resize(new.bounds.listener_connections)
+        self.crowd.configure(new.bounds.address_connections, new.trusted_proxies)
         for sock in self.sockets:
             if sock.fileno() >= 0:
                 set_options(sock, new.bounds, new.deadlines)

@@ -92,6 +92,10 @@ class FakeGateway:
         """Noted."""
         self.reloads.append(settings)
 
+    def make_room(self) -> int:
+        """Nobody is idle here."""
+        return 0
+
     def drain(self, deadline: float) -> None:
         """Noted."""
         self.draining = True
