@@ -154,22 +154,20 @@ class Metrics:
         self._tokens = tallies.count(
             "canal_tokens", "Tokens, by where the number comes from.", ["type", "source", "upstream"]
         )
-        self.internal_errors = Counter(
-            "canal_internal_errors", "Bugs: exceptions that reached a connection's boundary.", registry=registry
+        self.internal_errors = self._counter(
+            "canal_internal_errors", "Bugs: exceptions that reached a connection's boundary."
         )
-        self.accept_errors = Counter(
-            "canal_accept_errors", "Connections that could not be accepted, by cause.", ["cause"], registry=registry
+        self.accept_errors = self._counter(
+            "canal_accept_errors", "Connections that could not be accepted, by cause.", "cause"
         )
-        self.shed = Counter(
-            "canal_connections_shed",
-            "Client connections refused (address: it has too many) or closed to make room (idle).",
-            ["cause"],
-            registry=registry,
+        self.shed = self._counter("canal_connections_shed", "Client connections refused, or closed for room.", "cause")
+        self.tls_handshakes = self._counter(
+            "canal_tls_handshakes", "Handshakes of clients: ok, or how they ended.", "result"
         )
-        self.tls_handshakes = Counter(
-            "canal_tls_handshakes", "Handshakes of clients: ok, or how they ended.", ["result"], registry=registry
-        )
-        self.reloads = Counter("canal_reloads", "Reloads of the configuration.", ["result"], registry=registry)
+        self.reloads = self._counter("canal_reloads", "Reloads of the configuration.", "result")
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, labels, registry=self.registry)
 
     def finished(self, record: ExchangeRecord) -> None:
         """Observe one exchange. A few microseconds in all (see `observe.tally`), not a checkpoint."""

@@ -13,7 +13,7 @@ from simkit import OK, SSE, URL, Conversation, failed, only_record, since, world
 
 from canal_trio.errors import Kind, Phase, Side
 from canal_trio.hooks import Outcome
-from canal_trio.settings import Bounds, Model, Upstream
+from canal_trio.settings import Bounds, Model, Target, Upstream
 from canal_trio.testing.simstream import SimLink
 
 GET = request("GET", "/v1/models")
@@ -162,7 +162,7 @@ async def test_a_crowded_upstream_refuses_before_the_body(autojump_clock: Any, h
     """Every connection in use and the queue full: 503 for a body that would name a model, before it was sent."""
     upstream = Upstream("u0", URL, connections=2)
     bounds = Bounds(waiters=1)
-    models = (Model("m", ("u0",)),)
+    models = (Model("m", (Target("u0"),)),)
     async with world(slow(20), handover=handover, upstream=upstream, bounds=bounds, models=models) as here:
         first = here.connect()
         await first.send(chat(model="m"))
@@ -193,7 +193,7 @@ async def floods(upstream: Conversation) -> None:
 async def test_the_ceiling_of_memory_sheds(autojump_clock: Any, handover: bool, kind: str) -> None:
     """Clients that never read, or bodies that are held: at the ceiling the next gets 503, until some of it is free."""
     bounds = Bounds(memory_bytes=600 * KIB)
-    models = (Model("m", ("u0",)),) if kind == "bodies" else ()
+    models = (Model("m", (Target("u0"),)),) if kind == "bodies" else ()
     async with world(floods, handover=handover, bounds=bounds, models=models) as here:
         clients: list[Client] = []
         while len(clients) < 100:
