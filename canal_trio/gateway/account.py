@@ -7,11 +7,13 @@ on both ways. Invariants: what comes out is what went in, but for that one chunk
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import final
 
 from canal_trio.hooks import Usage
 from canal_trio.messages import ResponseHead
 from canal_trio.relay.flow import Sink
+from canal_trio.upstream.interface import Outlet
 from canal_trio.wire.usage import BodyUsage, StreamUsage
 from canal_trio.wire.usage_edit import UsageEdit
 
@@ -67,6 +69,37 @@ class Account:
             return sink(passed) if passed else True
 
         return accounted
+
+    def outlet(self, outlet: Outlet) -> Outlet:
+        """`outlet`, with the account in front of it."""
+        return _Accounted(self, outlet)
+
+
+@final
+class _Accounted:
+    """An outlet behind an account. What the account does not touch goes on as it came."""
+
+    __slots__ = ("_feed", "_outlet", "chunked")
+
+    def __init__(self, account: Account, outlet: Outlet) -> None:
+        self._feed = account.feed
+        self._outlet = outlet
+        self.chunked = outlet.chunked
+
+    def piece(self, payload: bytes, now: float) -> Callable[[], bool]:
+        passed = self._feed(payload)
+        return self._outlet.piece(passed, now) if passed else _nothing
+
+    def whole(self, framed: bytes, start: int, stop: int, now: float) -> Callable[[], bool]:
+        payload = framed[start:stop]
+        passed = self._feed(payload)
+        if passed is payload:
+            return self._outlet.whole(framed, start, stop, now)
+        return self._outlet.piece(passed, now) if passed else _nothing
+
+
+def _nothing() -> bool:
+    return True
 
 
 def account_for(head: ResponseHead, *, streamed: bool, asked: bool, held_bytes: int) -> Account | None:

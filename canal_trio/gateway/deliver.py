@@ -26,7 +26,7 @@ from canal_trio.policy.exchange import answer_for
 from canal_trio.relay.flow import Aborted, Ended, FlowReceiver, FlowSender, Meter, Sink, open_flow
 from canal_trio.relay.idle import Reaper
 from canal_trio.settings import Settings
-from canal_trio.upstream.interface import StraightConnection
+from canal_trio.upstream.interface import Outlet, StraightConnection
 from canal_trio.wire.bodies import content_length
 from canal_trio.wire.error_bodies import error_event
 from canal_trio.wire.headers import ForClient, is_event_stream
@@ -188,10 +188,10 @@ class Delivery:
         writer = self._body
         assert writer is not None
         account = exchange.account
-        sink: Sink = writer.sink
+        outlet: Outlet = writer
         last = connection.early()
         if account is not None:
-            last, sink = account.feed(last), account.before(sink)
+            last, outlet = account.feed(last), account.outlet(writer)
         if connection.end is None and connection.failure is None:
             self._relaying = True
             free = writer.open(block, last)
@@ -199,7 +199,7 @@ class Delivery:
             self._heads.forget()
             lasts()
             if free:
-                last = await connection.pass_on(sink, self._settings.bounds.handover_bytes)
+                last = await connection.pass_on(outlet, self._settings.bounds.handover_bytes)
                 if account is not None:
                     last = account.feed(last)
             exchange.handed_over = exchange.pieces

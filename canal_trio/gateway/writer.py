@@ -132,7 +132,23 @@ def _group(pieces: Sequence[memoryview]) -> int:
 
 @final
 class BodyWriter:
-    """One response body on its way to one client. `on_terminal` is called once, when its last event was delivered."""
+    """One response body on its way to one client. `on_terminal` is called once, when its last event was delivered.
+
+    An `upstream.interface.Outlet`; `sink` is the same for a flow.
+    """
+
+    __slots__ = (
+        "_exchange",
+        "_framed",
+        "_length",
+        "_now",
+        "_on_terminal",
+        "_send",
+        "_start",
+        "_stop",
+        "_writer",
+        "chunked",
+    )
 
     def __init__(
         self,
@@ -145,11 +161,14 @@ class BodyWriter:
     ) -> None:
         self._writer = writer
         self._exchange = exchange
-        self._chunked = chunked
+        self.chunked = chunked
         self._length = length  # announced to the client: with its last byte the answer is whole
         self._on_terminal: Callable[[], None] | None = on_terminal
         self._send = writer.direct.try_send if writer.direct is not None else None
-        self._pending = b""  # the piece whose rest is unsent
+        # What is about to be sent, or whose rest is unsent: `_framed[_start:_stop]` is its payload, read at `_now`.
+        self._framed = b""
+        self._start = self._stop = 0
+        self._now = 0.0
 
     @property
     def can_hand_over(self) -> bool:
@@ -158,53 +177,81 @@ class BodyWriter:
 
     def sink(self, piece: bytes) -> bool:
         """Take a whole piece in the poller's step; False: the kernel did not take all of it, or the client is gone."""
-        framed = encode_chunk(piece) if self._chunked else piece
+        return self.piece(piece, trio.current_time())()
+
+    def piece(self, payload: bytes, now: float) -> Callable[[], bool]:
+        """See `upstream.interface.Outlet`."""
+        if not self.chunked:
+            return self.whole(payload, 0, len(payload), now)
+        framed = encode_chunk(payload)
+        return self.whole(framed, len(framed) - len(payload) - 2, len(framed) - 2, now)
+
+    def whole(self, framed: bytes, start: int, stop: int, now: float) -> Callable[[], bool]:
+        """See `upstream.interface.Outlet`."""
+        self._framed = framed
+        self._start = start
+        self._stop = stop
+        self._now = now
+        return self._pass_framed
+
+    def _pass_framed(self) -> bool:
+        """The rest of the step. Written out, as it runs for each event."""
+        framed = self._framed
         try:
             sent = self._send(framed)  # type: ignore[misc]  # only armed when can_hand_over
         except (trio.BrokenResourceError, trio.ClosedResourceError):
+            self._framed = b""
             self._writer.trouble = Kind.GONE
             self._exchange.leave(BROKEN)
             return False
         if sent < len(framed):
-            self._writer.unsent += _rest(piece, framed, sent)
-            self._pending = piece
+            self._writer.unsent.append(memoryview(framed)[sent:])
             return False
-        self._delivered(piece, trio.current_time())
+        self._framed = b""
+        self._delivered(framed, self._start, self._stop, self._now)
         return True
 
     def open(self, head: bytes, piece: bytes) -> bool:
         """Write the response head, and with it the piece that is here already, if any. Otherwise as `sink`."""
-        framed = b"" if not piece else encode_chunk(piece) if self._chunked else piece
+        if piece:
+            self.piece(piece, trio.current_time())
+        block = head + self._framed
         try:
-            sent = self._send(head + framed)  # type: ignore[misc]  # only called when can_hand_over
+            sent = self._send(block)  # type: ignore[misc]  # only called when can_hand_over
         except (trio.BrokenResourceError, trio.ClosedResourceError):
+            self._framed = b""
             self._writer.trouble = Kind.GONE
             return False
-        if sent < len(head) + len(framed):
-            self._writer.unsent.append(memoryview(head + framed)[sent:])
-            self._pending = piece
+        if sent < len(block):
+            self._writer.unsent.append(memoryview(block)[sent:])
             return False
-        if piece:
-            self._delivered(piece, trio.current_time())
+        self._taken()
         return True
 
-    def _delivered(self, piece: bytes, now: float) -> None:
-        """A piece was accepted by the client's kernel. Written out in one place: it runs for each event."""
+    def _taken(self) -> None:
+        """The client's kernel has all of `_framed`, if there is any."""
+        framed, self._framed = self._framed, b""
+        if framed:
+            self._delivered(framed, self._start, self._stop, self._now)
+
+    def _delivered(self, data: bytes, start: int, stop: int, now: float) -> None:
+        """`data[start:stop]` was accepted by the client's kernel. In one place, as it runs for each event."""
         exchange = self._exchange
-        exchange.response_bytes += len(piece)
+        exchange.response_bytes += stop - start
         exchange.pieces += 1
-        last, exchange.last_piece = exchange.last_piece, now
+        gap = now - exchange.last_piece
+        exchange.last_piece = now
         if exchange.first_piece is None:
             exchange.first_piece = now
             exchange.phase = Phase.STREAM
-        elif now - last > exchange.longest_gap:
-            exchange.longest_gap = now - last
+        elif gap > exchange.longest_gap:
+            exchange.longest_gap = gap
         scanner = exchange.scanner
         if scanner is None:
             if exchange.response_bytes == self._length:
                 exchange.has_answer()
             return
-        scanner.feed(piece)
+        scanner.feed_part(data, start, stop)
         # Not before its blank line: until then the client's parser has not seen the event.
         if scanner.terminal and scanner.at_boundary and self._on_terminal is not None:
             notify, self._on_terminal = self._on_terminal, None
@@ -214,9 +261,8 @@ class BodyWriter:
         """Pass on what the sink kept. False: the client stalled or is gone."""
         if not await self._writer.write(()):
             return False
-        if self._pending:
-            piece, self._pending = self._pending, b""
-            self._delivered(piece, trio.current_time())
+        self._now = trio.current_time()
+        self._taken()
         return True
 
     async def write(self, batch: list[bytes], end: End | None, head: bytes = b"") -> bool:
@@ -227,9 +273,9 @@ class BodyWriter:
         framed: list[bytes] = [head] if head else []
         ends: list[int] = []  # how many of `framed` there are with each piece of the batch
         for piece in batch:
-            framed += _gathered(piece) if self._chunked else (piece,)
+            framed += _gathered(piece) if self.chunked else (piece,)
             ends.append(len(framed))
-        if end is not None and self._chunked:
+        if end is not None and self.chunked:
             framed.append(encode_last_chunk(end.trailers))
         total, done = len(framed), 0
 
@@ -237,7 +283,7 @@ class BodyWriter:
             nonlocal done
             now = trio.current_time()
             while done < len(ends) and ends[done] <= count:
-                self._delivered(batch[done], now)
+                self._delivered(batch[done], 0, len(batch[done]), now)
                 done += 1
             if end is not None and count == total:
                 self._exchange.has_answer()
@@ -249,7 +295,7 @@ class BodyWriter:
 
     async def inject(self, event: bytes) -> bool:
         """Pass on an event of the gateway's own: an error or a heartbeat. Not counted as the upstream's."""
-        return await self._writer.write([encode_chunk(event) if self._chunked else event])
+        return await self._writer.write([encode_chunk(event) if self.chunked else event])
 
 
 def _gathered(piece: bytes) -> tuple[bytes, ...]:
@@ -257,12 +303,3 @@ def _gathered(piece: bytes) -> tuple[bytes, ...]:
     if len(piece) <= _COPIED:
         return (encode_chunk(piece),)
     return b"%x\r\n" % len(piece), piece, b"\r\n"
-
-
-def _rest(piece: bytes, framed: bytes, sent: int) -> list[memoryview]:
-    """`framed` from byte `sent` on, as a view of `piece` where it can be, so that one of the two can go."""
-    before = len(framed) - len(piece) - 2 if len(framed) > len(piece) else 0
-    at = sent - before
-    if not 0 <= at < len(piece):
-        return [memoryview(framed)[sent:]]
-    return [memoryview(piece)[at:], *([memoryview(b"\r\n")] if before else [])]

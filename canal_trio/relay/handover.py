@@ -10,11 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias, TypeGuard, runtime_checkable
 
-__all__ = ["Armed", "Buffer", "HandoverStream", "can_hand_over", "handover_end", "receive_limit"]
+__all__ = ["Answer", "Armed", "Buffer", "HandoverStream", "can_hand_over", "handover_end", "receive_limit", "settled"]
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
-Armed: TypeAlias = Callable[[], bool]
-"""Called when there may be bytes to receive; receives them itself. False: disarm me and wake my owner."""
+Answer: TypeAlias = bool | Callable[[], bool]
+"""Of a sink. False: disarm me and wake my owner. A callable is the rest of its step (the sending), which answers so."""
+Armed: TypeAlias = Callable[[], Answer]
+"""Called when there may be bytes to receive; receives them itself."""
+
+
+def settled(answer: Answer) -> bool:
+    """The answer of a sink, after the rest of its step, if there is any. Not a checkpoint; raises what that raises."""
+    return answer if answer is True or answer is False else answer()
 
 
 @runtime_checkable

@@ -4,6 +4,11 @@ Trio re-arms its own epoll with a system call for each wait; here a socket is re
 whatever became ready since. For each ready stream the poller calls the sink armed on it (hand-over on the spot), or
 wakes the task that waits for it.
 
+A sink may answer with the rest of its step. Then a round first receives for all who are ready and sends for all of them
+after that: a process at the other end is woken by the first of these sends and finds the others when it comes, where
+it would have gone back to sleep between two sends with a receive in the middle. Measured with 250 streams: a fifth of
+all CPU per event. It holds nothing back: both halves are one step of the poller, and `MAX_EVENTS` bounds it.
+
 Invariants: a sink's exception is raised in the task that armed it, never here. One wake is bounded in rounds
 (`ROUNDS`), and a sink's turn by what its flow takes, so that one busy stream cannot starve the others; after that the
 scheduler gets its turn before the poller goes on.
@@ -12,14 +17,17 @@ scheduler gets its turn before the poller goes on.
 from __future__ import annotations
 
 import select
+from collections.abc import Callable
 from typing import Protocol
 
 import trio
 
+from canal_trio.relay.handover import Armed
+
 __all__ = ["HANGUP", "Pollable", "Poller"]
 
 ROUNDS = 8  # design, section 10: one round per wake cost 1.7 x nginx per event where eight cost 1.45
-MAX_EVENTS = 1024
+MAX_EVENTS = 32  # in one round: what is received first waits for so many others to be received before it is sent
 HANGUP = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _EVENTS = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET  # HUP and ERR are always reported
 
@@ -30,17 +38,21 @@ class Pollable(Protocol):
     def on_ready(self, mask: int) -> bool:
         """`mask` became true (0: nothing new). True asks for another turn in the next round."""
 
+    def take_step(self, sink: Armed, step: Callable[[], bool]) -> bool:
+        """Take the rest of the step that `sink` began in `on_ready`, if it is still armed. Answers as `on_ready`."""
+
 
 class Poller:
     """The epoll of this run. Use `Poller.current()`; it is started by the first stream and ends with the run."""
 
-    __slots__ = ("_again", "_epoll", "_newcomers", "_streams")
+    __slots__ = ("_again", "_epoll", "_newcomers", "_streams", "steps")
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._streams: dict[int, Pollable] = {}
         self._again: dict[Pollable, None] = {}  # who wants another turn, in order
         self._newcomers: set[int] = set()  # descriptors registered since the last look at the epoll
+        self.steps: list[tuple[Pollable, Armed, Callable[[], bool]]] = []  # begun in this round: `on_ready` adds to it
 
     @classmethod
     def current(cls) -> Poller:
@@ -81,7 +93,7 @@ class Poller:
             self._epoll.close()
 
     def _serve(self) -> None:
-        poll, streams, newcomers = self._epoll.poll, self._streams, self._newcomers
+        poll, streams, newcomers, steps = self._epoll.poll, self._streams, self._newcomers, self.steps
         for _ in range(ROUNDS):
             turn, self._again = self._again, {}
             newcomers.clear()
@@ -92,12 +104,17 @@ class Poller:
                 # the number: what was reported is not about that one, whose own readiness the next look reports.
                 if stream is None or fd in newcomers:
                     continue
-                turn.pop(stream, None)
+                if turn:
+                    turn.pop(stream, None)
                 if stream.on_ready(mask):
                     self._again[stream] = None
             for stream in turn:
                 if stream.on_ready(0):
                     self._again[stream] = None
+            for stream, sink, step in steps:
+                if stream.take_step(sink, step):
+                    self._again[stream] = None
+            steps.clear()
             if not events and not self._again:
                 return
 

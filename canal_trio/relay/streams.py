@@ -24,7 +24,7 @@ import outcome
 import trio
 from trio.abc import HalfCloseableStream
 
-from canal_trio.relay.handover import Armed, Buffer, HandoverStream, handover_end, receive_limit
+from canal_trio.relay.handover import Armed, Buffer, HandoverStream, handover_end, receive_limit, settled
 from canal_trio.relay.poller import HANGUP, ROUNDS, Poller
 
 __all__ = ["Armed", "HandoverStream", "TcpStream", "handover_end"]
@@ -34,8 +34,6 @@ JOINED = 4096  # bytes: up to here a copy costs less than the call that gathers
 GATHER = 1024  # IOV_MAX: the most buffers of one sendmsg
 # What send and shutdown say of a stream whose incoming half may have ended properly: no verdict on what was received.
 _HARMLESS = frozenset({errno.EPIPE, errno.ENOTCONN})
-
-
 _AT_ONCE = struct.pack("ii", 1, 0)  # socket(7): linger for no time, so close with a reset
 
 
@@ -63,6 +61,7 @@ class TcpStream(HalfCloseableStream):
         "_send",
         "_sending",
         "_sink",
+        "_steps",
         "_watch",
         "hangup",
         "socket",
@@ -86,6 +85,7 @@ class TcpStream(HalfCloseableStream):
         self._watch: Callable[[], None] | None = None
         self._fault: BaseException | None = None
         self._poller = Poller.current()
+        self._steps = self._poller.steps
         self._poller.register(self._fd, self)
 
     @classmethod
@@ -117,11 +117,12 @@ class TcpStream(HalfCloseableStream):
             return None
         except OSError as exc:
             raise self._translate(exc) from exc
-        if not data:
-            if self._broken is not None:
-                raise trio.BrokenResourceError(self._broken)
-        elif len(data) < max_bytes and not self.hangup:
-            self._readable = False
+        if len(data) < max_bytes:
+            if not data:
+                if self._broken is not None:
+                    raise trio.BrokenResourceError(self._broken)
+            elif not self.hangup:
+                self._readable = False
         return data
 
     def try_send(self, data: Buffer) -> int:
@@ -213,7 +214,7 @@ class TcpStream(HalfCloseableStream):
                 sink = self._sink
                 if sink is None or not self._readable:
                     break
-                if not sink() and self._sink is sink:
+                if not settled(sink()) and self._sink is sink:
                     self._sink = None
             if self._sink is None:
                 self._check_open()
@@ -304,22 +305,39 @@ class TcpStream(HalfCloseableStream):
 
     def on_ready(self, mask: int) -> bool:
         """The poller's call: `mask` became true. True asks for another turn."""
-        if mask:
-            self._readable = True
-            if mask & HANGUP:
-                self.hangup = True
-                self._call_watch()
+        self._readable = True
+        if mask & HANGUP:
+            self.hangup = True
+            self._call_watch()
         sink = self._sink
         if sink is None:
             if self._receiving:  # a sleeper in `wait_disarmed` whose sink was taken away is not concerned
                 self._wake(outcome.Value(None))
             return False
         try:
-            armed = sink()
+            answer = sink()
         except BaseException as exc:  # SystemExit too: raised in the poller, it would be an internal error of Trio's
             self._sink = None
             self._fail(exc)
             return False
+        if answer is True or answer is False:
+            return self._answered(sink, answer)
+        self._steps.append((self, sink, answer))
+        return False
+
+    def take_step(self, sink: Armed, step: Callable[[], bool]) -> bool:
+        """The poller's call: the rest of what `sink` began in this round."""
+        if self._sink is not sink:
+            return False  # closed or disarmed by another one's step
+        try:
+            armed = step()
+        except BaseException as exc:
+            self._sink = None
+            self._fail(exc)
+            return False
+        return self._answered(sink, armed)
+
+    def _answered(self, sink: Armed, armed: bool) -> bool:
         if self._sink is not sink:
             return False  # closed or disarmed by what the sink called
         if armed:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Protocol, final
 import trio
 from trio.abc import HalfCloseableStream
 
-from canal_trio.relay.handover import Armed, Buffer, HandoverStream, receive_limit
+from canal_trio.relay.handover import Armed, Buffer, HandoverStream, receive_limit, settled
 
 if TYPE_CHECKING:
     import socket
@@ -287,7 +287,7 @@ class TlsStream(HalfCloseableStream):
         self._news = 0
         while (sink := self._sink) is not None:
             self._dry = False
-            if not sink():
+            if not settled(sink()):
                 return False
             if self._dry or not self._holds():
                 return True  # whether the transport has more, the transport knows

@@ -23,7 +23,7 @@ import outcome
 import trio
 from trio.abc import HalfCloseableStream
 
-from canal_trio.relay.handover import Armed, Buffer, receive_limit
+from canal_trio.relay.handover import Armed, Buffer, receive_limit, settled
 from canal_trio.testing.simlink import End, Fault, FaultKind, Pipe, SimLink, current_wheel
 
 __all__ = ["Fault", "FaultKind", "SimLink", "SimStream", "sim_stream_pair"]
@@ -167,7 +167,7 @@ class SimStream(HalfCloseableStream):
                 self._wake_receiver(outcome.Value(None))
             return
         try:
-            armed = sink()
+            armed = settled(sink())
         except BaseException as exc:
             self._sink = None
             self._fault = exc

@@ -25,12 +25,12 @@ from trio.abc import Stream
 
 from canal_trio.errors import Failure, Kind, Phase, Retry, Side
 from canal_trio.messages import End, RequestHead, ResponseHead
-from canal_trio.relay.flow import Aborted, FlowSender, Sink
+from canal_trio.relay.flow import Aborted, FlowSender
 from canal_trio.relay.handover import HandoverStream, can_hand_over
 from canal_trio.relay.idle import Reaper
 from canal_trio.settings import Bounds, Deadlines
 from canal_trio.upstream.idle import is_quiet, watch_hangup
-from canal_trio.upstream.interface import Answer, BodySource, Inform
+from canal_trio.upstream.interface import Answer, BodySource, Inform, Outlet
 from canal_trio.upstream.response_body import ResponseBody
 from canal_trio.upstream.switched import Tunnel
 from canal_trio.upstream.turns import Turn, Turns
@@ -319,10 +319,10 @@ class Http1Connection:
         """What went wrong, if anything has."""
         return self._failure
 
-    async def pass_on(self, sink: Sink, most: int) -> bytes:
-        """Hand the body over to `sink`, until it refuses or the body is over; the payload that came with the end."""
+    async def pass_on(self, outlet: Outlet, most: int) -> bytes:
+        """Hand the body over to `outlet`, until it refuses or the body is over; the payload that came with the end."""
         assert self._body is not None
-        return await self._body.pass_on(sink, most)
+        return await self._body.pass_on(outlet, most)
 
     async def pass_rest(self, sender: FlowSender) -> Failure | None:
         """The rest of the body through a flow, for a client that has blocked."""

@@ -12,9 +12,9 @@ from typing import Protocol, TypeAlias
 
 from canal_trio.errors import Failure
 from canal_trio.messages import End, RequestHead, ResponseHead
-from canal_trio.relay.flow import Ending, FlowSender, Sink
+from canal_trio.relay.flow import Ending, FlowSender
 
-__all__ = ["Answer", "BodySource", "Connection", "Inform", "StraightConnection"]
+__all__ = ["Answer", "BodySource", "Connection", "Inform", "Outlet", "StraightConnection"]
 
 Inform: TypeAlias = Callable[[ResponseHead], Awaitable[None]]
 """Passes an informational head on."""
@@ -77,6 +77,24 @@ class Connection(Protocol):
         """Close the connection to the upstream in this very step. Idempotent, never raises."""
 
 
+class Outlet(Protocol):
+    """Where a response body goes when it is handed over: what frames it for the client and sends it.
+
+    Both methods begin a step and answer with the rest of it, in which the client's kernel gets the bytes; it answers
+    False when the kernel did not take all of them, or the client is gone. Between the two nothing else may be begun.
+    """
+
+    @property
+    def chunked(self) -> bool:
+        """Does the client get chunks? Then one of the upstream's that is just as we would write it can pass whole."""
+
+    def piece(self, payload: bytes, now: float) -> Callable[[], bool]:
+        """Pass on `payload` (not empty), which was read at `now` (Trio's clock)."""
+
+    def whole(self, framed: bytes, start: int, stop: int, now: float) -> Callable[[], bool]:
+        """Pass on `framed` as it is; its payload is `framed[start:stop]`."""
+
+
 class StraightConnection(Protocol):
     """An attempt in steps, for a driver which has the whole request and goes along with the answer itself.
 
@@ -103,11 +121,11 @@ class StraightConnection(Protocol):
     def early(self) -> bytes:
         """The payload that came with the head, perhaps none. Not a checkpoint; once."""
 
-    async def pass_on(self, sink: Sink, most: int) -> bytes:
-        """Hand the body over to `sink` in the poller's step, in reads of up to `most` bytes. A checkpoint.
+    async def pass_on(self, outlet: Outlet, most: int) -> bytes:
+        """Hand the body over to `outlet` in the poller's step, in reads of up to `most` bytes. A checkpoint.
 
-        Returns when the sink has answered False (it keeps a rest) or the body is over: with the payload that came with
-        the end or before the failure, which the sink has not seen.
+        Returns when the outlet has answered False (it keeps a rest) or the body is over: with the payload that came
+        with the end or before the failure, which the outlet has not seen.
         """
 
     async def pass_rest(self, sender: FlowSender) -> Failure | None:

@@ -1,4 +1,4 @@
-"""The body of one response on its way out of an upstream's stream: through the decoder, into a flow or a sink.
+"""The body of one response on its way out of an upstream's stream: through the decoder, into a flow or an outlet.
 
 In hand-over it moves in the poller's step; otherwise a task reads piece by piece, and a full flow stops it.
 
@@ -16,10 +16,11 @@ from trio.abc import Stream
 
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.messages import End
-from canal_trio.relay.flow import FlowSender, Sink
-from canal_trio.relay.handover import Armed, HandoverStream, can_hand_over
+from canal_trio.relay.flow import FlowSender
+from canal_trio.relay.handover import Answer, Armed, HandoverStream, can_hand_over
+from canal_trio.upstream.interface import Outlet
 from canal_trio.upstream.turns import Turn, Turns
-from canal_trio.wire.bodies import BodyDecoder
+from canal_trio.wire.bodies import BodyDecoder, ChunkedDecoder
 
 __all__ = ["ResponseBody"]
 
@@ -30,7 +31,20 @@ _PEER_TROUBLE = (trio.BrokenResourceError, trio.ClosedResourceError)
 class ResponseBody:
     """`note` keeps the first failure; `failed` says whether there is one, of whoever's."""
 
-    __slots__ = ("_decoder", "_note", "_piece_bytes", "_stream", "_turns", "failed")
+    __slots__ = (
+        "_clock",
+        "_decoder",
+        "_last",
+        "_most",
+        "_note",
+        "_outlet",
+        "_piece_bytes",
+        "_receive",
+        "_stream",
+        "_turns",
+        "_whole",
+        "failed",
+    )
 
     def __init__(
         self, stream: Stream, decoder: BodyDecoder, turns: Turns, note: Callable[[Failure], None], *, piece_bytes: int
@@ -40,6 +54,9 @@ class ResponseBody:
         self._turns = turns
         self._note = note
         self._piece_bytes = piece_bytes
+        self._clock = turns.clock
+        self._last = b""  # the payload that came with the end, in hand-over
+        self._most = 0
         self.failed = False
 
     @property
@@ -68,40 +85,46 @@ class ResponseBody:
         if self._decoder.end is None:
             self._fail(Kind.CUT, "The response body is incomplete.")
 
-    # -- into a sink ---------------------------------------------------------------------------------------------------
+    # -- into an outlet ------------------------------------------------------------------------------------------------
 
-    async def pass_on(self, sink: Sink, most: int) -> bytes:
-        """Hand over to `sink`, in reads of up to `most` bytes, until it answers False or the body is over.
+    async def pass_on(self, outlet: Outlet, most: int) -> bytes:
+        """Hand over to `outlet`, in reads of up to `most` bytes, until it answers False or the body is over.
 
-        Returns the payload that came with the end or before a failure, which the sink has not seen. A checkpoint; only
-        for a stream that can hand over.
+        Returns the payload that came with the end or before a failure, which the outlet has not seen. A checkpoint;
+        only for a stream that can hand over.
         """
-        last = b""
-        stream, decoder, turns = self._stream, self._decoder, self._turns
+        stream, decoder = self._stream, self._decoder
         assert can_hand_over(stream)
-        receive, feed, now = stream.try_receive, decoder.feed, trio.current_time
+        self._receive, self._most, self._outlet = stream.try_receive, most, outlet
+        self._whole = decoder.whole if outlet.chunked and isinstance(decoder, ChunkedDecoder) else _no_chunk
+        try:
+            await self._serve(stream, self._move)
+        finally:
+            del self._outlet  # an idle connection keeps nothing of the exchange before alive
+        return self._last
 
-        def move() -> bool:  # written out: it runs for each event
-            nonlocal last
-            try:
-                data = receive(most)
-            except trio.BrokenResourceError as exc:
-                self._fail(Kind.RESET, str(exc))
-                return False
-            if data is None:
-                return True
-            turns.moved = now()
-            if not data:
-                self._eof()
-                return False
-            payload = feed(data)
-            if decoder.end is not None or decoder.fault is not None:
-                last = payload + self.take(b"")  # which notes the fault
-                return False
-            return sink(payload) if payload else True
-
-        await self._serve(stream, move)
-        return last
+    def _move(self) -> Answer:
+        """The sink. It runs for each event, so what is usual goes first: one whole chunk, passed on as it is."""
+        try:
+            data = self._receive(self._most)
+        except trio.BrokenResourceError as exc:
+            self._fail(Kind.RESET, str(exc))
+            return False
+        if data is None:
+            return True
+        now = self._turns.moved = self._clock()
+        start = self._whole(data)
+        if start:
+            return self._outlet.whole(data, start, len(data) - 2, now)
+        if not data:
+            self._eof()
+            return False
+        decoder = self._decoder
+        payload = decoder.feed(data)
+        if decoder.end is not None or decoder.fault is not None:
+            self._last = payload + self.take(b"")  # which notes the fault
+            return False
+        return self._outlet.piece(payload, now) if payload else True
 
     async def _serve(self, stream: HandoverStream, sink: Armed) -> None:
         """Have `sink` called with what arrives, until it answers False or the connection breaks."""
@@ -188,3 +211,7 @@ class ResponseBody:
         if end is not None:
             sender.end(end)  # of no effect unless the body ended with the connection
         return over or self.failed or end is not None
+
+
+def _no_chunk(_data: bytes) -> int:
+    return 0

@@ -46,16 +46,17 @@ def _limits(deadlines: Deadlines) -> dict[Turn, float]:
 class Turns:
     """`expire` gets the failure of the deadline that passed, once, in the reaper's step; it must not raise.
 
-    Whoever moves bytes sets `moved`; whoever passes the turn without moving any may set `turn` alone.
+    Whoever moves bytes sets `moved` to `clock()`; whoever passes the turn without moving any may set `turn` alone.
     """
 
-    __slots__ = ("_deadlines", "_expire", "_limits", "_period", "_watch", "moved", "turn")
+    __slots__ = ("_deadlines", "_expire", "_limits", "_period", "_watch", "clock", "moved", "turn")
 
     def __init__(self, deadlines: Deadlines, reaper: Reaper, expire: Callable[[Failure], None]) -> None:
         self._deadlines = deadlines
         self._expire = expire
         self._limits = _limits(deadlines)
         self._period = min(self._limits.values())  # no deadline is shorter, so none is ever seen late
+        self.clock = trio.lowlevel.current_clock().current_time  # `trio.current_time`, without looking for the run
         self.turn = Turn.NOBODY
         self.moved = trio.current_time()  # when the turn began, or when a byte last moved
         self._watch: Watch = reaper.add(self._check, self.moved + self._period)
@@ -63,7 +64,7 @@ class Turns:
     def begin(self, turn: Turn) -> None:
         """From now on it is `turn`. Not a checkpoint."""
         self.turn = turn
-        self.moved = trio.current_time()
+        self.moved = self.clock()
 
     def stop(self) -> None:
         """The connection is closed: look no more. Idempotent."""

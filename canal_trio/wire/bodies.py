@@ -184,13 +184,21 @@ class ChunkedDecoder:
 
     def feed(self, data: bytes) -> bytes:
         """The payload in `data`, joined. A read that holds one whole chunk takes a straight line."""
+        start = self.whole(data)
+        return data[start:-2] if start else self._feed(data)
+
+    def whole(self, data: bytes) -> int:
+        """Feed `data` if it is one whole chunk, written as `encode_chunk` writes it; else leave everything as it is.
+
+        Where its payload begins, which ends two bytes before the end; 0 if it is no such chunk.
+        """
         if self._left < 0 and not self._held:
             line = _size_line(len(data))
             if line is not None and data.startswith(line) and data.endswith(b"\r\n"):
-                payload = data[len(line) : -2]
-                self._payload += len(payload)
-                return payload
-        return self._feed(data)
+                start = len(line)
+                self._payload += len(data) - start - 2
+                return start
+        return 0
 
     def close(self) -> None:
         """Of no effect: without an `end` the body is cut."""

@@ -134,10 +134,14 @@ class EventScanner:
 
     def feed(self, piece: bytes) -> None:
         """Take note of `piece`, which has passed."""
-        if self._plain and _USUAL(piece):
+        self.feed_part(piece, 0, len(piece))
+
+    def feed_part(self, data: bytes, start: int, stop: int) -> None:
+        """Take note of `data[start:stop]`, which has passed."""
+        if self._plain and _USUAL(data, start, stop):
             self.events += 1
         else:
-            self._look(piece)
+            self._look(data[start:stop])
 
     def _look(self, piece: bytes) -> None:
         if self._bom is not None:

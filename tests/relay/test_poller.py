@@ -206,6 +206,10 @@ def test_a_run_has_one_poller_and_takes_it_along():
 class StandIn:
     """A Pollable that is never called."""
 
+    def take_step(self, sink: object, step: object) -> bool:
+        """Not expected."""
+        pytest.fail(f"{sink} called with {step}")
+
     def on_ready(self, mask: int) -> bool:
         """Not expected."""
         pytest.fail(f"called with {mask}")
