@@ -1,0 +1,219 @@
+"""The fields of a JSON request that a gateway judges: `model`, `stream` and `stream_options`, and where they stand.
+
+What was judged must be what the upstream gets, whichever parser it has: of two equal keys some take the first and some
+the last, and some do not tell upper case from lower. So a body that has one of these keys twice, compared unescaped and
+without case, is refused. msgspec decides what JSON is, and what the fields say.
+
+One search finds every place in the body that could be one of the keys, in any spelling. Where none of them is there
+twice, which is nearly always, that place is the key; else a scan of the top level tells. Time is O(length), and nothing
+is copied.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from canal_trio.wire.splice import Edit
+
+__all__ = ["JsonFields", "json_fields", "model_edit", "usage_edit"]
+
+_JUDGED: Final = ("model", "stream", "stream_options")
+
+
+def _spelled(name: str) -> bytes:
+    """A pattern for `name` in every spelling: escaped or not, in either case; the long s (ſ) is an s without case."""
+    letters = []
+    for letter in name:
+        codes = {ord(letter), ord(letter.upper())}
+        ways = [re.escape(chr(code).encode()) for code in codes]
+        ways += [b"\\\\u%b" % re.sub(rb"[a-f]", lambda m: b"[%b%b]" % (m[0], m[0].upper()), b"%04x" % c) for c in codes]
+        if letter == "s":
+            ways += ["ſ".encode(), rb"\\u017[fF]"]
+        letters.append(b"(?:%b)" % b"|".join(ways))
+    return b"".join(letters)
+
+
+_BLANK: Final = rb"[ \t\r\n]*+"
+_STRING: Final = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_PLAIN: Final = rb'(?:[^"{}\[\]]++|%b)*+' % _STRING
+_CANDIDATE: Final = re.compile(
+    rb'"(%b|%b(?:%b)?)"%b:%b' % (_spelled("model"), _spelled("stream"), _spelled("_options"), _BLANK, _BLANK)
+)
+_OPEN: Final = re.compile(rb"%b\{%b" % (_BLANK, _BLANK))
+_KEY: Final = re.compile(rb"(%b)%b:%b" % (_STRING, _BLANK, _BLANK), re.DOTALL)
+_SCALAR: Final = re.compile(rb'%b|[^"{}\[\], \t\r\n]++' % _STRING, re.DOTALL)
+_NEXT: Final = re.compile(rb"%b,%b" % (_BLANK, _BLANK))
+# To the next bracket that does not belong to a flat object or array.
+_INSIDE: Final = re.compile(rb"(?:[^\"{}\[\]]++|%b|\{%b\}|\[%b\])*+" % (_STRING, _PLAIN, _PLAIN), re.DOTALL)
+
+
+_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+
+
+class _Body(msgspec.Struct):
+    model: str | msgspec.UnsetType | None = msgspec.UNSET
+    stream: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    stream_options: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+class _Options(msgspec.Struct):
+    include_usage: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+_decode_body: Final = msgspec.json.Decoder(_Body).decode
+_decode_options: Final = msgspec.json.Decoder(_Options).decode
+
+
+@dataclass(frozen=True, slots=True)
+class JsonFields:
+    """What a request's body says, and where the values begin (None: it does not say)."""
+
+    model: str | None = None
+    stream: bool = False  # a stream is asked for
+    include_usage: bool | None = None  # None: it does not say, or says null
+    model_at: int | None = None
+    options_at: int | None = None
+
+
+def json_fields(body: bytes) -> JsonFields | str:
+    """The judged fields of `body`; a `str` says why it is refused, for people. Not a checkpoint."""
+    try:
+        said = _decode(body)
+    except msgspec.DecodeError as exc:
+        return f"The body is not the JSON expected: {exc}."
+    except RecursionError:
+        return "The body is nested too deeply."
+    places: dict[str, int] = {}
+    for match in _CANDIDATE.finditer(body):
+        name = _folded(match[1])
+        if name in places:
+            return _judged_by_scan(body, said)
+        places[name] = match.end()
+    return _judged(body, said, places)
+
+
+def _decode(body: bytes) -> _Body:
+    """What msgspec reads, which does not take half a surrogate pair. Clients that cut a text in two send some, and it
+    is for the upstream to say what it makes of them; only a model's name may not have any."""
+    try:
+        return _decode_body(body)
+    except msgspec.DecodeError:
+        mended = _SURROGATE.sub(rb"\\ufffd", body)
+        if mended == body:
+            raise
+    said = _decode_body(mended)
+    if isinstance(said.model, str) and "\ufffd" in said.model:
+        raise msgspec.DecodeError("the model's name cannot be read")
+    return said
+
+
+def _judged_by_scan(body: bytes, said: _Body) -> JsonFields | str:
+    places: dict[str, int] = {}
+    for key, start, _ in _top_level(body):
+        name = _folded(key[1:-1])
+        if name in places and name in _JUDGED:
+            return f"The body has '{name}' more than once."
+        places[name] = start
+    return _judged(body, said, places)
+
+
+def _judged(body: bytes, said: _Body, places: dict[str, int]) -> JsonFields:
+    usage: bool | None = None
+    options = said.stream_options
+    if isinstance(options, msgspec.Raw):
+        usage = _include_usage(bytes(options))
+    return JsonFields(
+        said.model if isinstance(said.model, str) else None,
+        isinstance(said.stream, msgspec.Raw) and bytes(said.stream) == b"true",
+        usage,
+        None if said.model is msgspec.UNSET else places["model"],
+        None if options is msgspec.UNSET else places["stream_options"],
+    )
+
+
+def _include_usage(options: bytes) -> bool | None:
+    if not options.startswith(b"{"):
+        return None
+    said = _decode_options(options).include_usage
+    return None if not isinstance(said, msgspec.Raw) or bytes(said) == b"null" else bytes(said) == b"true"
+
+
+# -- edits -------------------------------------------------------------------------------------------------------------
+
+
+def model_edit(body: bytes, fields: JsonFields, model: str) -> Edit:
+    """The value of `model` becomes another one. `fields` are those of `body`, which has one."""
+    start = fields.model_at
+    assert start is not None, "the body names no model"
+    return Edit(start, _value_end(body, start), json.dumps(model, ensure_ascii=False).encode())
+
+
+def usage_edit(body: bytes, fields: JsonFields) -> Edit | None:
+    """`stream_options.include_usage` becomes true, where a stream is asked for and the body does not say.
+
+    None where it says (that is respected), where there is no stream, or where `stream_options` is of another kind.
+    `fields` are those of `body`.
+    """
+    if not fields.stream or fields.include_usage is not None:
+        return None
+    start = fields.options_at
+    if start is None:
+        at = body.index(b"{") + 1
+        return Edit(at, at, b'"stream_options":{"include_usage":true},')  # never the only one: there is `stream`
+    end = _value_end(body, start)
+    options = body[start:end]
+    if options == b"null":
+        return Edit(start, end, b'{"include_usage":true}')
+    if not options.startswith(b"{"):
+        return None
+    nulls = [place for key, *place in _top_level(options) if _folded(key[1:-1]) == "include_usage"]
+    if len(nulls) > 1:
+        return None  # one of them may say
+    if nulls:
+        return Edit(start + nulls[0][0], start + nulls[0][1], b"true")
+    comma = b"," if options[1:-1].strip() else b""
+    return Edit(start + 1, start + 1, b'"include_usage":true' + comma)
+
+
+# -- the scan ----------------------------------------------------------------------------------------------------------
+
+
+def _folded(key: bytes) -> str:
+    """A key, given without its quotes, without its escapes and its case."""
+    if key in (b"model", b"stream", b"stream_options"):
+        return key.decode()
+    return str(json.loads(f'"{key.decode("utf-8", "replace")}"', strict=False)).casefold()
+
+
+def _top_level(body: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Each key of the object that the JSON in `body` is, as it is written, and where its value begins and ends."""
+    opened = _OPEN.match(body)
+    at = opened.end() if opened is not None else len(body)
+    while (match := _KEY.match(body, at)) is not None:
+        end = _value_end(body, match.end())
+        yield match[1], match.end(), end
+        following = _NEXT.match(body, end)
+        if following is None:
+            return
+        at = following.end()
+
+
+def _value_end(body: bytes, start: int) -> int:
+    """Where the value at `start` of valid JSON ends."""
+    if body[start] not in b"{[":
+        scalar = _SCALAR.match(body, start)
+        assert scalar is not None, "not JSON"
+        return scalar.end()
+    depth, at = 1, start + 1
+    while depth:
+        inside = _INSIDE.match(body, at)
+        assert inside is not None  # it may be empty
+        depth += 1 if body[inside.end()] in b"{[" else -1
+        at = inside.end() + 1
+    return at

@@ -1,0 +1,50 @@
+"""Editing by splicing: a few bytes of a body are exchanged, every other byte stays the one that the client sent.
+
+An `Edit` is a place and what stands there instead. Order, spacing, escapes, large numbers and unknown fields around it
+cannot change, because nothing is parsed and written again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["Edit", "grown", "splice"]
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """The bytes from `start` to `end` (not included) become `text`."""
+
+    start: int
+    end: int
+    text: bytes
+
+
+def grown(edits: Sequence[Edit]) -> int:
+    """By how many bytes they make a body longer; negative: shorter."""
+    return sum(len(edit.text) - (edit.end - edit.start) for edit in edits)
+
+
+def splice(pieces: Sequence[bytes], edits: Sequence[Edit]) -> list[bytes]:
+    """The body in `pieces` with `edits` made, which must not overlap. Pieces that no edit touches are not copied.
+
+    Of two edits at the same place the one that is named first comes first.
+    """
+    out: list[bytes] = []
+    waiting = sorted(edits, key=lambda edit: (edit.start, edit.end))
+    at = 0  # where the piece begins
+    done = 0  # up to where the body was taken or dropped
+    for piece in pieces:
+        end = at + len(piece)
+        while waiting and waiting[0].start < end:
+            edit = waiting.pop(0)
+            out.append(piece[done - at : edit.start - at])
+            out.append(edit.text)
+            done = edit.end
+        if done < end:
+            out.append(piece[max(done - at, 0) :] if done > at else piece)
+            done = end
+        at = end
+    out += [edit.text for edit in waiting]
+    return [piece for piece in out if piece]
