@@ -75,6 +75,7 @@ class ExchangeRecord:
     phase: Phase
     status: int | None = None  # what the client was told, None if nothing
     failure: Failure | None = None
+    certificate: str | None = None  # the verified subject of the client's own, such as CN=alice,O=Example
     principal: str | None = None
     model: str | None = None
     upstream: str | None = None

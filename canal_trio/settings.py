@@ -52,6 +52,7 @@ class Bounds:
     exchanges: float = math.inf  # at work at once; beyond: wait, then 503
     waiters: int = 1024  # per upstream, waiting for a lease; as many for a place among `exchanges`
     memory_bytes: int | None = None  # of bodies and flows, beyond: 503. None: half of the machine's, or of its cgroup's
+    tls_handshakes: int = 512  # of clients, at once; the rest wait in line
     client_connections: int | None = None  # None: from the descriptor limit
     usage_event_bytes: int = 16 * KIB  # longest event that the usage edit holds; a longer one passes unjudged
     listener_connections: float = math.inf  # the same, for each address that is listened on
@@ -236,6 +237,8 @@ class ServerTLS:
     certificate: str
     key: str
     sni: tuple[NamedCertificate, ...] = ()
+    client_ca: str | None = None  # a PEM file: whose certificates of clients are believed, under any name
+    client_auth: str = "none"  # or "optional", "required"
 
 
 @dataclass(frozen=True, slots=True)

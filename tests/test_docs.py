@@ -41,6 +41,7 @@ def test_every_metric_is_documented():
     metrics = Metrics()
     metrics.watch(Idle())
     page = metrics.page().decode() + "# TYPE canal_connection_slots g\n# TYPE canal_log_lines_dropped g\n"
+    page += "# TYPE canal_tls_handshakes_running g\n# TYPE canal_tls_handshakes_waiting g\n"
     page += "# TYPE canal_workers g\n# TYPE canal_worker_restarts_total c\n"  # the supervisor's
     families = set(re.findall(r"^# TYPE (canal_\w+)", page, re.MULTILINE))
     families = {name for name in families if not name.endswith("_created")}

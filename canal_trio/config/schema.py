@@ -87,6 +87,8 @@ class TLSTable(Table):
 
     certificate: str
     key: str
+    client_ca: str | None = None
+    client_auth: str | None = None
     sni: list[dict[str, Any]] = []
 
 

@@ -21,6 +21,7 @@ def server_tls_of(raw: dict[str, Any], path: Path, around: Surroundings, complai
     if table is None:
         return None
     certificate, key = _pair(table, path, around, complain)
+    client_ca, client_auth = _clients(table, path, around, complain)
     further: list[NamedCertificate] = []
     taken: dict[str, int] = {}
     for number, inner in enumerate(table.sni):
@@ -29,7 +30,28 @@ def server_tls_of(raw: dict[str, Any], path: Path, around: Surroundings, complai
         if one is not None:
             names = _names(one.names, number, (*place, "names"), taken, complain)
             further.append(NamedCertificate(names, *_pair(one, place, around, complain)))
-    return ServerTLS(certificate, key, tuple(further))
+    return ServerTLS(certificate, key, tuple(further), client_ca, client_auth)
+
+
+def _clients(table: TLSTable, path: Path, around: Surroundings, complain: Complain) -> tuple[str | None, str]:
+    """Whose certificates of clients are believed, and whether clients need one; with an authority they do."""
+    from canal_trio.serve.tls import PairFault, load_authority  # late, as below
+
+    auth = table.client_auth or ("none" if table.client_ca is None else "required")
+    if auth not in ("none", "optional", "required"):
+        complain((*path, "client_auth"), f"expected 'none', 'optional' or 'required', got {shown(auth)}")
+        auth = "none"
+    if table.client_ca is None:
+        if auth != "none":
+            text = f"{shown(auth)} needs client_ca, a file with the authority whose certificates are believed"
+            complain((*path, "client_auth"), text)
+        return None, "none"
+    client_ca = os.path.join(around.folder, table.client_ca)
+    try:
+        load_authority(client_ca)
+    except PairFault as exc:
+        complain((*path, exc.part), str(exc))
+    return client_ca, auth
 
 
 def _names(raw: list[str], entry: int, path: Path, taken: dict[str, int], complain: Complain) -> tuple[str, ...]:

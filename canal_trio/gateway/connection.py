@@ -50,10 +50,13 @@ _LINGER_BYTES = 1024 * 1024  # read and dropped at most before closing on unread
 class ClientConnection:
     """Serves one client until it leaves, misbehaves, or asks for the end. `gateway` owns what connections share."""
 
-    def __init__(self, gateway: Gateway, stream: Stream, *, peer: str, scheme: str) -> None:
+    def __init__(
+        self, gateway: Gateway, stream: Stream, *, peer: str, scheme: str, certificate: str | None = None
+    ) -> None:
         self._gateway = gateway
         self._stream = stream
         self._peer = peer
+        self._certificate = certificate
         self._requests = UpstreamRequests(peer=peer, scheme=scheme)
         self._answers = ClientHeads()
         self._writer = ClientWriter(stream, stall=gateway.settings.deadlines.client_write)
@@ -148,7 +151,7 @@ class ClientConnection:
         gateway = self._gateway
         bounds = gateway.settings.bounds
         client = client_address(head.headers, self._peer, gateway.trusts)
-        exchange = Exchange(head, client=client, started=started)
+        exchange = Exchange(head, client=client, started=started, certificate=self._certificate)
         if gateway.settings.deadlines.exchange != math.inf:
             exchange.scope.deadline = trio.current_time() + gateway.settings.deadlines.exchange
         self.current = exchange
@@ -186,7 +189,7 @@ class ClientConnection:
 
     def _refuse(self, failure: Failure, started: float) -> Exchange:
         """The exchange of a head that cannot be one."""
-        exchange = Exchange(None, client=self._peer, started=started)
+        exchange = Exchange(None, client=self._peer, started=started, certificate=self._certificate)
         exchange.note(failure)
         exchange.received = False
         self.current = exchange

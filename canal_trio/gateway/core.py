@@ -115,9 +115,14 @@ class Gateway:
             for pool in self.generation.pools.values():
                 pool.close()
 
-    async def handle(self, stream: trio.abc.Stream, *, peer: str = "", scheme: str = "http") -> None:
-        """Serve one client connection to its end and close it. Raises nothing but `Cancelled`."""
-        connection = ClientConnection(self, stream, peer=peer, scheme=scheme)
+    async def handle(
+        self, stream: trio.abc.Stream, *, peer: str = "", scheme: str = "http", certificate: str | None = None
+    ) -> None:
+        """Serve one client connection to its end and close it. Raises nothing but `Cancelled`.
+
+        `certificate` is whom the client's own one names, if it has shown one that was verified.
+        """
+        connection = ClientConnection(self, stream, peer=peer, scheme=scheme, certificate=certificate)
         self._connections.add(connection)
         try:
             await connection.run()

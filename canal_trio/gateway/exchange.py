@@ -63,6 +63,7 @@ class Exchange:
         "attempts",
         "body",
         "cancel_latency",
+        "certificate",
         "client",
         "eof",
         "eof_leaves",
@@ -100,10 +101,13 @@ class Exchange:
         "waits",
     )
 
-    def __init__(self, head: RequestHead | None, *, client: str, started: float) -> None:
+    def __init__(
+        self, head: RequestHead | None, *, client: str, started: float, certificate: str | None = None
+    ) -> None:
         self.head = head
         self.id = request_id(head.headers if head is not None else Headers()).decode("ascii")
         self.client = client
+        self.certificate = certificate  # whom the client's names
         self.started = started
         self.started_at = time.time()
         self.headed = trio.current_time()  # the request's head was complete
@@ -279,6 +283,7 @@ class Exchange:
             request_id=self.id,
             started_at=self.started_at,
             client=self.client,
+            certificate=self.certificate,
             method=_text(self.head.method) if self.head else "",
             path=_path(self.head),
             outcome=self.outcome(),

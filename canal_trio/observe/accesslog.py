@@ -74,7 +74,8 @@ def text_line(record: ExchangeRecord) -> bytes:
         parts.append(f"cancel={_duration(record.cancel_latency)}")
     if record.attempts > 1:
         parts.append(f"attempts={record.attempts}")
-    for name, value in (("key", record.principal), ("model", record.model), ("upstream", record.upstream)):
+    names = (record.certificate, record.principal, record.model, record.upstream)
+    for name, value in zip(("cert", "key", "model", "upstream"), names, strict=True):
         if value is not None:
             parts.append(f"{name}={_word(value)}")
     if record.usage is not None:
@@ -96,6 +97,7 @@ def json_line(record: ExchangeRecord) -> bytes:
         "kind": "exchange",
         "request_id": record.request_id,
         "client": record.client,
+        "certificate": record.certificate,
         "method": record.method,
         "path": record.path,
         "status": record.status,

@@ -21,7 +21,7 @@ import contextlib
 import ssl
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, final
+from typing import TYPE_CHECKING, Any, Protocol, final
 
 import trio
 from trio.abc import HalfCloseableStream
@@ -97,6 +97,10 @@ class TlsStream(HalfCloseableStream):
     def selected_alpn_protocol(self) -> str | None:
         """What ALPN chose, after the handshake; None if nothing."""
         return self._tls.selected_alpn_protocol()
+
+    def peer_certificate(self) -> dict[str, Any] | None:
+        """The peer's, once it was verified, as `ssl.SSLObject.getpeercert` tells it; None if it showed none."""
+        return self._tls.getpeercert() or None
 
     async def do_handshake(self) -> None:
         """Shake hands. A checkpoint; afterwards, also if it is cancelled or fails, the stream is the caller's to close.

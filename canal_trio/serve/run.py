@@ -29,6 +29,7 @@ from canal_trio.observe.lines import LineWriter
 from canal_trio.observe.log import logging_to
 from canal_trio.observe.metrics import Metrics, Statistics
 from canal_trio.relay.streams import TcpStream
+from canal_trio.serve.authority import subject_of
 from canal_trio.serve.crowd import Crowd, Partings, refusal
 from canal_trio.serve.greeting import greet
 from canal_trio.serve.limits import Capacity, capacity_of, freeze_garbage, raise_descriptor_limit, with_ceiling
@@ -67,7 +68,9 @@ class ServedGateway(Protocol):
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Background services, until cancelled."""
 
-    async def handle(self, stream: trio.abc.Stream, *, peer: str = "", scheme: str = "http") -> None:
+    async def handle(
+        self, stream: trio.abc.Stream, *, peer: str = "", scheme: str = "http", certificate: str | None = None
+    ) -> None:
         """Serve one client connection and close it."""
 
     def reload(self, settings: Settings) -> None:
@@ -242,7 +245,11 @@ class Server:
         self.terminator: Terminator | None = None
         if certificates is not None:
             shaken = metrics.tls_handshakes.labels
-            self.terminator = Terminator(certificates, lambda result: shaken(result).inc())
+            most = settings.bounds.tls_handshakes
+            self.terminator = terminator = Terminator(certificates, lambda result: shaken(result).inc(), most)
+            shakes = terminator.handshakes
+            metrics.gauge("canal_tls_handshakes_running", "Handshakes of clients at work.", lambda: shakes.running)
+            metrics.gauge("canal_tls_handshakes_waiting", "Handshakes of clients in line.", lambda: shakes.waiting)
         self.sockets: list[socket.socket] = []
         self.stop = trio.Event()
         self.stopped = trio.CancelScope()  # around the connections
@@ -320,7 +327,8 @@ class Server:
             deadlines = self.settings.deadlines
             secured = await self.terminator.secure(stream, peer, limit=deadlines.tls_handshake, linger=deadlines.linger)
             if secured is not None:
-                await self.gateway.handle(secured, peer=peer, scheme="https")
+                subject = subject_of(secured.peer_certificate())
+                await self.gateway.handle(secured, peer=peer, scheme="https", certificate=subject)
         except* Exception as group:
             self.metrics.internal_errors.inc()
             _log.error("a bug ended a connection from %s", peer, exc_info=group)
@@ -363,6 +371,7 @@ class Server:
         self.gateway.reload(new)
         if self.terminator is not None and certificates is not None:
             self.terminator.certificates = certificates
+            self.terminator.handshakes.resize(new.bounds.tls_handshakes)
         self.settings = new
         self.slots.resize(capacity_of(new, self.capacity.descriptors).connections)
         for slots in self.listener_slots:

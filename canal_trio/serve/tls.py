@@ -22,13 +22,15 @@ from canal_trio.errors import CanalError, ConfigError
 from canal_trio.messages import Headers, ResponseHead
 from canal_trio.relay.streams import TcpStream
 from canal_trio.relay.tls import TlsStream
+from canal_trio.serve.authority import AUTH, authority_in
+from canal_trio.serve.handshakes import Handshakes
 from canal_trio.serve.listen import TELL_EVERY
 from canal_trio.settings import ServerTLS
 from canal_trio.wire.error_bodies import error_body
 from canal_trio.wire.headers import request_id
 from canal_trio.wire.heads import write_response_head
 
-__all__ = ["Certificates", "PairFault", "Terminator", "load_pair"]
+__all__ = ["Certificates", "PairFault", "Terminator", "load_authority", "load_pair"]
 
 ALPN = ("http/1.1",)
 # Forward secrecy and authenticated encryption only, which is all that TLS 1.3 has anyway; this is for 1.2.
@@ -44,7 +46,7 @@ _ENCRYPTED = re.compile(rb"-----BEGIN ENCRYPTED PRIVATE KEY-----|^Proc-Type: 4,E
 
 
 class PairFault(CanalError):
-    """A certificate and its key cannot be used. `part` is "certificate" or "key", the text what is wrong with it."""
+    """A file cannot be used. `part` is its setting ("certificate", "key", "client_ca"), the text what is wrong."""
 
     def __init__(self, part: str, text: str) -> None:
         super().__init__(text)
@@ -79,6 +81,14 @@ def load_pair(certificate: str, key: str) -> ssl.SSLContext:
     return context
 
 
+def load_authority(path: str) -> str:
+    """The certificates of those whose clients are believed, from a PEM file. Blocks for reading it; `PairFault`."""
+    try:
+        return authority_in(_read("client_ca", path))
+    except ValueError as exc:
+        raise PairFault("client_ca", f"expected a file with an authority's certificates; of '{path}': {exc}") from None
+
+
 def _read(part: str, path: str) -> bytes:
     try:
         with open(path, "rb") as file:
@@ -109,9 +119,14 @@ class Certificates:
 
     def __init__(self, tls: ServerTLS) -> None:
         self._by_name: dict[str, ssl.SSLContext] = {}
-        self.default = _loaded("server.tls", tls.certificate, tls.key)
+        self._auth = AUTH[tls.client_auth]
+        try:
+            self._authority = None if tls.client_ca is None else load_authority(tls.client_ca)
+        except PairFault as exc:
+            raise ConfigError(f"server.tls.client_ca: {exc}") from None
+        self.default = self._loaded("server.tls", tls.certificate, tls.key)
         for number, further in enumerate(tls.sni):
-            context = _loaded(f"server.tls.sni[{number}]", further.certificate, further.key)
+            context = self._loaded(f"server.tls.sni[{number}]", further.certificate, further.key)
             self._by_name |= dict.fromkeys(further.names, context)
         if self._by_name:
             self.default.sni_callback = self._choose
@@ -128,12 +143,16 @@ class Certificates:
         wildcard = f"*.{wanted.partition('.')[2]}"
         return self._by_name.get(wanted) or self._by_name.get(wildcard) or self.default
 
-
-def _loaded(place: str, certificate: str, key: str) -> ssl.SSLContext:
-    try:
-        return load_pair(certificate, key)
-    except PairFault as exc:
-        raise ConfigError(f"{place}.{exc.part}: {exc}") from None
+    def _loaded(self, place: str, certificate: str, key: str) -> ssl.SSLContext:
+        """One context. Of clients all of them ask the same: a session begun under one name opens no other door."""
+        try:
+            context = load_pair(certificate, key)
+        except PairFault as exc:
+            raise ConfigError(f"{place}.{exc.part}: {exc}") from None
+        if self._authority is not None:
+            context.load_verify_locations(cadata=self._authority)
+            context.verify_mode = self._auth
+        return context
 
 
 @final
@@ -143,8 +162,9 @@ class Terminator:
     Results: ok, failed (no agreement), timeout, left (the client closed or reset it), plain (no TLS but HTTP).
     """
 
-    def __init__(self, certificates: Certificates, count: Callable[[str], None]) -> None:
+    def __init__(self, certificates: Certificates, count: Callable[[str], None], most: int = 512) -> None:
         self.certificates = certificates
+        self.handshakes = Handshakes(most)
         self._count = count
         self._scopes: set[trio.CancelScope] = set()
         self._most = math.inf
@@ -167,7 +187,7 @@ class Terminator:
         self._scopes.add(scope)
         try:
             with scope:
-                result, secured = await self._shake(stream, peer)
+                result, secured = await self._shake(stream, peer, scope)
             self._count(result)
             if result == "plain":
                 with trio.move_on_after(linger), contextlib.suppress(trio.BrokenResourceError):
@@ -178,7 +198,7 @@ class Terminator:
                 stream.close()
         return secured
 
-    async def _shake(self, stream: TcpStream, peer: str) -> tuple[str, TlsStream | None]:
+    async def _shake(self, stream: TcpStream, peer: str, scope: trio.CancelScope) -> tuple[str, TlsStream | None]:
         try:
             first = await _first_byte(stream)
         except OSError:
@@ -187,8 +207,9 @@ class Terminator:
             return "left", None
         if first.isalpha():  # no record of TLS begins with a letter, every method does
             return "plain", None
-        secured = TlsStream(stream, self.certificates.default, server_side=True)
+        await self.handshakes.begin(scope)
         try:
+            secured = TlsStream(stream, self.certificates.default, server_side=True)
             await secured.do_handshake()
         except trio.ClosedResourceError:
             return "left", None
@@ -198,6 +219,8 @@ class Terminator:
                 return "left", None
             self._failed(peer, (cause.reason or str(cause)).replace("_", " ").lower())
             return "failed", None
+        finally:
+            self.handshakes.end(scope)
         return "ok", secured
 
     def _failed(self, peer: str, reason: str) -> None:

@@ -68,6 +68,49 @@ def test_a_missing_key_is_a_missing_key(folder: Path) -> None:
     ]
 
 
+CLIENTS = 'client_ca = "clients.pem"\n'
+NO_AUTHORITY = "canal.toml:4: server.tls.client_ca: expected a file with an authority's certificates; of "
+
+
+def test_certificates_of_clients(folder: Path) -> None:
+    """With an authority every client needs one, unless something else is said; without it nobody is asked."""
+    AUTHORITY.cert_pem.write_to_path(str(folder / "clients.pem"))
+    for text, expected in (
+        ("", (None, "none")),
+        ('client_auth = "none"\n', (None, "none")),
+        (CLIENTS, (f"{folder}/clients.pem", "required")),
+        (CLIENTS + 'client_auth = "optional"\n', (f"{folder}/clients.pem", "optional")),
+        (CLIENTS + 'client_auth = "none"\n', (f"{folder}/clients.pem", "none")),
+    ):
+        tls = load(written(folder, TLS + text + MINIMAL), {}).tls
+        assert tls is not None
+        assert (tls.client_ca, tls.client_auth) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            'client_auth = "require"\n',
+            "canal.toml:4: server.tls.client_auth: expected 'none', 'optional' or 'required', got 'require'",
+        ),
+        (
+            'client_auth = "optional"\n',
+            "canal.toml:4: server.tls.client_auth: 'optional' needs client_ca, a file with the authority whose "
+            "certificates are believed",
+        ),
+        (CLIENTS, "canal.toml:4: server.tls.client_ca: cannot read 'clients.pem': No such file or directory"),
+        ('client_ca = "one.key"\n', f"{NO_AUTHORITY}'one.key': there are no PEM certificates in it"),
+        ('client_ca = "one.der"\n', f"{NO_AUTHORITY}'one.der': there are no PEM certificates in it"),
+        ('client_ca = "one.pem"\n', f"{NO_AUTHORITY}'one.pem': none of its certificates is an authority's"),
+    ],
+)
+def test_authorities_that_cannot_be_used(folder: Path, text: str, said: str) -> None:
+    """Each fault names the key and its line, and what was expected."""
+    (folder / "one.der").write_bytes(b"\x30\x82\xff")
+    assert complaint(folder, TLS + text + MINIMAL) == [said]
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [

@@ -53,7 +53,9 @@ class FakeGateway:
         task_status.started()
         await trio.sleep_forever()
 
-    async def handle(self, stream: TcpStream, *, peer: str = "", scheme: str = "http") -> None:
+    async def handle(
+        self, stream: TcpStream, *, peer: str = "", scheme: str = "http", certificate: str | None = None
+    ) -> None:
         """One word, one behaviour."""
         self.peers.append(peer)
         self.streams.append(stream)
