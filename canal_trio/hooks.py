@@ -13,7 +13,17 @@ from typing import Protocol
 from canal_trio.errors import Failure, Phase
 from canal_trio.messages import RequestHead
 
-__all__ = ["Authenticator", "ExchangeRecord", "Outcome", "Principal", "Recorder", "Tap", "Usage", "UsageSource"]
+__all__ = [
+    "Authenticator",
+    "ExchangeRecord",
+    "Outcome",
+    "Principal",
+    "Recorder",
+    "Tap",
+    "Tried",
+    "Usage",
+    "UsageSource",
+]
 
 
 class Outcome(enum.Enum):
@@ -58,6 +68,14 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Tried:
+    """An attempt that another one followed."""
+
+    upstream: str
+    result: str  # the status it answered, or the kind of its failure
+
+
+@dataclass(frozen=True, slots=True)
 class ExchangeRecord:
     """What an exchange leaves behind: exactly one per request whose first byte was read.
 
@@ -80,6 +98,7 @@ class ExchangeRecord:
     model: str | None = None
     upstream: str | None = None
     attempts: int = 0
+    tried: tuple[Tried, ...] = ()  # the attempts before the last, in their order; `upstream` is the last one's
     streamed: bool = False  # the response was an event stream
     request_bytes: int = 0  # body bytes read from the client
     response_bytes: int = 0  # body bytes accepted by the client's kernel

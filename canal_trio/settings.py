@@ -159,6 +159,8 @@ class Target:
 
     name: str
     model: str | None = None
+    weight: float | None = None  # here, instead of the upstream's own
+    tier: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +179,7 @@ class Route:
     name: str
     path: str
     upstreams: tuple[Target, ...]
+    balance: Balance | None = None  # instead of Settings.balance
 
 
 @dataclass(frozen=True, slots=True)

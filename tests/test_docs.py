@@ -12,7 +12,7 @@ from canal_trio.gateway.core import GatewayStatistics
 from canal_trio.gateway.exchange import ExchangeView
 from canal_trio.hooks import ExchangeRecord
 from canal_trio.observe.metrics import Metrics
-from canal_trio.settings import Bounds, Deadlines, Key, Model, Route, Target, Upstream
+from canal_trio.settings import Balance, Bounds, Deadlines, Health, Key, Model, Retries, Route, Target, Upstream
 from canal_trio.upstream.pool import PoolStatistics
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +20,9 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"
 
 
 @pytest.mark.parametrize(
-    "record", [Bounds, Deadlines, Upstream, Model, Route, Target, Key], ids=lambda record: record.__name__
+    "record",
+    [Balance, Bounds, Deadlines, Health, Retries, Upstream, Model, Route, Target, Key],
+    ids=lambda record: record.__name__,
 )
 def test_every_setting_is_documented(record: type):
     """Each field of each record of settings has a place in docs/settings.md."""

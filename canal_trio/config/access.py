@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from canal_trio.config import values
+from canal_trio.config.balance import own_balance
 from canal_trio.config.build import read
 from canal_trio.config.locate import Path
 from canal_trio.config.schema import (
@@ -25,7 +26,7 @@ from canal_trio.config.schema import (
     decode,
 )
 from canal_trio.config.values import nearest, shown
-from canal_trio.settings import Key, Model, Route, Target
+from canal_trio.settings import Balance, Key, Model, Route, Target
 
 __all__ = ["Known", "keys_of", "models_of", "routes_of"]
 
@@ -43,23 +44,29 @@ class Known:
     remark: str = ""
 
 
-def models_of(tables: list[dict[str, Any]], known: Known, complain: Complain) -> tuple[Model, ...]:
-    """Every `[[model]]`."""
+def models_of(
+    tables: list[dict[str, Any]], known: Known, general: Balance, complain: Complain
+) -> tuple[Model, ...]:
+    """Every `[[model]]`. `general` is what `[balance]` says for all."""
 
     def one(table: ModelTable, path: Path) -> Model:
         name = read(table.name, values.pattern, (*path, "name"), complain, "?")
-        return Model(name, _targets(table.upstreams, path, known, complain, wild="*" in name))
+        targets = _targets(table.upstreams, path, known, complain, wild="*" in name)
+        return Model(name, targets, own_balance(table, general, path, complain))
 
     return _each("model", ModelTable, tables, complain, one)
 
 
-def routes_of(tables: list[dict[str, Any]], known: Known, complain: Complain) -> tuple[Route, ...]:
-    """Every `[[route]]`."""
+def routes_of(
+    tables: list[dict[str, Any]], known: Known, general: Balance, complain: Complain
+) -> tuple[Route, ...]:
+    """Every `[[route]]`. `general` is what `[balance]` says for all."""
 
     def one(table: RouteTable, path: Path) -> Route:
         name = read(table.name, values.name, (*path, "name"), complain, "?")
         read(table.path, _route_path, (*path, "path"), complain, None)
-        return Route(name, table.path, _targets(table.upstreams, path, known, complain, wild=None))
+        targets = _targets(table.upstreams, path, known, complain, wild=None)
+        return Route(name, table.path, targets, own_balance(table, general, path, complain))
 
     return _each("route", RouteTable, tables, complain, one)
 
@@ -121,7 +128,12 @@ def _targets(
         if table.model is not None:
             read(table.model, values.pattern, (*where, "model"), complain, "?")
             _fits(table.model, wild, (*where, "model"), complain)
-        targets.append(Target(table.name, table.model))
+        share, order = table.weight, table.tier
+        if share is not None:
+            share = read(share, values.weight, (*where, "weight"), complain, None)
+        if order is not None:
+            order = read(order, values.tier, (*where, "tier"), complain, None)
+        targets.append(Target(table.name, table.model, share, order))
     return tuple(targets)
 
 

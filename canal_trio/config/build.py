@@ -177,6 +177,9 @@ def upstream_of(table: UpstreamTable, path: Path, around: Surroundings, complain
         on_client_eof=table.on_client_eof,
         connections=connections,
         heartbeat=heartbeat,
+        weight=1.0 if table.weight is None else read(table.weight, values.weight, at("weight"), complain, 1.0),
+        tier=0 if table.tier is None else read(table.tier, values.tier, at("tier"), complain, 0),
+        check=None if table.check is None else read(table.check, values.check_path, at("check"), complain, None),
     )
 
 

@@ -16,14 +16,18 @@ from typing import Any, TypeAlias, TypeVar, final
 
 from canal_trio.config import values
 from canal_trio.config.access import Known, keys_of, models_of, routes_of
+from canal_trio.config.balance import balance_of, health_of, retries_of
 from canal_trio.config.build import Surroundings, base_url_of, bounds_of, deadlines_of, read, upstream_of
 from canal_trio.config.locate import Path, locate, path_text
 from canal_trio.config.quotas import price_of
 from canal_trio.config.schema import (
+    BalanceTable,
     BoundsTable,
     DeadlinesTable,
     FileTables,
+    HealthTable,
     PriceTable,
+    RetriesTable,
     ServerTable,
     UpstreamTable,
     decode,
@@ -153,8 +157,12 @@ class _Layers:
         deadlines = decode(DeadlinesTable, tables.deadlines, ("deadlines",), self.complain) or DeadlinesTable()
         upstreams = self._upstreams(tables.upstream)
         known = self._known(tables.upstream, upstreams)
-        models = models_of(tables.model, known, self.complain)
-        routes = routes_of(tables.route, known, self.complain)
+        general = decode(BalanceTable, tables.balance, ("balance",), self.complain) or BalanceTable()
+        health = decode(HealthTable, tables.health, ("health",), self.complain) or HealthTable()
+        retries = decode(RetriesTable, tables.retries, ("retries",), self.complain) or RetriesTable()
+        balance = balance_of(general, ("balance",), self.complain)
+        models = models_of(tables.model, known, balance, self.complain)
+        routes = routes_of(tables.route, known, balance, self.complain)
         keys = keys_of(tables.key, _names(tables.model), _names(tables.route), self.complain)
         for kind, key in (("model", "name"), ("route", "name"), ("route", "path"), ("key", "name"), ("key", "sha256")):
             self._no_twins(kind, key, getattr(tables, kind))
@@ -181,6 +189,9 @@ class _Layers:
             prices=self._prices(tables.price, tables.upstream, upstreams),
             bounds=bounds_of(bounds, ("bounds",), self.complain),
             deadlines=deadlines_of(deadlines, ("deadlines",), self.complain),
+            balance=balance,
+            health=health_of(health, ("health",), self.complain),
+            retries=retries_of(retries, ("retries",), self.complain),
         )
 
     # -- [[upstream]] --------------------------------------------------------------------------------------------------

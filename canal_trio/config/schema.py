@@ -18,16 +18,19 @@ from canal_trio.config.locate import Path, path_text
 from canal_trio.config.values import nearest
 
 __all__ = [
+    "BalanceTable",
     "BoundsTable",
     "Complain",
     "DeadlinesTable",
     "FileTables",
+    "HealthTable",
     "KeyTable",
     "LedgerTable",
     "ModelTable",
     "NamedCertificateTable",
     "Number",
     "PriceTable",
+    "RetriesTable",
     "RouteTable",
     "Secret",
     "ServerTable",
@@ -61,6 +64,9 @@ class FileTables(Table):
     server: dict[str, Any] = {}
     bounds: dict[str, Any] = {}
     deadlines: dict[str, Any] = {}
+    balance: dict[str, Any] = {}
+    health: dict[str, Any] = {}
+    retries: dict[str, Any] = {}
     upstream: list[dict[str, Any]] = []
     model: list[dict[str, Any]] = []
     route: list[dict[str, Any]] = []
@@ -125,6 +131,9 @@ class UpstreamTable(Table):
     on_client_eof: str = "abort"
     connections: int | float | None = None
     heartbeat: Number | None = None
+    weight: int | float | None = None
+    tier: int | None = None
+    check: str | None = None
 
 
 class TargetTable(Table):
@@ -132,6 +141,17 @@ class TargetTable(Table):
 
     name: str
     model: str | None = None
+    weight: int | float | None = None
+    tier: int | None = None
+
+
+class BalanceTable(Table):
+    """`[balance]`."""
+
+    strategy: str | None = None
+    hash_by: str | None = None
+    hold_first_event: bool | None = None
+    memory: Number | None = None
 
 
 class ModelTable(Table):
@@ -139,6 +159,9 @@ class ModelTable(Table):
 
     name: str
     upstreams: list[str | dict[str, Any]]
+    strategy: str | None = None
+    hash_by: str | None = None
+    hold_first_event: bool | None = None
 
 
 class RouteTable(Table):
@@ -147,6 +170,9 @@ class RouteTable(Table):
     name: str
     path: str
     upstreams: list[str | dict[str, Any]]
+    strategy: str | None = None
+    hash_by: str | None = None
+    hold_first_event: bool | None = None
 
 
 class KeyTable(Table):
@@ -180,6 +206,8 @@ def _numbers(name: str, record: type[Any]) -> type[Table]:
 
 BoundsTable = _numbers("BoundsTable", settings.Bounds)
 DeadlinesTable = _numbers("DeadlinesTable", settings.Deadlines)
+HealthTable = _numbers("HealthTable", settings.Health)
+RetriesTable = _numbers("RetriesTable", settings.Retries)
 
 T = TypeVar("T", bound=Table)
 

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 __all__ = [
     "address",
+    "check_path",
     "count",
     "duration",
     "listed",
@@ -23,12 +24,15 @@ __all__ = [
     "nearest",
     "network",
     "pattern",
+    "plain",
     "proxy_url",
     "server_name",
     "sha256",
     "shown",
     "size",
+    "tier",
     "token",
+    "weight",
     "workers",
 ]
 
@@ -62,7 +66,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, names, 1, 0.6)
     if close:
         return f"; did you mean '{close[0]}'?"
-    return f"; there is {', '.join(names)}" if 0 < len(names) <= 12 else ""
+    return f"; there is {', '.join(names)}" if 0 < len(names) <= 20 else ""
 
 
 def address(text: str) -> tuple[str, int]:
@@ -220,3 +224,34 @@ def count(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or (value != math.inf and value != value // 1):
         raise ValueError(f"expected a whole number, got {shown(value)}")
     return value if math.isinf(value) else int(value)
+
+
+def plain(value: object) -> float:
+    """A number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise ValueError(f"expected a number, got {shown(value)}")
+    return value
+
+
+def weight(value: object) -> float:
+    """An upstream's part of the load, against the others'."""
+    number = plain(value)
+    if number <= 0:
+        raise ValueError(f"expected more than 0, got {number:g}; what is to be asked last has a higher tier")
+    if number > 10**6:
+        raise ValueError(f"expected at most 1000000, got {number:g}")
+    return number
+
+
+def tier(value: int) -> int:
+    """Which upstreams are asked first: those of the lowest tier."""
+    if not 0 <= value <= 1000:
+        raise ValueError(f"expected 0 to 1000, got {value}")
+    return value
+
+
+def check_path(text: str) -> str:
+    """What an active check asks for."""
+    if not re.fullmatch(r"/[!-~]*", text) or "#" in text:
+        raise ValueError(f"expected a path such as /health, got {shown(text)}")
+    return text

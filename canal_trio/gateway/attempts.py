@@ -7,30 +7,41 @@ relayed, and only if policy says that it may (design, section 6).
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, final
 
 import trio
 
 from canal_trio.errors import Failure, Kind, Phase, Retry, Side
+from canal_trio.gateway.balancing import Group, affinity, names_prompt, timing, verdict_of
 from canal_trio.gateway.deliver import Delivery
 from canal_trio.gateway.exchange import Exchange
+from canal_trio.gateway.kept import HeldFlow, KeptAnswer, hold_event, hold_event_of_flow, keep, keep_from_flow
 from canal_trio.gateway.port import Port
 from canal_trio.gateway.requests import UpstreamRequest, UpstreamRequests
 from canal_trio.gateway.writer import ClientWriter
+from canal_trio.hooks import Tried
 from canal_trio.messages import RequestHead, ResponseHead
 from canal_trio.policy.exchange import Step, next_step, retries_status
-from canal_trio.policy.routing import Plan
-from canal_trio.relay.flow import Ended
+from canal_trio.policy.health import Standing, Verdict
+from canal_trio.policy.retries import pause
+from canal_trio.policy.routing import Plan, key_in
+from canal_trio.relay.flow import Ended, FlowReceiver
 from canal_trio.settings import Settings, Upstream
-from canal_trio.upstream.interface import BodySource, StraightConnection
+from canal_trio.upstream.interface import AnswerBody, BodySource, StraightConnection
 from canal_trio.upstream.pool import Lease
+from canal_trio.wire.headers import is_event_stream
+from canal_trio.wire.hints import retry_after
 
 if TYPE_CHECKING:
     from canal_trio.gateway.core import Generation
 
 __all__ = ["PEEK_BYTES", "Attempts"]
 
+_COME_BACK = 60.0  # seconds: what clients are told at most
 PEEK_BYTES = 262_144  # of a body that nothing else needs are held for the log's `model`
 
 
@@ -59,31 +70,132 @@ class Attempts:
         self._trusted = trusted  # the peer is a trusted proxy
         self._close = close  # the connection ends with this exchange
         self._settled = settled
+        self._group: Group
+        self._most = 1  # upstreams that may be asked
+        self._key: bytes | None = None  # what the hash goes by
+        self._tried: list[int] = []
+        self._next: int | None = None  # which is asked after the present one
+        self._kept: KeptAnswer | None = None
+        # of the present attempt
+        self._standing: Standing
+        self._trial = False
+        self._status: int | None = None  # of its answer
 
     async def run(self, plan: Plan) -> Failure | None:
-        """Try where `plan` leads. The failure of the last one; None: an answer was delivered or broke off."""
-        exchange = self._exchange
-        index, fresh = 0, False
+        """Try where `plan` leads. The failure to answer with; None: an answer was delivered or broke off."""
+        exchange, choices = self._exchange, plan.choices
+        group = self._group = self._generation.balancing.group(plan)
+        self._most = min(len(choices), self._settings.retries.attempts)
+        if group.by_key:
+            failure = await self._find_key(group.options.hash_by)
+            if failure is not None:
+                return failure
+        index, fresh = group.first(self._key), False
+        if index is None:
+            return self._nobody()
+        if index:
+            exchange.routed(eof_leaves=choices[index].upstream.on_client_eof == "abort")
         while True:
-            upstream = plan.choices[index].upstream
-            others = index + 1 < len(plan.choices)
-            failure = await self._attempt(upstream, fresh=fresh, others=others)
+            if not fresh:
+                self._tried.append(index)
+            upstream = choices[index].upstream
+            failure = await self._watched(upstream, index, fresh=fresh)
             if failure is None or self._delivery.begun or exchange.failure is not None:
                 return failure
             step = next_step(
                 failure,
                 replayable=exchange.body is None or exchange.body.replayable,
                 fresh_tried=fresh,
-                others=others,
+                others=True,
                 retry_sent=upstream.retry_sent,
             )
-            if step is Step.STOP:
-                return failure
+            if step is Step.NEXT and self._next is None:  # otherwise it was decided when the answer was seen
+                self._next = self._another(free=failure.side is Side.GATEWAY)
+            if step is Step.STOP or (step is Step.NEXT and self._next is None):
+                return await self._give_up(failure)
+            result = failure.kind.value if self._status is None else str(self._status)
+            exchange.tried += (Tried(upstream.name, result),)
             fresh = step is Step.FRESH
-            if step is Step.NEXT:
-                index += 1
+            if self._next is not None:
+                index, self._next = self._next, None
+                await self._pause(choices[index].upstream)
 
-    async def _attempt(self, upstream: Upstream, *, fresh: bool, others: bool) -> Failure | None:
+    # -- which upstream ------------------------------------------------------------------------------------------------
+
+    async def _find_key(self, hash_by: str) -> Failure | None:
+        """What the hash goes by. A prompt has to be here as a whole; the failure if it is more than may be held."""
+        exchange = self._exchange
+        if hash_by == "prompt" and exchange.body is not None and exchange.upgrade is None and names_prompt(exchange):
+            exchange.phase = Phase.UPLOAD
+            failure = await exchange.body.hold_all()
+            if failure is not None:
+                return failure
+        self._key = affinity(exchange, hash_by, self._settings.bounds.held_body_bytes)
+        return None
+
+    def _nobody(self) -> Failure:
+        """Every upstream is avoided."""
+        wait = min(self._group.balancer.wait(trio.current_time()), _COME_BACK)
+        detail = "All of them have failed lately."
+        return Failure(Side.GATEWAY, Phase.ROUTE, Kind.UNAVAILABLE, detail, retry_after=wait or None)
+
+    def _another(self, *, free: bool) -> int | None:
+        """Which upstream to ask next, if one may be. `free`: nothing was asked of the last one."""
+        if len(self._tried) >= self._most:
+            return None
+        return self._group.another(self._tried, self._key, free=free)
+
+    async def _pause(self, upstream: Upstream) -> None:
+        """Before `upstream` is asked in place of another one. A client that leaves ends it, as any phase."""
+        exchange = self._exchange
+        exchange.phase = Phase.ROUTE
+        exchange.routed(eof_leaves=upstream.on_client_eof == "abort")
+        seconds = pause(len(self._tried), self._settings.retries, random.random())
+        if seconds > 0:
+            await trio.sleep(seconds)
+
+    async def _give_up(self, failure: Failure) -> Failure | None:
+        """Nobody else is asked: an answer that was kept is better than our word about the last failure."""
+        kept = self._kept
+        if kept is None:
+            return failure
+        exchange = self._exchange
+        exchange.tried += (Tried(exchange.upstream or "", failure.kind.value),)
+        exchange.upstream = kept.upstream
+        self._settled()
+        self._begin_reading()
+        await self._delivery.straight(
+            kept,
+            kept.head,
+            close=self._close or not exchange.received,
+            settle=_nothing,
+            lasts=self._requests.forget,
+        )
+        return None
+
+    # -- one attempt ---------------------------------------------------------------------------------------------------
+
+    async def _watched(self, upstream: Upstream, index: int, *, fresh: bool) -> Failure | None:
+        """One attempt, with its upstream's standing kept. The same answer as `_attempt`."""
+        standing = self._standing = self._group.standing(index)
+        exchange, failure = self._exchange, None
+        trial = self._trial = standing.begin()
+        self._status = None
+        if self._group.timed:
+            exchange.first_seen = timing(exchange, standing, self._group.options)
+        try:
+            failure = await self._attempt(upstream, fresh=fresh)
+        finally:
+            verdict = verdict_of(exchange, failure, self._status, upstream)
+            standing.end(verdict, trio.current_time(), trial=trial)
+            if exchange.first_seen is not None:
+                late = verdict is Verdict.BAD and exchange.first_piece is None
+                if late:
+                    standing.missed(trio.current_time(), self._group.options.memory)
+                exchange.first_seen = None
+        return failure
+
+    async def _attempt(self, upstream: Upstream, *, fresh: bool) -> Failure | None:
         """One try at one upstream. None: an answer was delivered, or begun."""
         exchange = self._exchange
         exchange.attempts += 1
@@ -96,19 +208,19 @@ class Attempts:
         lease = await pool.lease(fresh=fresh, dialling=self._dialling)
         if isinstance(lease, Failure):
             return lease
-        if exchange.body is not None and not others and not lease.reused:
+        if exchange.body is not None and len(self._tried) >= self._most and not lease.reused:
             exchange.body.last_attempt(PEEK_BYTES)  # nothing that can happen to it would be tried again
         exchange.lease = lease
         exchange.phase = Phase.FIRST_BYTE if exchange.received else Phase.UPLOAD
         straight = lease.connection.straight if self._goes_straight(upstream) else None
         if straight is not None:
-            return await self._straight(lease, straight, request, upstream, others=others)
+            return await self._straight(lease, straight, request, upstream)
         port = Port(self._settings.bounds, self._delivery.meter)
         body = exchange.body.source() if exchange.body is not None else None
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._upstream_task, lease, request.head, body, port)
-                failure = await self._answer(port, upstream, others=others)
+                failure = await self._answer(port, upstream)
                 nursery.cancel_scope.cancel(reason="the answer was delivered or given up")
         finally:
             port.close()
@@ -131,8 +243,6 @@ class Attempts:
         connection: StraightConnection,
         request: UpstreamRequest,
         upstream: Upstream,
-        *,
-        others: bool,
     ) -> Failure | None:
         exchange = self._exchange
         body = exchange.body.source() if exchange.body is not None else None
@@ -148,13 +258,23 @@ class Attempts:
             answer = await connection.ask(request.head, body, self._delivery.informational, request.block)
             if isinstance(answer, Failure):
                 return answer
-            another = self._worth_another(answer, upstream, others=others)
-            if another is None:
-                self._settled()
-                await self._delivery.straight(
-                    connection, answer, close=self._close, settle=settle, lasts=self._requests.forget
-                )
-            return another
+            another = self._worth_another(answer, upstream)
+            if another is not None:
+                self._kept = await keep(connection, answer, upstream.name) or self._kept
+                settle()
+                return another
+            body_of: AnswerBody = connection
+            if self._holds(answer):
+                held = await hold_event(connection, self._settings.bounds.handover_bytes)
+                another = self._not_relayed(held.error, held.failure)
+                if another is not None:
+                    return another
+                body_of = held
+            self._settled()
+            await self._delivery.straight(
+                body_of, answer, close=self._close, settle=settle, lasts=self._requests.forget
+            )
+            return None
         finally:
             lease.abort()  # of no effect once it was settled
             if exchange.lease is lease:
@@ -174,7 +294,7 @@ class Attempts:
             if self._exchange.lease is lease:
                 self._exchange.lease = None
 
-    async def _answer(self, port: Port, upstream: Upstream, *, others: bool) -> Failure | None:
+    async def _answer(self, port: Port, upstream: Upstream) -> Failure | None:
         exchange, delivery = self._exchange, self._delivery
         while True:
             head = await port.next_head()
@@ -183,9 +303,16 @@ class Attempts:
             if head.status == 101 or not head.informational:
                 break
             await delivery.informational(head)
-        another = self._worth_another(head, upstream, others=others)
+        another = self._worth_another(head, upstream)
         if another is not None:
+            self._kept = await keep_from_flow(port.flow, head, upstream.name) or self._kept
             return another
+        flow: FlowReceiver | HeldFlow = port.flow
+        if self._holds(head):
+            flow = held = await hold_event_of_flow(port.flow)
+            another = self._not_relayed(held.error, held.cut)
+            if another is not None:
+                return another
         self._settled()
         if head.status == 101:
             await self._tunnel(head, port)
@@ -193,17 +320,57 @@ class Attempts:
             self._begin_reading()
             # An upload that this answer overtook is not waited for: say so, or the client's next request meets a close.
             await delivery.final(head, close=self._close or not exchange.received)
-            await delivery.body(port.body, port.flow, upstream.heartbeat)
+            await delivery.body(port.body, flow, upstream.heartbeat)
         return None
 
-    def _worth_another(self, head: ResponseHead, upstream: Upstream, *, others: bool) -> Failure | None:
-        """Why another upstream is asked instead of relaying this answer, if one is."""
-        body = self._exchange.body
-        replayable = body is None or body.replayable
-        if not (others and replayable and retries_status(head.status, retry_sent=upstream.retry_sent)):
+    # -- what an answer says -------------------------------------------------------------------------------------------
+
+    def _worth_another(self, head: ResponseHead, upstream: Upstream) -> Failure | None:
+        """Why another upstream is asked instead of relaying this answer, if one is. `_next` is which."""
+        status = self._status = head.status
+        if self._trial and status < 500 and status != 429:
+            self._standing.answered(trio.current_time())
+        if status < 429:
             return None
-        detail = f"It answered {head.status}."
-        return Failure(Side.UPSTREAM, Phase.FIRST_BYTE, Kind.REFUSED, detail, Retry.UNSENT)
+        if status in (429, 503):
+            self._busy(head, upstream)
+        body = self._exchange.body
+        if not (body is None or body.replayable) or not retries_status(status, retry_sent=upstream.retry_sent):
+            return None
+        self._next = self._another(free=False)
+        if self._next is None:
+            return None
+        return Failure(Side.UPSTREAM, Phase.FIRST_BYTE, Kind.REFUSED, f"It answered {status}.", Retry.UNSENT)
+
+    def _busy(self, head: ResponseHead, upstream: Upstream) -> None:
+        """It asks for a pause, unless it asks only this client: a 429 to the client's own key is no one else's."""
+        request = self._exchange.head
+        assert request is not None
+        its_own = upstream.api_key is None and not self._generation.router.keyed and key_in(request.headers) is not None
+        if head.status == 503 or not its_own:
+            self._standing.set_aside(retry_after(head.headers, time.time()), trio.current_time())
+
+    def _holds(self, head: ResponseHead) -> bool:
+        """Its first event is looked at before it is relayed: the model says so, and somebody else could be asked."""
+        body = self._exchange.body
+        return (
+            self._group.options.hold_first_event
+            and head.status == 200
+            and len(self._tried) < self._most
+            and (body is None or body.replayable)
+            and is_event_stream(head.headers)
+        )
+
+    def _not_relayed(self, error: bool, cut: object) -> Failure | None:
+        """Why an answer whose first event was held is not relayed, if it is not."""
+        if error:
+            self._next = self._another(free=False)
+            if self._next is not None:
+                detail = "Its first event is an error."
+                return Failure(Side.UPSTREAM, Phase.FIRST_EVENT, Kind.IN_BAND, detail, Retry.UNSENT)
+        if isinstance(cut, Failure) and cut.side is Side.UPSTREAM:
+            return replace(cut, phase=Phase.FIRST_EVENT, retry=Retry.SENT)
+        return None
 
     def _begin_reading(self) -> None:
         """Whether it became a tunnel is decided: the client's next bytes may be read."""
@@ -221,3 +388,7 @@ class Attempts:
             failure = await port.over()
             if failure is not None and failure.side is Side.GATEWAY:
                 exchange.note(failure)
+
+
+def _nothing() -> None:
+    pass

@@ -12,12 +12,13 @@ import logging
 import math
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 import trio
 
 from canal_trio.errors import Failure, Kind, Side
+from canal_trio.gateway.balancing import Balancing, Standings, UpstreamStatistics
 from canal_trio.gateway.connection import ClientConnection
 from canal_trio.gateway.exchange import Exchange, ExchangeView
 from canal_trio.gateway.places import Places
@@ -46,6 +47,8 @@ class GatewayStatistics:
     waiting: int = 0  # exchanges that wait for a place
     flow_bytes: int = 0
     memory_limit: float = math.inf
+    upstreams: dict[str, UpstreamStatistics] = field(default_factory=dict)
+    retries_refused: int = 0  # that there was no budget for
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,7 @@ class Generation:
     settings: Settings
     router: Router
     pools: dict[str, Pool]
+    balancing: Balancing
 
     def crowded(self) -> Failure | None:
         """No upstream has room, not even in its queue: why nothing can be done for any request, whatever it wants."""
@@ -79,6 +83,7 @@ class Gateway:
         self._connections: set[ClientConnection] = set()
         self._exchanges: dict[Exchange, None] = {}
         self._networks = _networks(settings)
+        self._standings = Standings()
         self.reaper = Reaper()
         self.places = Places(settings)
         self.draining = False
@@ -90,7 +95,7 @@ class Gateway:
         """What new exchanges use."""
         return self.generation.settings
 
-    def _generation(self, settings: Settings, before: dict[Upstream, Pool]) -> Generation:
+    def _generation(self, settings: Settings, before: dict[Upstream, Pool], refused: int = 0) -> Generation:
         connector = Connector(settings, self.reaper, self._dialer)
         pools: dict[str, Pool] = {}
         for upstream in settings.upstreams:
@@ -105,7 +110,8 @@ class Gateway:
                     reaper=self.reaper,
                 )
             )
-        return Generation(settings, Router(settings), pools)
+        balancing = Balancing(settings, self._standings.configure(settings), refused)
+        return Generation(settings, Router(settings), pools, balancing)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """The background work: deadlines. Runs until cancelled; idle upstream connections are closed then."""
@@ -134,7 +140,7 @@ class Gateway:
         unchanged = self.settings.bounds == settings.bounds and self.settings.deadlines == settings.deadlines
         old = self.generation
         keep = {u: old.pools[u.name] for u in old.settings.upstreams} if unchanged else {}
-        self.generation = self._generation(settings, keep)
+        self.generation = self._generation(settings, keep, old.balancing.refused())
         self._networks = _networks(settings)
         self.places.configure(settings)
         current = set(self.generation.pools.values())
@@ -191,6 +197,8 @@ class Gateway:
             waiting=places.waiting,
             flow_bytes=places.meter.bytes,
             memory_limit=places.ceiling,
+            upstreams=self.generation.balancing.statistics(),
+            retries_refused=self.generation.balancing.refused(),
         )
 
     def make_room(self, most: int = 32) -> int:
@@ -209,7 +217,7 @@ class Gateway:
 
     def ready(self) -> bool:
         """Would a request have an upstream to go to?"""
-        return not self.draining and bool(self.generation.pools)
+        return not self.draining and self.generation.balancing.ready()
 
     def drain(self, deadline: float) -> None:
         """Serve what is in flight until `deadline` (Trio's clock), take no new requests. Not a checkpoint."""

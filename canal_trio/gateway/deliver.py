@@ -19,6 +19,7 @@ from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.gateway.account import account_for
 from canal_trio.gateway.answers import ClientHeads
 from canal_trio.gateway.exchange import Exchange
+from canal_trio.gateway.kept import HeldFlow
 from canal_trio.gateway.respond import http_date
 from canal_trio.gateway.writer import BROKEN, BodyWriter, ClientWriter
 from canal_trio.messages import End, ResponseHead
@@ -26,7 +27,7 @@ from canal_trio.policy.exchange import answer_for
 from canal_trio.relay.flow import Aborted, Ended, FlowReceiver, FlowSender, Meter, Sink, open_flow
 from canal_trio.relay.idle import Reaper
 from canal_trio.settings import Settings
-from canal_trio.upstream.interface import Outlet, StraightConnection
+from canal_trio.upstream.interface import AnswerBody, Outlet
 from canal_trio.wire.bodies import content_length
 from canal_trio.wire.error_bodies import error_event
 from canal_trio.wire.headers import ForClient, is_event_stream
@@ -130,7 +131,7 @@ class Delivery:
 
     # -- the body ------------------------------------------------------------------------------------------------------
 
-    async def body(self, sender: FlowSender, flow: FlowReceiver, heartbeat: float | None = None) -> None:
+    async def body(self, sender: FlowSender, flow: FlowReceiver | HeldFlow, heartbeat: float | None = None) -> None:
         """Relay the body from a flow to its ending; a client's trouble is noted in the exchange.
 
         `sender` is the flow's other end, for a body that is ended by us.
@@ -171,7 +172,7 @@ class Delivery:
 
     async def straight(
         self,
-        connection: StraightConnection,
+        connection: AnswerBody,
         head: ResponseHead,
         *,
         close: bool,
@@ -211,7 +212,7 @@ class Delivery:
         await self._finish(connection, block, last, settle)
 
     async def _finish(
-        self, connection: StraightConnection, block: bytes, last: bytes, settle: Callable[[], None]
+        self, connection: AnswerBody, block: bytes, last: bytes, settle: Callable[[], None]
     ) -> None:
         """The upstream is done: write what came last, and the end, if it is one."""
         writer, end = self._body, connection.end
@@ -229,7 +230,7 @@ class Delivery:
         self._exchange.handed_over += bool(last)
         self._ended(Ended(end) if end is not None else Aborted(failure))
 
-    async def _rest(self, connection: StraightConnection, settle: Callable[[], None]) -> None:
+    async def _rest(self, connection: AnswerBody, settle: Callable[[], None]) -> None:
         """The client has blocked, or is gone: from here on a task of its own reads the upstream, into a flow."""
         writer, bounds = self._body, self._settings.bounds
         assert writer is not None

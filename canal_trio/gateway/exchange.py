@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
 import trio
 
 from canal_trio.errors import Failure, Kind, Phase, Side
-from canal_trio.hooks import ExchangeRecord, Outcome, Principal, Usage, UsageSource
+from canal_trio.hooks import ExchangeRecord, Outcome, Principal, Tried, Usage, UsageSource
 from canal_trio.messages import Headers
 from canal_trio.policy.estimate import estimated
 from canal_trio.policy.exchange import outcome_of
@@ -71,6 +72,7 @@ class Exchange:
         "finished",
         "finished_at",
         "first_piece",
+        "first_seen",
         "flags",
         "handed_over",
         "head",
@@ -94,6 +96,7 @@ class Exchange:
         "started",
         "started_at",
         "status",
+        "tried",
         "tunnel",
         "upgrade",
         "upgraded",
@@ -136,6 +139,7 @@ class Exchange:
         self.model: str | None = None
         self.upstream: str | None = None
         self.attempts = 0
+        self.tried: tuple[Tried, ...] = ()
         # what was delivered
         self.status: int | None = None
         self.scanner: EventScanner | None = None
@@ -143,6 +147,7 @@ class Exchange:
         self.response_bytes = 0
         self.pieces = 0
         self.first_piece: float | None = None
+        self.first_seen: Callable[[float], None] | None = None  # told of it, where anybody wants to know
         self.last_piece = 0.0
         self.longest_gap = 0.0
         self.cancel_latency: float | None = None
@@ -294,6 +299,7 @@ class Exchange:
             model=self.model,
             upstream=self.upstream,
             attempts=self.attempts,
+            tried=self.tried,
             streamed=self.scanner is not None,
             request_bytes=self.request_bytes,
             response_bytes=self.response_bytes,

@@ -244,6 +244,8 @@ class BodyWriter:
         if exchange.first_piece is None:
             exchange.first_piece = now
             exchange.phase = Phase.STREAM
+            if exchange.first_seen is not None:
+                exchange.first_seen(now)
         elif gap > exchange.longest_gap:
             exchange.longest_gap = gap
         scanner = exchange.scanner

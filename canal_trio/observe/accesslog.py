@@ -74,6 +74,8 @@ def text_line(record: ExchangeRecord) -> bytes:
         parts.append(f"cancel={_duration(record.cancel_latency)}")
     if record.attempts > 1:
         parts.append(f"attempts={record.attempts}")
+    if record.tried:
+        parts.append(f"tried={_word(','.join(f'{one.upstream}:{one.result}' for one in record.tried))}")
     names = (record.certificate, record.principal, record.model, record.upstream)
     for name, value in zip(("cert", "key", "model", "upstream"), names, strict=True):
         if value is not None:
@@ -107,6 +109,7 @@ def json_line(record: ExchangeRecord) -> bytes:
         "model": record.model,
         "upstream": record.upstream,
         "attempts": record.attempts,
+        "tried": [{"upstream": one.upstream, "result": one.result} for one in record.tried],
         "streamed": record.streamed,
         "request_bytes": record.request_bytes,
         "response_bytes": record.response_bytes,

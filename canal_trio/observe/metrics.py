@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 
 from canal_trio import __version__
 from canal_trio.hooks import ExchangeRecord
+from canal_trio.observe.standings import UpstreamNumbers, standings
 from canal_trio.observe.tally import Tallies
 
 __all__ = ["CONTENT_TYPE", "Metrics", "Statistics", "Watched"]
@@ -50,6 +51,14 @@ class Statistics(Protocol):
     @property
     def waiting(self) -> int:
         """Exchanges that wait for a place."""
+
+    @property
+    def upstreams(self) -> Mapping[str, UpstreamNumbers]:
+        """How each upstream stands."""
+
+    @property
+    def retries_refused(self) -> int:
+        """Attempts that there was no budget for."""
 
     @property
     def held_bytes(self) -> int:
@@ -175,8 +184,10 @@ class Metrics:
         streamed = "true" if record.streamed else "false"
         self._exchanges.add(1, record.outcome.value, upstream, streamed)
         self._responses.add(1, "none" if record.status is None else str(record.status))
-        if record.attempts:
-            self._attempts.add(record.attempts, upstream)
+        for before in record.tried:
+            self._attempts.add(1, before.upstream)
+        if record.attempts > len(record.tried):
+            self._attempts.add(record.attempts - len(record.tried), upstream)
         if (failure := record.failure) is not None:
             self._failures.add(1, failure.side.value, failure.phase.value, failure.kind.value, upstream)
         for flag in record.flags:
@@ -237,6 +248,7 @@ class _State(Collector):
             "canal_memory_limit_bytes", "Held and flow bytes beyond which requests get a 503.", now.memory_limit
         )
         yield from _pools(now.pools)
+        yield from standings(now.upstreams, now.retries_refused)
 
 
 def _pools(pools: Mapping[str, object]) -> Iterator[Metric]:

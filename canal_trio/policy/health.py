@@ -20,6 +20,7 @@ from canal_trio.settings import Health
 
 __all__ = ["Standing", "State", "Verdict"]
 
+_MISSED = 1.0  # seconds that a failure counts for, at least
 _LEAST_WEIGHT = 0.1  # of its own, when it has just come back
 
 
@@ -234,6 +235,10 @@ class Standing:
             seconds += (value - seconds) * kept
         self.first_token = max(seconds, 1e-6)  # 0 says that nothing is known
         self._seen = now
+
+    def missed(self, now: float, memory: float) -> None:
+        """It failed before a first token. Not fast: twice what was expected, a second at least, or it would get all."""
+        self.took(max(2 * self.first_token, _MISSED), now, memory)
 
     def expected(self, now: float, memory: float) -> float:
         """How long the first token is expected to take. Fades in silence, so that a slow one is tried again."""

@@ -14,7 +14,7 @@ from canal_trio.errors import Failure
 from canal_trio.messages import End, RequestHead, ResponseHead
 from canal_trio.relay.flow import Ending, FlowSender
 
-__all__ = ["Answer", "BodySource", "Connection", "Inform", "Outlet", "StraightConnection"]
+__all__ = ["Answer", "AnswerBody", "BodySource", "Connection", "Inform", "Outlet", "StraightConnection"]
 
 Inform: TypeAlias = Callable[[ResponseHead], Awaitable[None]]
 """Passes an informational head on."""
@@ -95,11 +95,10 @@ class Outlet(Protocol):
         """Pass on `framed` as it is; its payload is `framed[start:stop]`."""
 
 
-class StraightConnection(Protocol):
-    """An attempt in steps, for a driver which has the whole request and goes along with the answer itself.
+class AnswerBody(Protocol):
+    """The body of an answer whose head is here, for a driver which goes along with it itself.
 
-    `ask`, then `early`, then `pass_on` while there is no `end` and no failure, or once `pass_rest`; `conclude` if that
-    was not called. All deadlines run as in `run()`. Cancelled in any of them, the connection can only be aborted.
+    `early`, then `pass_on` while there is no `end` and no failure, or once `pass_rest`.
     """
 
     @property
@@ -109,14 +108,6 @@ class StraightConnection(Protocol):
     @property
     def failure(self) -> Failure | None:
         """What went wrong, if anything has."""
-
-    async def ask(
-        self, head: RequestHead, body: BodySource | None, inform: Inform, block: bytes
-    ) -> Failure | ResponseHead:
-        """Send a request whose `body` is ready to its end, and wait for the final head. No upgrade. A checkpoint.
-
-        `block` is the head as bytes.
-        """
 
     def early(self) -> bytes:
         """The payload that came with the head, perhaps none. Not a checkpoint; once."""
@@ -130,6 +121,22 @@ class StraightConnection(Protocol):
 
     async def pass_rest(self, sender: FlowSender) -> Failure | None:
         """Put the rest of the body into a flow, as `run()` does. A checkpoint."""
+
+
+class StraightConnection(AnswerBody, Protocol):
+    """An attempt in steps, for a driver which has the whole request: `ask`, then the body, then `conclude`.
+
+    `conclude` only if `pass_rest` was not called. All deadlines run as in `run()`. Cancelled in any of them, the
+    connection can only be aborted.
+    """
+
+    async def ask(
+        self, head: RequestHead, body: BodySource | None, inform: Inform, block: bytes
+    ) -> Failure | ResponseHead:
+        """Send a request whose `body` is ready to its end, and wait for the final head. No upgrade. A checkpoint.
+
+        `block` is the head as bytes.
+        """
 
     def conclude(self) -> Failure | None:
         """The attempt is over; its failure, if it had one. `reusable` holds from now on. Not a checkpoint."""

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from canal_trio.gateway.answers import ClientHeads, _way
+from canal_trio.gateway.balancing import Balancing
 from canal_trio.gateway.core import Generation
 from canal_trio.gateway.exchange import Exchange
 from canal_trio.gateway.requests import UpstreamRequest, UpstreamRequests
@@ -15,7 +16,10 @@ from canal_trio.settings import Settings, Upstream
 from canal_trio.wire.headers import ForClient
 
 UPSTREAMS = (Upstream("a", "http://a.test/v1"), Upstream("b", "http://b.test", api_key="sk-b"))
-GENERATIONS = [Generation(settings, Router(settings), {}) for settings in (Settings(), Settings(pseudonym="other"))]
+GENERATIONS = [
+    Generation(settings, Router(settings), {}, Balancing(settings, {}))
+    for settings in (Settings(), Settings(pseudonym="other"))
+]
 HEADS = [
     RequestHead(b"POST", b"/v1/chat/completions", Headers([(b"Host", b"gw"), (b"Content-Length", b"5"), *more]))
     for more in ([], [(b"X-A", b"1")], [(b"X-Request-Id", b"mine")], [(b"X-A", b"X-Request-Id: req_1")])

@@ -10,8 +10,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from test_log_lines import GONE, RECORD
 
 from canal_trio import __version__
-from canal_trio.hooks import Usage, UsageSource
+from canal_trio.gateway.balancing import UpstreamStatistics
+from canal_trio.hooks import Tried, Usage, UsageSource
 from canal_trio.observe.metrics import _POOL, Metrics
+from canal_trio.observe.standings import STATES
+from canal_trio.policy.health import State
 from canal_trio.upstream.pool import PoolStatistics
 
 
@@ -36,6 +39,10 @@ class Numbers:
     waiting: int = 5
     flow_bytes: int = 66
     memory_limit: float = 1e6
+    upstreams: Mapping[str, UpstreamStatistics] = field(
+        default_factory=lambda: {"a": UpstreamStatistics("ejected", 2, 0.5, 3, 4)}
+    )
+    retries_refused: int = 6
     pools: Mapping[str, object] = field(default_factory=lambda: {"a": PoolNumbers(1, 2, 8), "b": PoolNumbers(3, 4, 9)})
 
 
@@ -68,6 +75,30 @@ def _scrape(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], f
 
 def _value(samples, name: str, **labels: str) -> float:
     return samples[name, tuple(sorted(labels.items()))]
+
+
+def test_attempts_are_counted_where_they_were_made() -> None:
+    """Those that another one followed at their own upstreams, the last one at its."""
+    metrics = Metrics()
+    metrics.finished(replace(RECORD, attempts=3, tried=(Tried("a", "429"), Tried("b", "refused"))))
+    samples = _scrape(metrics)
+    for upstream in ("a", "b", "local"):
+        assert _value(samples, "canal_attempts_total", upstream=upstream) == 1
+
+
+def test_how_upstreams_stand() -> None:
+    """One state of each is 1; counts are counters; what was not measured is not shown."""
+    metrics = Metrics()
+    metrics.watch(Watched())
+    samples = _scrape(metrics)
+    for state in STATES:
+        assert _value(samples, "canal_upstream_state", upstream="a", state=state) == float(state == "ejected")
+    assert _value(samples, "canal_upstream_attempts_in_flight", upstream="a") == 2
+    assert _value(samples, "canal_upstream_first_token_seconds", upstream="a") == 0.5
+    assert _value(samples, "canal_upstream_ejections_total", upstream="a") == 3
+    assert _value(samples, "canal_retries_total", upstream="a") == 4
+    assert _value(samples, "canal_retries_refused_total") == 6
+    assert set(STATES) == {state.value for state in State}
 
 
 def test_one_exchange() -> None:

@@ -6,7 +6,7 @@ test. At its end nothing may be left: no connection, lease, held byte, task, or 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -88,6 +88,7 @@ class Conversation:
     number: int
     requests: list[bytes] = field(default_factory=list)  # heads and bodies, as they came
     left: float | None = None  # when the gateway was seen to close
+    upstream: str = "u0"  # which one it is
 
     async def say(self, data: bytes) -> None:
         """Send."""
@@ -150,7 +151,7 @@ class World:
         if self.dialer is not None:
             return await self.dialer(upstream)  # type: ignore[no-any-return]
         ours, theirs = sim_stream_pair(a_to_b=self.request_link, b_to_a=self.upstream_link)
-        conversation = Conversation(theirs, len(self.conversations))
+        conversation = Conversation(theirs, len(self.conversations), upstream=upstream.name)
         theirs.watch(conversation.note_leaving)  # type: ignore[attr-defined]  # this kind hands over
         self.conversations.append(conversation)
         self.streams.append(ours)
@@ -200,26 +201,30 @@ class World:
         assert (statistics.waiting, statistics.flow_bytes, self.gateway.places.used) == (0, 0, 0), statistics
         for pool in statistics.pools.values():
             assert (pool.used, pool.waiting) == (0, 0), pool
-            open_ends = sum(not stream.closed for stream in self.streams)
-            assert open_ends == pool.idle, "a stream is open that no pool knows"
+        open_ends = sum(not stream.closed for stream in self.streams)
+        assert open_ends == sum(pool.idle for pool in statistics.pools.values()), "a stream is open that no pool knows"
+        assert not any(one.in_flight for one in statistics.upstreams.values()), statistics.upstreams
 
 
 @asynccontextmanager
 async def world(play: Play | None = None, *, handover: bool, **settings: Any) -> AsyncIterator[World]:
-    """A gateway before one simulated upstream, for the block. `settings` go to `kit.settings_for`."""
-    upstream = settings.pop("upstream", Upstream("u0", URL))
+    """A gateway before one simulated upstream (`upstream`), or several (`upstreams`), for the block.
+
+    `settings` go to `kit.settings_for`.
+    """
+    upstreams = settings.pop("upstreams", None) or (settings.pop("upstream", Upstream("u0", URL)),)
     # A deadlock has no timer to jump to: without this one it would be real time that passes.
     with trio.fail_after(FOR_EVER):
-        async with _running(upstream, play, settings, handover=handover) as made:
+        async with _running(upstreams, play, settings, handover=handover) as made:
             yield made
 
 
 @asynccontextmanager
 async def _running(
-    upstream: Upstream, play: Play | None, settings: dict[str, Any], *, handover: bool
+    upstreams: Sequence[Upstream], play: Play | None, settings: dict[str, Any], *, handover: bool
 ) -> AsyncIterator[World]:
     async with trio.open_nursery() as nursery:
-        made = World(settings_for(upstream, **settings), nursery, play, handover=handover)
+        made = World(settings_for(*upstreams, **settings), nursery, play, handover=handover)
         await nursery.start(made.gateway.run)
         yield made
         await made.settle()

@@ -1,0 +1,208 @@
+"""Which upstream an exchange asks, and what its attempts say about them: the books of policy, and who keeps them.
+
+A `Standing` per upstream lives as long as the gateway, whatever is reloaded; what a model needs on top (whose turn it
+is, how many retries are left) is a `Group`, made when the model is first asked for. `now` and chance come from here, so
+that policy needs none. Invariant: an upstream that stands alone and well costs an exchange a look-up and two calls.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import trio
+
+from canal_trio.errors import Failure
+from canal_trio.gateway.exchange import Exchange
+from canal_trio.policy.affinity import prompt_key
+from canal_trio.policy.balance import Balancer, Member
+from canal_trio.policy.exchange import blames_upstream
+from canal_trio.policy.health import Standing, Verdict
+from canal_trio.policy.retries import RetryBudget
+from canal_trio.policy.routing import Plan, key_in
+from canal_trio.settings import Balance, Model, Route, Settings, Upstream
+
+__all__ = ["Balancing", "Group", "Standings", "UpstreamStatistics", "affinity", "names_prompt", "timing", "verdict_of"]
+
+
+_ANYTHING = Plan(())  # what needs none of the upstreams in particular
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamStatistics:
+    """How an upstream stands now, and its counts since the gateway began."""
+
+    state: str  # a value of policy.health.State
+    in_flight: int  # attempts
+    first_token: float  # seconds, as `fastest` sees it; 0 if it has not been measured
+    ejections: int
+    retries: int  # attempts here because another upstream had failed
+
+
+@final
+class Group:
+    """The upstreams of one model, of one route, or all of them. `alone` is the standing of an only one."""
+
+    __slots__ = ("alone", "balancer", "budget", "by_key", "options", "timed")
+
+    def __init__(self, balancer: Balancer, budget: RetryBudget) -> None:
+        self.balancer = balancer
+        self.budget = budget
+        self.options = balancer.options
+        members = balancer.members
+        several = len(members) > 1
+        self.alone = members[0].standing if len(members) == 1 else None
+        self.by_key = several and self.options.strategy == "hash"
+        self.timed = several and self.options.strategy == "fastest"
+
+    def standing(self, index: int) -> Standing:
+        """That of one of them."""
+        return self.balancer.members[index].standing
+
+    def first(self, key: bytes | None) -> int | None:
+        """Which to ask first; None: every one is avoided. Counts an exchange."""
+        if self.alone is not None and self.alone.calm:
+            return 0
+        self.budget.exchange()
+        return self.balancer.pick(trio.current_time(), random.random(), key=key)
+
+    def another(self, tried: Sequence[int], key: bytes | None, *, free: bool) -> int | None:
+        """Which to ask next; None: there is none, or the budget is spent. `free`: nothing was asked of the last one."""
+        now = trio.current_time()
+        index = self.balancer.pick(now, random.random(), tried=tried, key=key)
+        if index is None or not (free or self.budget.take(now)):
+            return None
+        self.standing(index).retries += 1
+        return index
+
+
+@final
+class Standings:
+    """How each upstream stands, for all that configurations come and go. One that has moved begins anew."""
+
+    def __init__(self) -> None:
+        self._all: dict[tuple[str, str], Standing] = {}
+
+    def configure(self, settings: Settings) -> dict[str, Standing]:
+        """Those of the upstreams in `settings`, by name; others are forgotten."""
+        found: dict[tuple[str, str], Standing] = {}
+        for upstream in settings.upstreams:
+            place = (upstream.name, upstream.base_url)
+            standing = self._all.get(place) or Standing(upstream.name, settings.health)
+            standing.use(settings.health)
+            if upstream.check is None:
+                standing.unchecked()
+            found[place] = standing
+        self._all = found
+        return {name: standing for (name, _), standing in found.items()}
+
+
+@final
+class Balancing:
+    """The groups of one configuration, which are as many as its models that were asked for."""
+
+    def __init__(self, settings: Settings, standings: dict[str, Standing], refused: int = 0) -> None:
+        self.standings = standings
+        self._refused = refused  # under earlier configurations
+        self._settings = settings
+        self._groups: dict[Model | Route | None, Group] = {}
+
+    def group(self, plan: Plan) -> Group:
+        """The upstreams that `plan` leads to, in its order. Not a checkpoint."""
+        group = self._groups.get(plan.entry)
+        return self._make(plan.entry) if group is None else group
+
+    def _make(self, entry: Model | Route | None) -> Group:
+        settings = self._settings
+        upstreams = {upstream.name: upstream for upstream in settings.upstreams}
+        members: list[Member] = []
+        if entry is None:
+            members = [self._member(upstream) for upstream in settings.upstreams]
+        else:
+            for target in entry.upstreams:
+                members.append(self._member(upstreams[target.name], target.weight, target.tier))
+        options = settings.balance if entry is None or entry.balance is None else entry.balance
+        balancer = Balancer(members, options, most_ejected=settings.health.most_ejected, start=random.random())
+        group = self._groups[entry] = Group(balancer, RetryBudget(settings.retries, trio.current_time()))
+        return group
+
+    def _member(self, upstream: Upstream, weight: float | None = None, tier: int | None = None) -> Member:
+        return Member(
+            self.standings[upstream.name],
+            upstream.weight if weight is None else weight,
+            upstream.tier if tier is None else tier,
+        )
+
+    def ready(self) -> bool:
+        """Is there an upstream that would be asked, if a request came now that any of them can serve?"""
+        return self.group(_ANYTHING).balancer.available(trio.current_time())
+
+    def statistics(self) -> dict[str, UpstreamStatistics]:
+        """By the upstreams' names."""
+        now = trio.current_time()
+        return {
+            name: UpstreamStatistics(
+                state=standing.state(now).value,
+                in_flight=standing.in_flight,
+                first_token=standing.expected(now, self._settings.balance.memory),
+                ejections=standing.ejections,
+                retries=standing.retries,
+            )
+            for name, standing in self.standings.items()
+        }
+
+    def refused(self) -> int:
+        """Retries that no budget was left for, ever."""
+        return self._refused + sum(group.budget.refused for group in self._groups.values())
+
+
+def names_prompt(exchange: Exchange) -> bool:
+    """Its body is JSON, so that it may have a prompt."""
+    assert exchange.head is not None
+    media = (exchange.head.headers.get(b"content-type") or b"").partition(b";")[0].strip().lower()
+    return media == b"application/json" or media.endswith(b"+json")
+
+
+def timing(exchange: Exchange, standing: Standing, options: Balance) -> Callable[[float], None]:
+    """Tells `standing` how long the first token took, if a stream begins: a whole answer is another measure."""
+    begun = trio.current_time()
+
+    def seen(now: float) -> None:
+        if exchange.scanner is not None:
+            standing.took(now - begun, now, options.memory)
+
+    return seen
+
+
+def affinity(exchange: Exchange, hash_by: str, most: int) -> bytes | None:
+    """What `hash` goes by. `most`: bytes of a body that are looked into for its prompt."""
+    head = exchange.head
+    assert head is not None
+    kind, _, name = hash_by.partition(":")
+    if kind == "header":
+        return head.headers.get(name.lower().encode("ascii"))
+    if kind == "prompt":
+        content = exchange.body.beginning(most) if exchange.body is not None else None
+        return prompt_key(content) if content else None
+    if exchange.principal is not None:
+        return exchange.principal.name.encode()
+    return key_in(head.headers) or exchange.client.encode("utf-8", "replace")
+
+
+def verdict_of(exchange: Exchange, failure: Failure | None, status: int | None, upstream: Upstream) -> Verdict:
+    """What an attempt says about `upstream`: its own `failure`, or the exchange's first one, and its answer's `status`.
+
+    Busy (429) is neither good nor bad: it is set aside for that. Our own key refused is bad: nobody gets anything.
+    """
+    failure = failure or exchange.failure
+    if status == 429:
+        return Verdict.NEITHER
+    if failure is not None:
+        return Verdict.BAD if blames_upstream(failure) else Verdict.NEITHER
+    if status is None:
+        return Verdict.NEITHER
+    if status >= 500 or (status == 401 and upstream.api_key is not None):
+        return Verdict.BAD
+    return Verdict.BAD if exchange.scanner is not None and exchange.scanner.error else Verdict.GOOD
