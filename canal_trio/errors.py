@@ -77,6 +77,7 @@ class Kind(enum.Enum):
     STALLED = "stalled"  # bytes stopped moving
     GONE = "gone"  # the client left
     STALE = "stale"  # a reused connection died before any response byte
+    UNBOOKED = "unbooked"  # the ledger cannot take note of it
     IN_BAND = "in_band"  # the upstream reported an error inside its event stream
     INTERNAL = "internal"  # our own bug
 

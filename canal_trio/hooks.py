@@ -14,7 +14,9 @@ from canal_trio.errors import Failure, Phase
 from canal_trio.messages import RequestHead
 
 __all__ = [
+    "Admitted",
     "Authenticator",
+    "Bookkeeper",
     "ExchangeRecord",
     "Outcome",
     "Principal",
@@ -114,6 +116,29 @@ class ExchangeRecord:
     flags: tuple[str, ...] = ()  # no_terminal_event, cut_after_terminal, late_body_end, ...
     usage: Usage | None = None  # None: unknown, see `usage_source`
     usage_source: UsageSource = UsageSource.NONE
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """What is known of an exchange when it is about to go upstream. `upstream` is the first that is tried."""
+
+    request_id: str
+    started_at: float  # Unix time
+    path: str
+    principal: str | None
+    key: str | None  # the name of the principal's key
+    model: str | None
+    upstream: str | None
+
+
+class Bookkeeper(Protocol):
+    """Keeps a row for each admitted exchange, whatever becomes of it. Synchronous, and never blocks for long."""
+
+    def admitted(self, exchange: Admitted) -> int | Failure:
+        """Note, before anything goes upstream, that there is this exchange: its number, or why it may not be."""
+
+    def ended(self, number: int, record: ExchangeRecord) -> None:
+        """The exchange of this number is over. Called once for each number."""
 
 
 class Recorder(Protocol):

@@ -52,6 +52,7 @@ _GATEWAY: dict[Kind, Answer] = {
     Kind.BUFFERS_FULL: Answer(503, "server_error", "overloaded", "The gateway holds too much already.", None, 1, True),
     Kind.OVERLOADED: Answer(503, "server_error", "gateway_overloaded", "The gateway is at its limit.", None, 1, True),
     Kind.UNAVAILABLE: Answer(503, "server_error", "upstream_unavailable", "No upstream is free.", None, 1, True),
+    Kind.UNBOOKED: Answer(503, "server_error", "ledger_unavailable", "The exchange cannot be booked.", None, 5, True),
     Kind.DRAINING: Answer(503, "server_error", "gateway_draining", "The gateway is shutting down.", None, 1, True),
     Kind.TIMEOUT: Answer(504, "server_error", "deadline_exceeded", "The exchange took too long.", None, None, False),
     Kind.INTERNAL: Answer(500, "server_error", "internal_error", "The gateway failed; its log says more."),

@@ -1,0 +1,86 @@
+"""From the journal into the store: batches, each one transaction, in a thread.
+
+The journal of this process is followed while it is written; those that other processes of this instance have left
+behind (each is claimed by its lock, so a living one's never is) are applied to their end, and what they left open is
+marked as interrupted. Invariant: a segment is removed only when the store has confirmed all of its rows, so a store may
+be away, or die in the middle of a batch, at any time; and applying a batch again changes nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from typing import Final, final
+
+from canal_trio.observe.ledger.journal import Journal, JournalReader, claim, left_behind
+from canal_trio.observe.ledger.rows import Run
+from canal_trio.observe.ledger.store import Store, StoreError
+
+__all__ = ["BATCH_BYTES", "Filler"]
+
+BATCH_BYTES: Final = 128 * 1024  # of the journal, for one transaction: some 300 exchanges
+
+
+@final
+class Filler:
+    """Fills `store` from the journals in `folder`. Its methods block, and may be called by one thread at a time."""
+
+    def __init__(self, journal: Journal, store: Store, folder: str) -> None:
+        self._journal = journal
+        self._store = store
+        self._folder = folder
+        self._reader = JournalReader(journal.folder)
+        self._one = threading.Lock()  # a thread that was given up may still be at it
+        self.rows = 0  # whole rows that the store took
+        self.interrupted = 0
+        self.leftovers = True  # there may be journals of processes that are gone
+
+    @property
+    def applied(self) -> int:
+        """Bytes of this process's journal that the store has."""
+        return self._reader.consumed
+
+    @property
+    def broken(self) -> int:
+        """Lines of this process's journal that were none."""
+        return self._reader.broken
+
+    def step(self) -> bool:
+        """Apply one batch. True: there may be more. Raises `StoreError`, with nothing lost."""
+        with self._one:
+            if self.leftovers:
+                self._recover()
+            return self._batch(self._reader, self._journal.run)
+
+    def _batch(self, reader: JournalReader, run: Run) -> bool:
+        try:
+            started, finished = reader.read(BATCH_BYTES)
+            if started or finished:
+                self._store.apply(run, started, finished)
+            reader.commit()
+        except OSError as exc:
+            raise StoreError(f"the journal in {reader.folder}: {exc.strerror or exc}") from None
+        self.rows += len(finished)
+        return bool(started or finished)
+
+    def _recover(self) -> None:
+        for path in left_behind(self._folder, self._journal.run.instance, but=self._journal.folder):
+            with claim(path) as run:
+                if run is None:
+                    continue  # alive, or another one's to see to
+                reader = JournalReader(path)
+                while self._batch(reader, run):
+                    pass
+                self.interrupted += self._store.interrupt(run)
+                shutil.rmtree(path, ignore_errors=True)
+        self.leftovers = False
+
+    def finish(self) -> None:
+        """The process ends in good order: if the store has all its rows, its journal is removed. Blocks."""
+        if not self._one.acquire(blocking=False):
+            return  # a thread waits for a store that does not answer: everything stays for the next start
+        journal = self._journal
+        if journal.open == 0 and journal.retry() and journal.written == self._reader.consumed:
+            shutil.rmtree(journal.folder, ignore_errors=True)
+        journal.close()
+        self._store.close()

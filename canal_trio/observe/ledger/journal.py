@@ -1,0 +1,256 @@
+"""The journal: what was admitted and how it ended, on this machine's disk before anything else happens.
+
+One folder for each run of a process, held by a lock that the kernel takes back when the process dies, however it dies.
+In it segments of lines, appended to by one write(2) each: a row that is open (`+`), a row that is whole (`=`). A line
+that was written survives the process (not the machine's power). Reading is done by others, from the files.
+
+Invariants: what waits for the store is bounded in bytes, the endings of all open rows included, and beyond that nothing
+is admitted; an ending is never refused: where the disk is full it waits in memory, and nothing is admitted meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator
+from typing import Final, final
+
+import msgspec
+
+from canal_trio.errors import CanalError
+from canal_trio.observe.ledger.rows import LINE_BYTES, Row, Run, decode
+
+__all__ = ["Journal", "JournalError", "JournalReader", "claim", "left_behind"]
+
+SEGMENT_BYTES: Final = 1024 * 1024
+ENDING_BYTES: Final = 1024  # set aside for the ending of each open row; a usual one has half of it
+_MANIFEST: Final = "run.json"
+_ENCODER: Final = msgspec.json.Encoder()
+
+
+class JournalError(CanalError):
+    """The journal's folder cannot be used. The text says which, and why."""
+
+
+@final
+class Journal:
+    """Written by one process. `most_bytes` may wait for the store. Its methods are not checkpoints."""
+
+    def __init__(
+        self, folder: str, *, instance: str, worker: int = 0, most_bytes: int, segment_bytes: int = SEGMENT_BYTES
+    ) -> None:
+        """Makes the folder of this run and locks it. Raises `JournalError`."""
+        self.run = Run(instance, secrets.token_hex(8), worker)
+        self.folder = os.path.join(folder, f"{self.run.boot}.{worker}")
+        self._most = most_bytes
+        self._segment_bytes = segment_bytes
+        self.written = 0  # bytes, in all segments of this run
+        self.applied = 0  # of these, what the store has; the filler's to set
+        self.open = 0  # rows that have not ended
+        self._seq = 0
+        self._late: list[bytes] = []  # endings that the disk did not take
+        self._torn = False  # the last write was cut: a line has to be ended first
+        try:
+            os.makedirs(self.folder, mode=0o700)
+            self._lock = os.open(os.path.join(self.folder, _MANIFEST), os.O_CREAT | os.O_RDWR, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.write(self._lock, _ENCODER.encode(self.run))
+            self._number = 1
+            self._size = 0
+            self._fd = self._segment()
+        except OSError as exc:
+            raise JournalError(f"the ledger's journal cannot be kept in {folder}: {exc.strerror or exc}") from None
+
+    def _segment(self) -> int:
+        name = os.path.join(self.folder, _name(self._number))
+        return os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+
+    @property
+    def backlog(self) -> int:
+        """Bytes that the store does not have."""
+        return self.written - self.applied + sum(map(len, self._late))
+
+    def next(self) -> int:
+        """The number of the next row."""
+        self._seq += 1
+        return self._seq
+
+    def admit(self, row: Row) -> bool:
+        """Write the open `row`. False: the journal is full, or the disk is; nothing may be done for this exchange."""
+        line = b"+%b\n" % _ENCODER.encode(row)
+        ahead = self.backlog + len(line) + (self.open + 1) * ENDING_BYTES
+        if ahead > self._most or not self.retry() or not self._write(line):
+            return False
+        self.open += 1
+        return True
+
+    def end(self, row: Row) -> None:
+        """Write the whole `row`, now or as soon as the disk takes it."""
+        self.open -= 1
+        line = b"=%b\n" % _ENCODER.encode(row)
+        if not self.retry() or not self._write(line):
+            self._late.append(line)
+
+    def retry(self) -> bool:
+        """Write what the disk has not taken. True: nothing is left of it."""
+        while self._late and self._write(self._late[0]):
+            del self._late[0]
+        return not self._late
+
+    def _write(self, line: bytes) -> bool:
+        """One write(2). What it leaves half done is no line: the next one ends it first."""
+        data = b"\n" + line if self._torn else line
+        try:
+            if self._size >= self._segment_bytes:
+                self._rotate()
+            count = os.write(self._fd, data)
+        except OSError:
+            return False
+        self._size += count
+        self.written += count
+        self._torn = count < len(data)
+        return not self._torn
+
+    def _rotate(self) -> None:
+        self._number += 1
+        try:
+            fd = self._segment()
+        except OSError:
+            self._number -= 1
+            raise
+        os.close(self._fd)
+        self._fd, self._size = fd, 0
+
+    def close(self) -> None:
+        """Let go of the files. Idempotent."""
+        for fd in (self._fd, self._lock):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._lock = -1
+
+
+def _name(number: int) -> str:
+    return f"{number:08d}.log"
+
+
+@final
+class JournalReader:
+    """Reads the rows of one run from its files, in order, in another thread than the writer's if need be.
+
+    `read` gives what is there; `commit` says that the store has it, and removes the segments that are done with.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.broken = 0  # lines that were none
+        self.consumed = 0  # bytes, committed
+        self._number = min(_segments(folder), default=1)
+        self._offset = 0
+        self._next = (self._number, 0, 0)
+
+    def read(self, most: int) -> tuple[list[Row], list[Row]]:
+        """The next rows, open ones and whole ones, from up to `most` bytes (but at least a line). Raises OSError."""
+        started: list[Row] = []
+        finished: list[Row] = []
+        number, offset, taken = self._number, self._offset, 0
+        while taken < most:
+            later = min((other for other in _segments(self.folder) if other > number), default=None)
+            # Read behind that look: if there is a later one, nothing is written here any more.
+            data = self._data(number, offset, max(most - taken, 2 * LINE_BYTES))
+            end = data.rfind(b"\n") + 1
+            for line in data[:end].split(b"\n")[:-1]:
+                self._line(line, started, finished)
+            offset += end
+            taken += end
+            if end == 0:
+                if later is None:
+                    break
+                self.broken += bool(data)  # half a line at the end is none
+                taken += len(data)
+                number, offset = later, 0
+        self._next = (number, offset, taken)
+        # A row that has ended meanwhile needs to be written once only.
+        whole = {row.seq for row in finished}
+        return [row for row in started if row.seq not in whole], finished
+
+    def commit(self) -> None:
+        """What was read last is in the store. Raises OSError."""
+        number, offset, taken = self._next
+        for done in _segments(self.folder):
+            if done < number:
+                os.unlink(os.path.join(self.folder, _name(done)))
+        self._number, self._offset = number, offset
+        self.consumed += taken
+        self._next = (number, offset, 0)
+
+    def _line(self, line: bytes, started: list[Row], finished: list[Row]) -> None:
+        row = decode(line[1:]) if line[:1] in (b"+", b"=") else None
+        if row is not None:
+            (started if line[:1] == b"+" else finished).append(row)
+        elif line:
+            self.broken += 1
+
+    def _data(self, number: int, offset: int, most: int) -> bytes:
+        try:
+            with open(os.path.join(self.folder, _name(number)), "rb") as file:
+                file.seek(offset)
+                return file.read(most)
+        except FileNotFoundError:
+            return b""
+
+
+def _segments(folder: str) -> list[int]:
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return sorted(int(name[:-4]) for name in names if name.endswith(".log") and name[:-4].isdigit())
+
+
+# -- runs that are over ------------------------------------------------------------------------------------------------
+
+
+def left_behind(folder: str, instance: str, but: str = "") -> list[str]:
+    """The folders of runs of this `instance` in the journal's `folder`, `but` one. Some may be alive: see `claim`."""
+    found = []
+    try:
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
+    for name in names:
+        path = os.path.join(folder, name)
+        run = _manifest(path) if path != but else None
+        if run is not None and run.instance == instance:
+            found.append(path)
+    return found
+
+
+def _manifest(path: str) -> Run | None:
+    try:
+        with open(os.path.join(path, _MANIFEST), "rb") as file:
+            return msgspec.json.decode(file.read(4096), type=Run)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+@contextlib.contextmanager
+def claim(path: str) -> Iterator[Run | None]:
+    """The run in this folder, for the block, if its process is gone and nobody else has claimed it; else None."""
+    manifest = os.path.join(path, _MANIFEST)
+    try:
+        fd = os.open(manifest, os.O_RDWR)
+    except FileNotFoundError:
+        yield None
+        return
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        # Whoever had the lock before may have finished with it, and removed the folder.
+        yield _manifest(path)
+    finally:
+        os.close(fd)

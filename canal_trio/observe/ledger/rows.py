@@ -1,0 +1,146 @@
+"""The ledger's row: one for each admitted exchange, in the journal and in every store.
+
+A row is written twice: `open` when the exchange was admitted, and whole when it has ended. Its name is (boot, worker,
+seq), which no other row of any gateway has; so both may be applied to a store any number of times. Money is in
+billionths, so that sums are exact. Texts that came from a client are cut to what a row may hold, so a line is bounded.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from canal_trio.hooks import Admitted, ExchangeRecord
+from canal_trio.policy.prices import Prices, cost
+
+__all__ = ["COLUMNS", "INTERRUPTED", "LINE_BYTES", "OPEN", "Row", "Run", "decode", "ended", "opened", "values"]
+
+OPEN: Final = "open"  # the outcome of a row whose exchange has not ended
+INTERRUPTED: Final = "interrupted"  # ... and never will, because its process is gone
+
+_TEXT: Final = 200  # characters of each text; JSON makes six bytes of one at most
+LINE_BYTES: Final = 16 * 1024  # a line is never longer
+
+
+class Run(msgspec.Struct, frozen=True):
+    """One process's life, whose rows these are. `boot` is random; `worker` is 0 where there is only one."""
+
+    instance: str
+    boot: str
+    worker: int
+
+
+class Row(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What is kept of an exchange. Seconds, bytes, tokens; `started_at` is Unix time, `cost` is in billionths."""
+
+    seq: int
+    started_at: float
+    request_id: str
+    principal: str | None = None
+    key_name: str | None = None
+    path: str = ""
+    model: str | None = None
+    upstream_model: str | None = None
+    upstream: str | None = None
+    attempts: int = 0
+    status: int | None = None
+    outcome: str = OPEN
+    phase: str = "route"
+    usage_source: str = "none"
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+    cost: int | None = None
+    request_bytes: int = 0
+    response_bytes: int = 0
+    events: int = 0
+    first_byte: float | None = None
+    duration: float | None = None
+    cancel_latency: float | None = None
+    flags: str = ""
+
+
+COLUMNS: Final = Row.__struct_fields__
+_decoder = msgspec.json.Decoder(Row)
+
+
+def _text(text: str | None) -> str | None:
+    return None if text is None else text[:_TEXT].encode(errors="backslashreplace").decode().replace("\0", "\\0")
+
+
+def opened(seq: int, admitted: Admitted) -> Row:
+    """The row of an exchange that is about to go upstream."""
+    return Row(
+        seq=seq,
+        started_at=admitted.started_at,
+        request_id=_text(admitted.request_id) or "",
+        principal=_text(admitted.principal),
+        key_name=_text(admitted.key),
+        path=_text(admitted.path) or "",
+        model=_text(admitted.model),
+        upstream=_text(admitted.upstream),
+    )
+
+
+def ended(seq: int, admitted: Admitted, record: ExchangeRecord, prices: Prices) -> Row:
+    """The whole row of an exchange that has ended."""
+    usage = record.usage
+    price = None
+    upstream_model = getattr(record, "upstream_model", None)
+    if usage is not None:
+        price = prices.find(record.upstream, upstream_model, record.model)
+    return Row(
+        seq=seq,
+        started_at=record.started_at,
+        request_id=_text(record.request_id) or "",
+        principal=_text(record.principal),
+        key_name=_text(admitted.key),
+        path=_text(record.path) or "",
+        model=_text(record.model),
+        upstream_model=_text(upstream_model),
+        upstream=_text(record.upstream),
+        attempts=record.attempts,
+        status=record.status,
+        outcome=record.outcome.value,
+        phase=record.phase.value,
+        usage_source=record.usage_source.value,
+        prompt_tokens=None if usage is None else usage.prompt,
+        completion_tokens=None if usage is None else usage.completion,
+        cached_tokens=None if usage is None else usage.cached,
+        reasoning_tokens=None if usage is None else usage.reasoning,
+        cost=None
+        if usage is None or price is None
+        else cost(
+            price,
+            prompt=usage.prompt,
+            completion=usage.completion,
+            cached=usage.cached,
+            reasoning=usage.reasoning,
+        ),
+        request_bytes=record.request_bytes,
+        response_bytes=record.response_bytes,
+        events=record.events,
+        first_byte=_seconds(record.first_byte),
+        duration=_seconds(record.duration),
+        cancel_latency=_seconds(record.cancel_latency),
+        flags=",".join(record.flags),
+    )
+
+
+def _seconds(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+def decode(line: bytes) -> Row | None:
+    """The row of a journal's line; None if it is no whole one (the disk was full, the process died in it)."""
+    try:
+        return _decoder.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def values(row: Row) -> tuple[Any, ...]:
+    """In the order of `COLUMNS`."""
+    return msgspec.structs.astuple(row)
