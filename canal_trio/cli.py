@@ -7,9 +7,11 @@ nobody expected is one line with the way to see more. Nothing else in the packag
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import secrets
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -148,6 +150,40 @@ def check(file: str) -> None:
     counts = (("upstream", settings.upstreams), ("model", settings.models), ("key", settings.keys))
     words = [f"{len(items)} {word}{'' if len(items) == 1 else 's'}" for word, items in counts]
     click.echo(f"{file}: ok: {', '.join(words)}")
+
+
+@cli.command(short_help="What was used, from the ledger.")
+@click.option("--config", "-c", metavar="FILE", help="The configuration whose [ledger] is read.")
+@click.option(
+    "--by", type=click.Choice(["key", "model", "upstream", "outcome", "day"]), default="key", show_default=True
+)
+@click.option("--since", metavar="WHEN", help="24h, 7d, or a date such as 2026-11-25 (UTC).  [default: everything]")
+@click.option("--until", metavar="WHEN", help="The same; what began from then on is left out.  [default: now]")
+@click.option("--format", "style", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True)
+def usage(config: str | None, by: str, since: str | None, until: str | None, style: str) -> None:
+    """Sums of what the exchanges used: how many, tokens, cost. Costs are in the currency of the [[price]]s.
+
+    Rows that wait in a gateway's journal, because the store was away, are not in it.
+    """
+    from canal_trio.observe.ledger import open_store  # late: only this command needs it
+    from canal_trio.observe.ledger.report import moment, rendered
+
+    now, span = time.time(), []
+    for name, text, default in (("--since", since, 0.0), ("--until", until, math.inf)):
+        try:
+            span.append(default if text is None else moment(text, now))
+        except ValueError as exc:
+            raise click.BadParameter(str(exc), param_hint=name) from None
+    ledger = load(Flags(config=config), os.environ).ledger
+    if ledger is None:
+        raise ConfigError(f"{config or 'the configuration'}: there is no [ledger] to read")
+    if ledger.file is not None and not os.path.exists(ledger.file):
+        raise CanalError(f"there is no ledger in {ledger.file} yet")
+    store = open_store(ledger.file, ledger.postgres)
+    try:
+        click.echo(rendered(store.usage(by, *span), by, style))
+    finally:
+        store.close()
 
 
 @cli.group()

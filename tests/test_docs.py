@@ -12,7 +12,7 @@ from canal_trio.gateway.core import GatewayStatistics
 from canal_trio.gateway.exchange import ExchangeView
 from canal_trio.hooks import ExchangeRecord
 from canal_trio.observe.metrics import Metrics
-from canal_trio.settings import Balance, Bounds, Deadlines, Health, Key, Model, Retries, Route, Target, Upstream
+from canal_trio.settings import Balance, Bounds, Deadlines, Health, Key, Ledger, Model, Retries, Route, Target, Upstream
 from canal_trio.upstream.pool import PoolStatistics
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +45,8 @@ def test_every_metric_is_documented():
     page = metrics.page().decode() + "# TYPE canal_connection_slots g\n# TYPE canal_log_lines_dropped g\n"
     page += "# TYPE canal_tls_handshakes_running g\n# TYPE canal_tls_handshakes_waiting g\n"
     page += "# TYPE canal_workers g\n# TYPE canal_worker_restarts_total c\n"  # the supervisor's
+    ledger = ("backlog_bytes", "rows", "refused", "interrupted", "store_errors")
+    page += "".join(f"# TYPE canal_ledger_{name} g\n" for name in ledger)
     families = set(re.findall(r"^# TYPE (canal_\w+)", page, re.MULTILINE))
     families = {name for name in families if not name.endswith("_created")}
     text = (ROOT / "docs" / "watching.md").read_text()

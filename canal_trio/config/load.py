@@ -18,6 +18,7 @@ from canal_trio.config import values
 from canal_trio.config.access import Known, keys_of, models_of, routes_of
 from canal_trio.config.balance import balance_of, health_of, retries_of
 from canal_trio.config.build import Surroundings, base_url_of, bounds_of, deadlines_of, read, upstream_of
+from canal_trio.config.ledger import ledger_of
 from canal_trio.config.locate import Path, locate, path_text
 from canal_trio.config.quotas import price_of
 from canal_trio.config.schema import (
@@ -176,6 +177,7 @@ class _Layers:
             log=self._log(server),
             tls=None if server.tls is None else server_tls_of(server.tls, TLS, self.around, self.complain),
             count_tokens=server.count_tokens,
+            ledger=ledger_of(tables.ledger, self.around, self.complain),
             trusted_proxies=tuple(
                 read(text, values.network, ("server", "trusted_proxies", number), self.complain, "")
                 for number, text in enumerate(server.trusted_proxies)

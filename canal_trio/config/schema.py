@@ -67,6 +67,7 @@ class FileTables(Table):
     balance: dict[str, Any] = {}
     health: dict[str, Any] = {}
     retries: dict[str, Any] = {}
+    ledger: dict[str, Any] | None = None
     upstream: list[dict[str, Any]] = []
     model: list[dict[str, Any]] = []
     route: list[dict[str, Any]] = []

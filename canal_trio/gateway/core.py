@@ -12,7 +12,7 @@ import logging
 import math
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import final
 
 import trio
@@ -22,7 +22,7 @@ from canal_trio.gateway.balancing import Balancing, Standings, UpstreamStatistic
 from canal_trio.gateway.connection import ClientConnection
 from canal_trio.gateway.exchange import Exchange, ExchangeView
 from canal_trio.gateway.places import Places
-from canal_trio.hooks import Recorder
+from canal_trio.hooks import Bookkeeper, Recorder
 from canal_trio.policy.routing import Router
 from canal_trio.relay.idle import Reaper
 from canal_trio.settings import Settings, Upstream
@@ -59,6 +59,7 @@ class Generation:
     router: Router
     pools: dict[str, Pool]
     balancing: Balancing
+    books: Bookkeeper | None = None  # takes note of each admitted exchange
 
     def crowded(self) -> Failure | None:
         """No upstream has room, not even in its queue: why nothing can be done for any request, whatever it wants."""
@@ -77,8 +78,15 @@ class Gateway:
     `recorders` receive each exchange's record. `dialer` reaches upstreams; tests put a simulated network here.
     """
 
-    def __init__(self, settings: Settings, *, recorders: Sequence[Recorder] = (), dialer: Dialer | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        recorders: Sequence[Recorder] = (),
+        dialer: Dialer | None = None,
+    ) -> None:
         self._recorders = tuple(recorders)
+        self._books: Bookkeeper | None = None
         self._dialer = dialer
         self._connections: set[ClientConnection] = set()
         self._exchanges: dict[Exchange, None] = {}
@@ -111,7 +119,7 @@ class Gateway:
                 )
             )
         balancing = Balancing(settings, self._standings.configure(settings), refused)
-        return Generation(settings, Router(settings), pools, balancing)
+        return Generation(settings, Router(settings), pools, balancing, self._books)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """The background work: deadlines. Runs until cancelled; idle upstream connections are closed then."""
@@ -148,6 +156,11 @@ class Gateway:
             if pool not in current:
                 pool.close()
 
+    def keep_books(self, books: Bookkeeper) -> None:
+        """Have each exchange noted in `books` before anything of it goes upstream. Before anything is handled."""
+        self._books = books
+        self.generation = replace(self.generation, books=books)
+
     def trusts(self, address: str) -> bool:
         """Is `address` one of the trusted proxies?"""
         if not self._networks:
@@ -169,6 +182,8 @@ class Gateway:
         if self._exchanges.pop(exchange, exchange) is exchange:
             return  # was not in the book: recorded already
         record = exchange.finish()
+        if exchange.entry is not None and self._books is not None:
+            self._books.ended(exchange.entry, record)
         for recorder in self._recorders:
             try:
                 recorder.finished(record)

@@ -66,6 +66,7 @@ class Exchange:
         "cancel_latency",
         "certificate",
         "client",
+        "entry",
         "eof",
         "eof_leaves",
         "failure",
@@ -132,6 +133,7 @@ class Exchange:
         self.tunnel = False
         # what it uses, where accounting is on
         self.accounted = False
+        self.entry: int | None = None  # its number in the books
         self.asked_usage = False  # the gateway asked for the usage chunk, not the client
         self.account: Account | None = None
         # what was decided
@@ -155,6 +157,11 @@ class Exchange:
         self.queued = 0  # pieces that took the channel
         self.waits = 0  # times they had to wait for room in it
         self.flags: frozenset[str] = frozenset()  # rarely any, so no set of its own for each stream
+
+    @property
+    def path(self) -> str:
+        """The request's, without the query: that may hold secrets."""
+        return _path(self.head)
 
     @property
     def terminal(self) -> bool:
@@ -271,7 +278,7 @@ class Exchange:
             request_bytes=self.request_bytes,
             events=max(events, 0),
             streamed=self.scanner is not None,
-            generates=self.model is not None or _path(self.head).endswith(_GENERATING),
+            generates=self.model is not None or self.path.endswith(_GENERATING),
             whole=self.failure is None,
             phase=self.failure.phase if self.failure else self.phase,
             status=self.status,
@@ -290,7 +297,7 @@ class Exchange:
             client=self.client,
             certificate=self.certificate,
             method=_text(self.head.method) if self.head else "",
-            path=_path(self.head),
+            path=self.path,
             outcome=self.outcome(),
             phase=self.failure.phase if self.failure else self.phase,
             status=self.status,

@@ -18,6 +18,7 @@ from canal_trio.gateway.places import Places
 from canal_trio.gateway.requests import UpstreamRequests
 from canal_trio.gateway.respond import continue_head
 from canal_trio.gateway.writer import ClientWriter
+from canal_trio.hooks import Admitted
 from canal_trio.messages import RequestHead
 from canal_trio.policy.routing import Plan
 from canal_trio.settings import Settings
@@ -81,6 +82,9 @@ class Pipeline:
         if not plan.choices:
             return Failure(Side.GATEWAY, Phase.ROUTE, Kind.UNAVAILABLE, "No upstream is configured.")
         exchange.accounted = self._settings.accounting
+        refusal = self._book(plan)
+        if refusal is not None:
+            return refusal
         exchange.routed(eof_leaves=plan.choices[0].upstream.on_client_eof == "abort")
         attempts = Attempts(
             exchange,
@@ -93,6 +97,28 @@ class Pipeline:
             settled=self._settle,
         )
         return await attempts.run(plan)
+
+    def _book(self, plan: Plan) -> Failure | None:
+        """Have the exchange noted, where books are kept; the failure if that cannot be done."""
+        exchange, books = self._exchange, self._generation.books
+        if books is None:
+            return None
+        principal = exchange.principal
+        entry = books.admitted(
+            Admitted(
+                exchange.id,
+                exchange.started_at,
+                exchange.path,
+                principal.name if principal is not None else None,
+                principal.key or principal.name if principal is not None else None,
+                exchange.model,
+                plan.choices[0].upstream.name,
+            )
+        )
+        if isinstance(entry, Failure):
+            return entry
+        exchange.entry = entry
+        return None
 
     def _authenticate(self) -> Failure | None:
         verdict = self._generation.router.authenticate(self._head.headers, self._exchange.started_at)

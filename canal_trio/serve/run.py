@@ -22,14 +22,16 @@ from typing import Protocol, final
 
 import trio
 
-from canal_trio.hooks import Recorder
+from canal_trio.hooks import Bookkeeper, Recorder
 from canal_trio.observe.accesslog import AccessLog
 from canal_trio.observe.admin import Admin
+from canal_trio.observe.ledger import Ledger
 from canal_trio.observe.lines import LineWriter
 from canal_trio.observe.log import logging_to
 from canal_trio.observe.metrics import Metrics, Statistics
 from canal_trio.relay.streams import TcpStream
 from canal_trio.serve.authority import subject_of
+from canal_trio.serve.books import open_ledger, show_ledger
 from canal_trio.serve.crowd import Crowd, Partings, refusal
 from canal_trio.serve.greeting import greet
 from canal_trio.serve.limits import Capacity, capacity_of, freeze_garbage, raise_descriptor_limit, with_ceiling
@@ -95,6 +97,9 @@ class ServedGateway(Protocol):
     def statistics(self) -> Statistics:
         """Counts of now."""
 
+    def keep_books(self, books: Bookkeeper) -> None:
+        """Note each exchange in `books` before anything of it goes upstream."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Served:
@@ -153,13 +158,14 @@ async def serve(
             with hinting(LISTEN_HINT):
                 listening = handed.listening or await open_listeners(settings.listen)
             try:
+                ledger = open_ledger(settings)
                 with hinting(ADMIN_HINT):
                     admin = handed.admin or await open_listeners([settings.admin] if settings.admin else [])
             except BaseException:
                 _close(listening)
                 raise
             capacity = capacity_of(settings, descriptors)
-            server = Server(settings, make_gateway, capacity, writer, certificates)
+            server = Server(settings, make_gateway, capacity, writer, certificates, ledger)
             stopping = server.stop.is_set
             reloader = Reloader(settings, config_loader, server.apply, server.count_reload, stopping, handed.notifier)
 
@@ -228,11 +234,16 @@ class Server:
         capacity: Capacity,
         writer: LineWriter,
         certificates: Certificates | None,
+        ledger: Ledger | None = None,
     ) -> None:
         self.settings = settings = with_ceiling(settings)
         self.capacity = capacity
         self.metrics = metrics = Metrics()
         self.gateway = make_gateway(settings, [metrics, AccessLog(writer, settings.log)])
+        self.ledger = ledger
+        if ledger is not None:
+            self.gateway.keep_books(ledger)
+            show_ledger(metrics, ledger)
         metrics.watch(self.gateway)
         self.slots = Slots(capacity.connections)
         self.listener_slots: list[Slots] = []  # of each listener
@@ -272,6 +283,8 @@ class Server:
             services.start_soon(orders, services)
             await services.start(self.gateway.run)
             services.start_soon(self.partings.run)
+            if self.ledger is not None:
+                await services.start(self.ledger.run)
             page = Admin(self.gateway, self.metrics)
             admin_slots = Slots(self.settings.bounds.admin_connections)
             for sock in admin:
@@ -289,6 +302,8 @@ class Server:
                         open_doors.cancel_scope.cancel(reason="draining")
                     for door in doors:
                         door.close()
+            if self.ledger is not None:
+                await self.ledger.finish()
             services.cancel_scope.cancel(reason="served")
         if self.stopped.cancelled_caught:
             _log.warning("stopped: %s", "told twice" if self.forced else "some streams did not end in time")
@@ -369,6 +384,8 @@ class Server:
         if new.tls is not None:  # the same names may be other files by now
             certificates = await trio.to_thread.run_sync(Certificates, new.tls, abandon_on_cancel=True)
         self.gateway.reload(new)
+        if self.ledger is not None:
+            self.ledger.reprice(new.prices)
         if self.terminator is not None and certificates is not None:
             self.terminator.certificates = certificates
             self.terminator.handshakes.resize(new.bounds.tls_handshakes)

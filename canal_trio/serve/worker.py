@@ -19,6 +19,7 @@ import trio
 from canal_trio.errors import CanalError, ConfigError
 from canal_trio.observe.lines import LineWriter
 from canal_trio.observe.log import describe, logging_to
+from canal_trio.serve.books import open_ledger
 from canal_trio.serve.control import (
     Accepting,
     Ask,
@@ -67,6 +68,7 @@ async def _work(control: socket.socket, descriptors: int) -> int:
             listening: list[socket.socket] = []
             try:
                 certificates = None if settings.tls is None else Certificates(settings.tls)
+                ledger = open_ledger(settings, start.number)
                 if start.sockets:
                     listening = [socket.socket(fileno=fd) for fd in start.sockets]
                 else:
@@ -74,7 +76,7 @@ async def _work(control: socket.socket, descriptors: int) -> int:
             except CanalError as exc:
                 await channel.send(Failed(str(exc)))
                 return 1
-            server = Server(settings, real_gateway, capacity_of(settings, descriptors), writer, certificates)
+            server = Server(settings, real_gateway, capacity_of(settings, descriptors), writer, certificates, ledger)
             try:
                 return await _Worker(channel, server).run(listening, signals)
             finally:

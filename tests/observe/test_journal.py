@@ -1,0 +1,247 @@
+"""The journal: a line before anything happens, a line when it is over; bounded, and readable by whoever comes after."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ledger_kit import admitted, record
+
+from canal_trio.observe.ledger.journal import (
+    ENDING_BYTES,
+    Journal,
+    JournalError,
+    JournalReader,
+    claim,
+    left_behind,
+)
+from canal_trio.observe.ledger.rows import Row, ended, opened
+from canal_trio.policy.prices import Prices
+
+NO_PRICES = Prices(())
+MUCH = 10**9
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    """An empty one with small segments."""
+    made = Journal(str(tmp_path / "j"), instance="gw", most_bytes=MUCH, segment_bytes=2000)
+    yield made
+    made.close()
+
+
+def start(journal: Journal) -> int:
+    """Admit one more; its number."""
+    number = journal.next()
+    assert journal.admit(opened(number, admitted(number)))
+    return number
+
+
+def finish(journal: Journal, number: int) -> None:
+    """End it."""
+    journal.end(ended(number, admitted(number), record(number), NO_PRICES))
+
+
+def read_all(reader: JournalReader, most: int = 10_000) -> dict[int, str]:
+    """Everything there is, applied as a store would: number -> outcome."""
+    kept: dict[int, str] = {}
+    while True:
+        started, finished = reader.read(most)
+        if not started and not finished:
+            return kept
+        for row in started:
+            kept.setdefault(row.seq, row.outcome)
+        kept |= {row.seq: row.outcome for row in finished}
+        reader.commit()
+
+
+def test_every_row_is_read_once_and_its_segment_removed(journal: Journal) -> None:
+    """Open rows and whole ones come in order, over many segments; what the store has is removed, but for the newest."""
+    numbers = [start(journal) for _ in range(30)]
+    for number in numbers[:20]:
+        finish(journal, number)
+    reader = JournalReader(journal.folder)
+    segments = len(list(Path(journal.folder).glob("*.log")))
+    assert segments > 5
+    kept = read_all(reader, 500)
+    assert kept == {n: "completed" if n in numbers[:20] else "open" for n in numbers}
+    assert reader.consumed == journal.written
+    assert len(list(Path(journal.folder).glob("*.log"))) == 1
+    assert reader.broken == 0
+
+
+def test_what_was_not_committed_is_read_again(journal: Journal) -> None:
+    """A store that failed leaves everything where it was, for the same reader and for the next process."""
+    finish(journal, start(journal))
+    reader = JournalReader(journal.folder)
+    assert reader.read(MUCH) == reader.read(MUCH) == JournalReader(journal.folder).read(MUCH)
+    reader.commit()
+    assert reader.read(MUCH) == ([], [])
+    finish(journal, start(journal))
+    assert [row.seq for row in reader.read(MUCH)[1]] == [2]
+
+
+def test_a_row_that_ended_in_the_same_batch_is_written_once(journal: Journal) -> None:
+    """A short exchange costs the store one row, not two."""
+    finish(journal, start(journal))
+    started, finished = JournalReader(journal.folder).read(MUCH)
+    assert (started, [row.seq for row in finished]) == ([], [1])
+
+
+def test_full_means_no(tmp_path: Path) -> None:
+    """Nothing is admitted beyond the bound, with room for the endings of what is open; later it is again."""
+    journal = Journal(str(tmp_path), instance="gw", most_bytes=10_000)
+    taken = []
+    while journal.admit(opened(number := journal.next(), admitted(number))):
+        taken.append(number)
+    assert 3 <= len(taken) <= 10_000 // ENDING_BYTES
+    for number in taken:
+        finish(journal, number)
+    assert journal.backlog <= 10_000, "the endings had their place"
+    reader = JournalReader(journal.folder)
+    read_all(reader)
+    journal.applied = reader.consumed
+    assert journal.backlog == 0
+    start(journal)
+    journal.close()
+
+
+class FullDisk:
+    """An `os.write` that takes only so many bytes in all, then says that the disk is full."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self._write = os.write
+
+    def __call__(self, fd: int, data: bytes) -> int:
+        """As the system call."""
+        if self.room <= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        count = self._write(fd, data[: self.room])
+        self.room -= count
+        return count
+
+
+@pytest.mark.parametrize("room", [0, 1, 100, 3000])
+def test_a_full_disk(journal: Journal, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    """A line that was cut is none; endings wait in memory and nothing is admitted; with room again nothing is lost."""
+    numbers = [start(journal) for _ in range(5)]
+    disk = FullDisk(room)
+    monkeypatch.setattr(os, "write", disk)
+    for number in numbers:
+        finish(journal, number)
+    while journal.admit(opened(number := journal.next(), admitted(number))):
+        numbers.append(number)
+    assert not journal.admit(opened(99, admitted(99)))
+    disk.room = MUCH
+    assert journal.retry()
+    after = start(journal)
+    kept = read_all(JournalReader(journal.folder))
+    assert kept == {number: "completed" if number <= 5 else "open" for number in [*numbers, after]}
+    assert journal.backlog == journal.written
+
+
+def test_a_segment_that_cannot_be_made(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a new segment nothing is admitted, an ending waits, and both go on where one can be made."""
+    number = start(journal)
+    while journal._size < 2000:
+        finish(journal, number)
+        journal.open += 1
+    with monkeypatch.context() as patched:
+        patched.setattr(journal, "_segment", lambda: (_ for _ in ()).throw(OSError(errno.EMFILE, "no")))
+        assert not journal.admit(opened(2, admitted(2)))
+        finish(journal, number)
+        assert journal.backlog > journal.written
+    assert journal.retry()
+    assert journal.backlog == journal.written
+
+
+def test_cut_in_the_middle_of_a_line(journal: Journal) -> None:
+    """Cut at any byte, as by a kill, whole lines are rows and the rest is none; so it is before a later segment."""
+    finish(journal, start(journal))
+    (path,) = Path(journal.folder).glob("*.log")
+    data = path.read_bytes()
+    for cut in range(0, len(data), 7):
+        path.write_bytes(data[:cut])
+        whole = data[:cut].count(b"\n")
+        started, finished = JournalReader(journal.folder).read(MUCH)
+        assert (len(started), len(finished)) == [(0, 0), (1, 0), (0, 1)][whole]
+    path.write_bytes(data[:-5])
+    (Path(journal.folder) / "00000009.log").write_bytes(data.replace(b'"seq":1', b'"seq":7'))
+    reader = JournalReader(journal.folder)
+    assert read_all(reader) == {1: "open", 7: "completed"}
+    assert reader.broken == 1
+    assert reader.consumed == 2 * len(data) - 5
+
+
+@given(st.binary(max_size=300))
+def test_rubbish_in_a_segment(tmp_path_factory: pytest.TempPathFactory, rubbish: bytes) -> None:
+    """Whatever is in a file, the reader reads through to its end and raises nothing."""
+    folder = tmp_path_factory.mktemp("rubbish")
+    (folder / "00000001.log").write_bytes(rubbish + b"\n")
+    reader = JournalReader(str(folder))
+    assert reader.read(MUCH) == ([], [])
+    reader.commit()
+    assert reader.consumed == len(rubbish) + 1
+    shutil.rmtree(folder)
+
+
+def test_the_dead_are_told_from_the_living(tmp_path: Path) -> None:
+    """The journal of a process that is gone can be claimed, by one; not a living one's, nor another instance's."""
+    folder = str(tmp_path)
+    alive = Journal(folder, instance="gw", most_bytes=MUCH)
+    dead = Journal(folder, instance="gw", worker=3, most_bytes=MUCH)
+    strange = Journal(folder, instance="other", most_bytes=MUCH)
+    dead.close()
+    strange.close()
+    strange.close()
+    (tmp_path / "a-file").touch()
+    (tmp_path / "no-run").mkdir()
+    (tmp_path / "bad-run").mkdir()
+    (tmp_path / "bad-run" / "run.json").write_text("{")
+    found = left_behind(folder, "gw")
+    assert sorted(found) == sorted([alive.folder, dead.folder])
+    assert left_behind(folder, "gw", but=alive.folder) == [dead.folder]
+    with claim(alive.folder) as run:
+        assert run is None
+    with claim(dead.folder) as run, claim(dead.folder) as again:
+        assert run == dead.run
+        assert again is None
+        shutil.rmtree(dead.folder)
+    with claim(dead.folder) as run:
+        assert run is None
+    assert left_behind(str(tmp_path / "nowhere"), "gw") == []
+    alive.close()
+
+
+def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
+    """Where no journal can be kept, the error names the place."""
+    (tmp_path / "file").touch()
+    with pytest.raises(JournalError, match=r"cannot be kept in .*file"):
+        Journal(str(tmp_path / "file"), instance="gw", most_bytes=MUCH)
+
+
+def test_a_reader_that_meets_the_next_segment(journal: Journal) -> None:
+    """A line that is written between two looks at a segment, just before the next one begins, is not skipped."""
+    reader = JournalReader(journal.folder)
+    seen: dict[int, str] = {}
+    for _ in range(40):
+        number = start(journal)
+        finish(journal, number)
+        seen |= read_all(reader, 1)
+    assert seen == dict.fromkeys(range(1, 41), "completed")
+    assert reader.read(1) == ([], [])
+    assert reader.consumed == journal.written
+
+
+def test_rows_are_small(journal: Journal) -> None:
+    """The bytes that are set aside for an ending are more than a usual one has."""
+    row: Row = ended(1, admitted(1), record(1), NO_PRICES)
+    journal.end(row)
+    assert journal.written < ENDING_BYTES
