@@ -21,7 +21,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"
 
 @pytest.mark.parametrize(
     "record",
-    [Balance, Bounds, Deadlines, Health, Retries, Upstream, Model, Route, Target, Key],
+    [Balance, Bounds, Deadlines, Health, Ledger, Retries, Upstream, Model, Route, Target, Key],
     ids=lambda record: record.__name__,
 )
 def test_every_setting_is_documented(record: type):
