@@ -60,6 +60,7 @@ class ClientConnection:
         self._requests = UpstreamRequests(peer=peer, scheme=scheme)
         self._answers = ClientHeads()
         self._writer = ClientWriter(stream, stall=gateway.settings.deadlines.client_write)
+        self._bounds = gateway.settings.bounds  # of its reads; a reload is for the connections after it
         self._reader: ClientReader | None = None
         self._reset = False  # close so that the client sees an error
         self._unread = False  # the client may still be sending
@@ -110,7 +111,7 @@ class ClientConnection:
             open_upload=self._open_upload,
             refuse=self._refuse,
             reaper=self._gateway.reaper,
-            bounds=settings.bounds,
+            bounds=self._bounds,
             deadlines=deadlines,
         )
         async with trio.open_nursery() as nursery:
@@ -180,7 +181,7 @@ class ClientConnection:
 
     def _open_upload(self, exchange: Exchange) -> FlowSender:
         """A flow for a body that is not here as a whole."""
-        places, bounds = self._gateway.places, self._gateway.settings.bounds
+        places, bounds = self._gateway.places, self._bounds
         sender, receiver = open_flow(
             bounds.capacity, piece_bytes=bounds.piece_bytes, handover_bytes=bounds.handover_bytes, meter=places.meter
         )

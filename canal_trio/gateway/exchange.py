@@ -237,8 +237,13 @@ class Exchange:
     # -- what was delivered --------------------------------------------------------------------------------------------
 
     def has_answer(self, _pieces: int = 0) -> None:
-        """The client has all there is to its answer: from now on it may leave."""
+        """The client has all there is to its answer: from now on it may leave.
+
+        Where a write tells only afterwards what was taken (the plain path), it may have left before we knew.
+        """
         self.answered = True
+        if self.left and self.failure is not None and self.failure.kind is Kind.GONE:
+            self.failure, self.phase, self.cancel_latency = None, Phase.DELIVER, None
 
     def view(self, now: float, until: float = math.inf) -> ExchangeView:
         """How it looks from outside, just now; `until` is when the gateway ends it, if it does."""

@@ -369,6 +369,7 @@ class ClientReader:
     async def _tunnel(self, exchange: Exchange) -> None:
         """After 101: raw bytes, half-close included."""
         data, self._held = self._held, b""
+        exchange.request_bytes += len(data)
         while True:
             if data and not await self._put(self._upload, data):
                 return

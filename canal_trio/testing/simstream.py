@@ -26,7 +26,7 @@ from trio.abc import HalfCloseableStream
 from canal_trio.relay.handover import Armed, Buffer, receive_limit, settled
 from canal_trio.testing.simlink import End, Fault, FaultKind, Pipe, SimLink, current_wheel
 
-__all__ = ["Fault", "FaultKind", "SimLink", "SimStream", "sim_stream_pair"]
+__all__ = ["Fault", "FaultKind", "HandoverSimStream", "SimLink", "SimStream", "sim_stream_pair"]
 
 
 class SimStream(HalfCloseableStream):
@@ -243,7 +243,7 @@ class _Sending:
         self._stream._sending = False
 
 
-class _HandoverSimStream(SimStream):
+class HandoverSimStream(SimStream):
     """A SimStream with the hand-over protocol."""
 
     def try_receive(self, max_bytes: int) -> bytes | None:
@@ -305,7 +305,7 @@ def sim_stream_pair(
     """
     wheel = current_wheel()
     there, back = Pipe(a_to_b, wheel), Pipe(b_to_a, wheel)
-    kind = _HandoverSimStream if handover else SimStream
+    kind = HandoverSimStream if handover else SimStream
     a, b = kind(back, there), kind(there, back)
     there.writer = back.reader = a
     there.reader = back.writer = b
