@@ -215,8 +215,13 @@ class Attempts:
         straight = lease.connection.straight if self._goes_straight(upstream) else None
         if straight is not None:
             return await self._straight(lease, straight, request, upstream)
-        port = Port(self._settings.bounds, self._delivery.meter)
         body = exchange.body.source() if exchange.body is not None else None
+        return await self._pair(lease, request, body, upstream)
+
+    async def _pair(
+        self, lease: Lease, request: UpstreamRequest, body: BodySource | None, upstream: Upstream
+    ) -> Failure | None:
+        port = Port(self._settings.bounds, self._delivery.meter)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._upstream_task, lease, request.head, body, port)
@@ -258,6 +263,8 @@ class Attempts:
             answer = await connection.ask(request.head, body, self._delivery.informational, request.block)
             if isinstance(answer, Failure):
                 return answer
+            if answer is None:
+                return await self._pair(lease, request, body, upstream)
             another = self._worth_another(answer, upstream)
             if another is not None:
                 self._kept = await keep(connection, answer, upstream.name) or self._kept

@@ -239,6 +239,8 @@ class ClientConnection:
             return False
         self._unread = not exchange.received
         if failure is None:
+            if delivery.begun and not delivery.complete:  # cut after its last event
+                self._break(exchange)
             return keep and delivery.complete and exchange.received
         if delivery.begun:
             await delivery.broken_off(failure)

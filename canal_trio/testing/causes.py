@@ -72,7 +72,7 @@ def _of_reply(reply: Reply) -> set[str]:
 def _of_client(plan: Plan, client: Client) -> set[str]:
     found = set()
     if client.leave is not None:
-        found.add("stops reading" if client.leave.how == "stall" else "leave")
+        found |= {"stops reading", "client stall"} if client.leave.how == "stall" else {"leave"}
         if client.leave.how == "eof" and all(upstream.on_client_eof == "finish" for upstream in plan.upstreams):
             found |= {"client half_close"}
     if client.out is not None:

@@ -11,7 +11,7 @@ import random
 from dataclasses import replace
 from typing import Final
 
-from canal_trio.settings import Bounds, Deadlines, Model, Upstream
+from canal_trio.settings import Bounds, Deadlines, Model, Target, Upstream
 from canal_trio.testing.plans import Ask, Client, Leave, Plan, Reload, Reply
 from canal_trio.testing.simlink import Fault, FaultKind, SimLink
 
@@ -35,7 +35,9 @@ def draw_plan(rng: random.Random) -> Plan:
     models: tuple[Model, ...] = ()
     if rng.random() < 0.3:
         orders = [tuple(u.name for u in upstreams), tuple(u.name for u in reversed(upstreams))]
-        models = tuple(Model(f"m{number}", order) for number, order in enumerate(dict.fromkeys(orders)))
+        models = tuple(
+            Model(f"m{number}", tuple(map(Target, order))) for number, order in enumerate(dict.fromkeys(orders))
+        )
     clients = tuple(
         _client(rng, number, trouble, models, slow=slow, heartbeat=any(u.heartbeat for u in upstreams))
         for number in range(rng.choice((1, 2, 2, 3, 4)))

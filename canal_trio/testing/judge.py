@@ -45,6 +45,7 @@ def _client(seen: Seen, peer: ClientPeer) -> Iterator[str]:
     if len(peer.answers) > len(records):
         yield f"c{peer.number}: {len(peer.answers)} answers and {len(records)} records"
     whole = peer.ended_by == "fin" and not peer.left and not plan.to_client.faults and plan.raises is None
+    whole = whole and plan.out is None  # the answer to half a HEAD has a body
     if peer.reader.pending and peer.reader.current is None and whole:
         yield f"c{peer.number}: {peer.reader.pending} bytes that belong to no answer"
     disturbed = False
@@ -69,15 +70,15 @@ def _exchange(
     if record.path and record.request_id != ask.tag:
         yield f"{say}its record is that of {record.request_id}"
     for complaint in (
-        *_cause(ask, hazards, record),
-        *_time(seen, plan, noted),
+        *_cause(hazards, record),
+        *_time(seen, plan, noted, patient="stops reading" in hazards),
         *_leaving(seen, peer, ask, noted),
         *_delivered(seen, peer, ask, record, answer),
     ):
         yield say + complaint
 
 
-def _cause(ask: Ask, hazards: set[str], record: ExchangeRecord) -> Iterator[str]:
+def _cause(hazards: set[str], record: ExchangeRecord) -> Iterator[str]:
     """Its cause fits what the plan did to it."""
     failure = record.failure
     if failure is None:
@@ -88,12 +89,14 @@ def _cause(ask: Ask, hazards: set[str], record: ExchangeRecord) -> Iterator[str]
         yield "completed, with a failure"
 
 
-def _time(seen: Seen, plan: Client, noted: Noted) -> Iterator[str]:
+def _time(seen: Seen, plan: Client, noted: Noted, *, patient: bool) -> Iterator[str]:
     """Nothing ends later than its deadline, and none of them is early."""
     failure, deadlines = noted.record.failure, seen.plan.deadlines
     longest = longest_idle(failure, deadlines)
     if seen.plan.reload is not None:
         longest = max(longest, longest_idle(failure, _reloaded(seen)))
+    if patient:  # what is still to be said has its time, too
+        longest += deadlines.client_write
     latency = 2 * (plan.to_client.latency + plan.to_gateway.latency)
     if noted.idle > longest + GRAIN + latency:
         yield f"ended {noted.idle:.3f} s after the last byte moved, where {longest:g} s are allowed"
@@ -195,7 +198,8 @@ def _body(
     excused = {"cut_after_terminal", "left_after_terminal"} & set(record.flags)
     if done and stayed and not excused and not answer.complete and answer.framing != "tunnel":
         yield f"the message is incomplete ({len(pure)} of {len(said.payload)} bytes, ended by {ended_by})"
-    if stayed and answer.framing != "tunnel" and ask.method != "HEAD" and record.response_bytes != len(pure):
+    counted = stayed and record.outcome is not Outcome.CLIENT_GONE and answer.framing != "tunnel"
+    if counted and ask.method != "HEAD" and record.response_bytes != len(pure):
         yield f"the record says {record.response_bytes} bytes, {len(pure)} were delivered"
 
 
@@ -268,7 +272,7 @@ def compare(one: Seen, other: Seen) -> tuple[list[str], int]:
                 break
             count += 1
             names = list(_ALIKE)
-            if ask.upgrade or any(reply.early or reply.into for reply in ask.replies):
+            if pair[0].failure is not None or ask.upgrade or any(reply.early or reply.into for reply in ask.replies):
                 names.remove("request_bytes")  # how much was read of what nobody wants any more
             if "quits" in hazards:
                 names.remove("attempts")  # a connection may die while it is idle, or just before it is used

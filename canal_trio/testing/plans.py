@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from canal_trio.settings import Bounds, Deadlines, Model, Settings, Upstream
+from canal_trio.settings import Bounds, Deadlines, Health, Model, Retries, Settings, Upstream
 from canal_trio.testing.simlink import Fault, SimLink
 
 __all__ = ["Ask", "Client", "Leave", "Plan", "Reload", "Reply", "Said", "reply_bytes", "request_bytes", "settings_of"]
@@ -132,6 +132,11 @@ class Plan:
         return self.clients[int(client)].asks[int(number)]
 
 
+# One exchange's bad luck is not another's: the verdicts over upstreams have tests of their own (`policy`).
+_PATIENT = Health(failures=1 << 30, error_count=1 << 30, set_aside=0.0, set_aside_most=0.0)
+_EAGER = Retries(attempts=10, share=1.0, floor=1_000.0, burst=1_000.0, backoff=0.0, backoff_most=0.0)
+
+
 def settings_of(plan: Plan, bounds: Bounds | None = None, deadlines: Deadlines | None = None) -> Settings:
     """The gateway's settings."""
     return Settings(
@@ -139,6 +144,8 @@ def settings_of(plan: Plan, bounds: Bounds | None = None, deadlines: Deadlines |
         models=plan.models,
         bounds=bounds or plan.bounds,
         deadlines=deadlines or plan.deadlines,
+        health=_PATIENT,
+        retries=_EAGER,
     )
 
 
@@ -220,7 +227,7 @@ def _said(head: bytes, pieces: Sequence[bytes], reply: Reply, framing: str) -> S
         known += len(pieces[index - 1]) if index else 0
         marks.append((raw, known))
     whole = raw
-    if reply.garbage == "chunk":
+    if reply.garbage == "chunk" and framing == "chunked":
         sends.append(b"zz\r\n")
         whole = 1 << 60
     elif framing == "chunked":

@@ -214,8 +214,8 @@ class UpstreamPeer:
                 await tongue.say(data)
             finally:
                 attempt.raw = tongue.said
-        attempt.finished = not reply.garbage
-        if reply.garbage:
+        attempt.finished = attempt.raw >= attempt.said.whole
+        if not attempt.finished:
             raise _Over
 
     async def _tunnel(self, attempt: Attempt, reply: Reply) -> None:

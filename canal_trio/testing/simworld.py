@@ -241,7 +241,7 @@ class _World:
             return
         for upstream in self._plan.upstreams:
             number = len(self._seen.clients)
-            models = [model.name for model in self._plan.models if model.upstreams[0] == upstream.name]
+            models = [model.name for model in self._plan.models if model.upstreams[0].name == upstream.name]
             if self._plan.models and not models:
                 continue
             ask = Ask(f"{number}.0", body=12, model=models[0] if models else None)

@@ -17,7 +17,7 @@ connection.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import final
 
 import trio
@@ -26,7 +26,7 @@ from trio.abc import Stream
 from canal_trio.errors import Failure, Kind, Phase, Retry, Side
 from canal_trio.messages import End, RequestHead, ResponseHead
 from canal_trio.relay.flow import Aborted, FlowSender
-from canal_trio.relay.handover import HandoverStream, can_hand_over
+from canal_trio.relay.handover import Buffer, HandoverStream, can_hand_over
 from canal_trio.relay.idle import Reaper
 from canal_trio.settings import Bounds, Deadlines
 from canal_trio.upstream.idle import is_quiet, watch_hangup
@@ -59,6 +59,7 @@ class Http1Connection:
         self._heads = ResponseHeadReader(head_bytes=bounds.head_bytes, head_fields=bounds.head_fields)
         self._reset()
         self._sent = True  # nothing is on its way
+        self._unsent: list[Buffer] | None = None  # `ask` has begun what `run` is to go on with
 
     def _reset(self) -> None:
         self.reusable = False
@@ -94,8 +95,11 @@ class Http1Connection:
 
     async def run(self, head: RequestHead, body: BodySource | None, answer: Answer) -> Failure | None:
         """One attempt; see `canal_trio.upstream.interface.Connection`."""
-        self._reset()
-        await self._exchange(head, body, answer)
+        rest, self._unsent = self._unsent, None
+        if rest is None:
+            self._reset()
+            rest = await self._begin(head, body, write_request_head(head))
+        await self._exchange(head, body, answer, rest)
         failure = self._over()
         if failure is not None:
             answer.body.abort(failure)
@@ -138,39 +142,50 @@ class Http1Connection:
 
     # -- the exchange --------------------------------------------------------------------------------------------------
 
-    async def _exchange(self, head: RequestHead, body: BodySource | None, answer: Answer) -> None:
-        chunked = b"transfer-encoding" in head.headers
-        await self._begin(head, body, write_request_head(head))
-        if body is None or self._sent:
+    async def _exchange(self, head: RequestHead, body: BodySource | None, answer: Answer, rest: list[Buffer]) -> None:
+        if not rest and (body is None or self._sent):
             await self._receive(head, body, answer)
             return
-        self._turns.begin(Turn.CLIENT)
+        self._turns.begin(Turn.SEND if rest else Turn.CLIENT)
+        chunked = b"transfer-encoding" in head.headers
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._upload, body, chunked)
+            nursery.start_soon(self._upload, rest, None if b"upgrade" in head.headers else body, chunked)
             await self._receive(head, body, answer)
             nursery.cancel_scope.cancel(reason="the upstream has answered")
 
-    async def _begin(self, head: RequestHead, body: BodySource | None, block: bytes) -> None:
-        """Send the head with what is ready of the body. `_sent` afterwards: that was all."""
-        first = [block]
+    async def _begin(self, head: RequestHead, body: BodySource | None, block: bytes) -> list[Buffer]:
+        """Send the head with what is ready of the body. `_sent` afterwards: that was all, and it is gone.
+
+        Returns what the upstream did not take at once: it may answer before it takes more (RFC 9110 10.1.1).
+        """
+        first: list[Buffer] = [block]
         upgrading = b"upgrade" in head.headers
         if body is not None and not upgrading:
             chunked = b"transfer-encoding" in head.headers
             first += _frame(body.take_nowait(), chunked)
             if body.ending is not None:
                 first += self._last(body, chunked)
+        rest: list[Buffer] = []
         # It may have answered before it stopped reading (RFC 9112 9.5): what we receive decides.
         with contextlib.suppress(*_PEER_TROUBLE):
-            await self._send(first)
-        if body is None or upgrading or body.ending is not None:
+            if can_hand_over(self._stream):
+                rest += self._stream.try_send_batch(first)
+            elif body is None or upgrading:
+                await self._send(first)
+            else:
+                rest = first
+        if not rest and (body is None or upgrading or body.ending is not None):
             self._sent = True
             self._turns.begin(Turn.ANSWER)
+        return rest
 
-    async def _upload(self, body: BodySource, chunked: bool) -> None:
+    async def _upload(self, rest: list[Buffer], body: BodySource | None, chunked: bool) -> None:
         try:
-            while not _over(body):
+            if rest:
+                await self._send(rest)
+            while body is not None and not _over(body):
                 self._upload_turn(Turn.CLIENT)
-                framed = _frame(await body.take(), chunked)
+                framed: list[Buffer] = [*_frame(await body.take(), chunked)]
                 if _over(body):
                     framed += self._last(body, chunked)
                 self._upload_turn(Turn.SEND)
@@ -199,7 +214,7 @@ class Http1Connection:
             return []
         return [encode_last_chunk(trailer.trailers) if isinstance(trailer, End) else encode_last_chunk()]
 
-    async def _send(self, pieces: list[bytes]) -> None:
+    async def _send(self, pieces: Sequence[Buffer]) -> None:
         """Pass `pieces` to the upstream's kernel, noting each progress: a body that was held can take minutes.
 
         A checkpoint only if it has to wait.
@@ -289,11 +304,14 @@ class Http1Connection:
 
     async def ask(
         self, head: RequestHead, body: BodySource | None, inform: Inform, block: bytes
-    ) -> Failure | ResponseHead:
+    ) -> Failure | ResponseHead | None:
         """Send a whole request and wait for the final head. See `interface.StraightConnection`; so for what follows."""
         self._reset()
         try:
-            await self._begin(head, body, block)
+            rest = await self._begin(head, body, block)
+            if rest:
+                self._unsent = rest
+                return None
             final = await self._final_head(head, inform)
         except _PEER_TROUBLE as exc:
             self._note(self._broken(str(exc)))

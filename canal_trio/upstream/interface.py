@@ -132,10 +132,11 @@ class StraightConnection(AnswerBody, Protocol):
 
     async def ask(
         self, head: RequestHead, body: BodySource | None, inform: Inform, block: bytes
-    ) -> Failure | ResponseHead:
+    ) -> Failure | ResponseHead | None:
         """Send a request whose `body` is ready to its end, and wait for the final head. No upgrade. A checkpoint.
 
-        `block` is the head as bytes.
+        `block` is the head as bytes. None: the upstream does not take all of it at once, so two sides have to be waited
+        for; go on with `run()`, with the same `body`.
         """
 
     def conclude(self) -> Failure | None:
