@@ -6,6 +6,7 @@ check knows how the gateway works, only what its peers said, what they got, and 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -230,7 +231,7 @@ def _retries(seen: Seen, tag: str, ask: Ask, attempts: list[Attempt]) -> Iterato
     """Asked again only before the first byte of an answer, and only where that is allowed (design, section 6)."""
     stale = 0
     allowed = {upstream.name: upstream.retry_sent for upstream in seen.plan.upstreams}
-    for attempt, following in zip(attempts, attempts[1:], strict=False):
+    for attempt, following in itertools.pairwise(attempts):
         reply = ask.reply(attempt.number)
         if attempt.raw == 0 and attempt.reused and attempt.upstream == following.upstream:
             stale += 1

@@ -247,14 +247,17 @@ class HandoverSimStream(SimStream):
     """A SimStream with the hand-over protocol."""
 
     def try_receive(self, max_bytes: int) -> bytes | None:
+        """See `canal_trio.relay.HandoverStream`; so for what follows."""
         return self._receive(max_bytes)
 
     def try_send(self, data: Buffer) -> int:
+        """Pass on what the other end takes now."""
         if self._sending:
             raise trio.BusyResourceError("another task is sending on this stream")
         return self._send(data)
 
     def try_send_batch(self, pieces: Sequence[Buffer]) -> list[memoryview]:
+        """The same for several pieces."""
         for index, piece in enumerate(pieces):
             sent = self.try_send(piece)
             if sent < len(piece):
@@ -262,14 +265,17 @@ class HandoverSimStream(SimStream):
         return []
 
     def arm(self, sink: Armed) -> None:
+        """Have `sink` called when something arrives."""
         self._check_open()
         self._check_receiver()
         self._sink = sink
 
     def disarm(self) -> None:
+        """Take the sink away."""
         self._sink = None
 
     async def wait_disarmed(self) -> None:
+        """Sleep until the sink is gone."""
         try:
             sink, self._sink = self._sink, None  # who is cancelled already is not served while the news travels
             await trio.lowlevel.checkpoint_if_cancelled()
@@ -289,6 +295,7 @@ class HandoverSimStream(SimStream):
             self._sink = None
 
     def watch(self, callback: Callable[[], None] | None) -> None:
+        """Have `callback` called when the other end hangs up."""
         self._watch = callback
 
 

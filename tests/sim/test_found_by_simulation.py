@@ -1,0 +1,120 @@
+"""What the simulation found, each by its symptom; `python -m canal_trio.testing.simulate` found them by a seed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import trio
+from kit import chat, request
+from simkit import SSE, Conversation, answer_ok, only_record, read_request, world
+
+from canal_trio.gateway.exchange import Exchange
+from canal_trio.hooks import Outcome
+from canal_trio.messages import RequestHead
+from canal_trio.settings import Bounds, Model, Target
+from canal_trio.testing.simstream import SimLink
+
+TOO_LARGE = b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n"
+DONE = b"data: [DONE]\n\n"
+SWITCH = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+UPGRADE = request("GET", "/v1/realtime", None, "Connection: Upgrade", "Upgrade: websocket")
+
+
+async def test_an_upload_after_a_reload_with_smaller_pieces_is_a_bug_in_the_log(
+    autojump_clock: Any, handover: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A connection that was there before goes on with the bounds that it began with."""
+    async with world(answer_ok, handover=handover) as here:
+        client = here.connect()
+        await client.send(chat())
+        assert (await client.response("POST")).status == 200
+        here.gateway.reload(replace(here.gateway.settings, bounds=Bounds(piece_bytes=64)))
+        head, body = request("POST", "/", None, "Transfer-Encoding: chunked"), b"400\r\n" + b"x" * 1024 + b"\r\n"
+        await client.send(head + body)
+        await trio.sleep(1)
+        await client.send(b"0\r\n\r\n")
+        assert (await client.response("POST")).body == b"ok"
+        assert here.conversations[-1].requests[-1].endswith(b"0\r\n\r\n")
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["held-for-routing", "as-it-came"])
+async def test_an_early_answer_is_seen_only_when_the_upstream_has_stalled(
+    autojump_clock: Any, handover: bool, held: bool
+) -> None:
+    """An upstream that refuses an upload without reading it is heard at once, even if all of it is here already."""
+
+    async def play(upstream: Conversation) -> None:
+        data = b""
+        while b"\r\n\r\n" not in data:
+            data += await upstream.stream.receive_some(7)
+        await upstream.say(TOO_LARGE)
+        await trio.sleep_forever()
+
+    models = {"models": (Model("m", (Target("u0"),)),)} if held else {}
+    async with world(play, handover=handover, **models) as here:
+        here.by_request = False
+        here.request_link = SimLink(7)
+        start = trio.current_time()
+        client = here.connect()
+        await client.send(chat())
+        assert (await client.response("POST")).status == 413
+        assert trio.current_time() == start
+        record = await only_record(here)
+        assert record.outcome is Outcome.COMPLETED
+
+
+async def test_a_client_that_took_the_whole_answer_and_left_counts_as_gone(autojump_clock: Any) -> None:
+    """A write that tells only afterwards what it passed on: the client has left meanwhile, with all it asked for."""
+    exchange = Exchange(RequestHead(b"GET", b"/"), client="192.0.2.1", started=trio.current_time())
+    exchange.leave("The client closed the connection.")
+    assert exchange.outcome() is Outcome.CLIENT_GONE
+    exchange.has_answer()
+    record = exchange.finish()
+    assert record.outcome is Outcome.COMPLETED
+    assert record.failure is None
+
+
+async def test_a_tunnels_first_bytes_are_not_counted(autojump_clock: Any, handover: bool) -> None:
+    """What the client said before the 101 was there is a part of what it said."""
+
+    async def play(upstream: Conversation) -> None:
+        await read_request(upstream.stream)
+        await trio.sleep(1)
+        await upstream.say(SWITCH)
+        async for _ in upstream.stream:
+            pass
+        upstream.stream.close()
+
+    async with world(play, handover=handover) as here:
+        here.by_request = False
+        client = here.connect()
+        await client.send(UPGRADE + b"early")
+        assert (await client.final_head()).status == 101
+        await client.send(b" and late")
+        await client.stream.send_eof()  # type: ignore[attr-defined]  # a simulated stream
+        await client.rest()
+        assert (await only_record(here)).request_bytes == len(b"early and late")
+
+
+async def test_http10_a_cut_after_the_last_event_looks_like_an_end(autojump_clock: Any, handover: bool) -> None:
+    """It was delivered, so the exchange is complete; the message is not, and only a reset can say so."""
+
+    async def play(upstream: Conversation) -> None:
+        await upstream.say(SSE)
+        await upstream.chunk(DONE)
+        await upstream.say(b"no chunk size\r\n")
+        upstream.stream.close()
+
+    async with world(play, handover=handover) as here:
+        client = here.connect()
+        await client.send(chat(version="1.0"))
+        response = await client.response("POST")
+        assert response.body == DONE
+        assert response.ended_by == "reset"
+        record = await only_record(here)
+        assert (record.outcome, record.flags) == (Outcome.COMPLETED, ("cut_after_terminal",))
+
+
