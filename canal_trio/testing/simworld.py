@@ -9,22 +9,26 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any, final
+from unittest import mock
 
 import trio
 import trio.testing
 
 from canal_trio.errors import Failure, Kind, Phase, Retry, Side
-from canal_trio.gateway import Gateway
+from canal_trio.gateway import Gateway, respond
 from canal_trio.hooks import ExchangeRecord
 from canal_trio.settings import Bounds, Upstream
 from canal_trio.testing.plans import Ask, Client, Plan, settings_of
 from canal_trio.testing.simlink import SimLink
 from canal_trio.testing.simnet import WHO, GatewayEnd, Moment, SimNetwork, Steps, Trace
 from canal_trio.testing.simpeers import Attempt, ClientPeer, UpstreamPeer
+from canal_trio.wire import headers
 
 __all__ = ["BUDGET", "Noted", "Seen", "simulate"]
 
@@ -92,18 +96,25 @@ def simulate(
 
 @contextmanager
 def _decided_by(order: int) -> Iterator[None]:
-    """Trio runs the tasks of one pass in an order of chance; in here it is that of a seed."""
+    """What is left to chance is that of a seed in here: the order of tasks, ids, pauses; and the date stands still."""
     import trio._core._run as internals  # what Hypothesis' plugin of Trio does, too
 
     core: Any = internals
-    before, state = core._ALLOW_DETERMINISTIC_SCHEDULING, core._r.getstate()
+    chance = random.Random(order)
+    before, states = core._ALLOW_DETERMINISTIC_SCHEDULING, (core._r.getstate(), random.getstate())
     core._ALLOW_DETERMINISTIC_SCHEDULING = True
     core._r.seed(order)
-    try:
-        yield
-    finally:
-        core._ALLOW_DETERMINISTIC_SCHEDULING = before
-        core._r.setstate(state)
+    random.seed(order)
+    with (
+        mock.patch.object(headers, "os", SimpleNamespace(urandom=chance.randbytes)),
+        mock.patch.object(respond, "time", SimpleNamespace(time=lambda: 1_000_000_000.0)),
+    ):
+        try:
+            yield
+        finally:
+            core._ALLOW_DETERMINISTIC_SCHEDULING = before
+            core._r.setstate(states[0])
+            random.setstate(states[1])
 
 
 class _Bugs(logging.Handler):

@@ -22,7 +22,7 @@ def both(plan: Plan) -> list[Seen]:
 
 def test_a_seed_has_one_course() -> None:
     """Two runs of one seed do the same, to the last byte and step: what is found can be replayed."""
-    for seed in (3, 45, 239):
+    for seed in (3, 45, 79, 128, 239):
         one, other = (simulate(plan_of(seed), handover=True, digest=True) for _ in range(2))
         assert one.digest == other.digest
         assert one.steps == other.steps
