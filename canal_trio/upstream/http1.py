@@ -279,9 +279,7 @@ class Http1Connection:
                 if not data:
                     self._note(self._broken("The connection was closed before a response."))
                     return None
-                self._answered = True
-                if self._turns.turn is Turn.ANSWER:
-                    self._turns.moved = trio.current_time()
+                self._answered = True  # which moves no deadline: a head that comes byte by byte would never be late
                 continue
             if verdict.status == 101 and b"upgrade" not in request.headers:
                 self._note(Failure(Side.UPSTREAM, Phase.FIRST_BYTE, Kind.MALFORMED, "It switched protocols unasked."))
@@ -293,6 +291,8 @@ class Http1Connection:
                 self._note(Failure(Side.UPSTREAM, Phase.FIRST_BYTE, Kind.MALFORMED, "Too many informational heads."))
                 return None
             await inform(verdict)
+            if self._turns.turn is Turn.ANSWER:
+                self._turns.moved = trio.current_time()  # a sign of life, of which there are only so many
             data = reader.rest()
 
     # -- for a driver without a second task ----------------------------------------------------------------------------
