@@ -50,23 +50,12 @@ class Dialer(Protocol):
 
 @final
 class TcpDialer:
-    """Dials over TCP, through `upstream.proxy` if there is one, and TLS for `https`.
+    """Dials over TCP, through `upstream.proxy` if there is one, and TLS for `https`."""
 
-    `ssl_context` replaces the system's trust store, for tests.
-    """
-
-    def __init__(
-        self,
-        *,
-        bounds: Bounds,
-        deadlines: Deadlines,
-        resolver: Resolver | None = None,
-        ssl_context: ssl.SSLContext | None = None,
-    ) -> None:
+    def __init__(self, *, bounds: Bounds, deadlines: Deadlines, resolver: Resolver | None = None) -> None:
         self._bounds = bounds
         self._deadlines = deadlines
         self._resolver = resolver or Resolver()
-        self._given_context = ssl_context
         self._contexts: dict[tuple[str | None, tuple[str, ...]], ssl.SSLContext] = {}
         self._loading = trio.Lock()  # one reads the trust store, the others wait for what it found
 
@@ -210,8 +199,6 @@ class TcpDialer:
         return result
 
     async def _context(self, ca_file: str | None, alpn: tuple[str, ...]) -> ssl.SSLContext | Failure:
-        if self._given_context is not None:
-            return self._given_context
         key = (ca_file, alpn)
         if key in self._contexts:
             return self._contexts[key]

@@ -11,8 +11,7 @@ piece, and one frame; what arrives while a request is still being sent is bounde
 
 from __future__ import annotations
 
-import ssl
-from typing import Any, final
+from typing import final
 
 import httpcore
 import trio
@@ -132,13 +131,3 @@ class NetworkStream(httpcore.AsyncNetworkStream):
     async def aclose(self) -> None:
         """`close()`. Not a checkpoint: httpcore calls it in shields that have no deadline."""
         self.close()
-
-    async def start_tls(
-        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
-    ) -> httpcore.AsyncNetworkStream:
-        """Never called: the dialer has done it."""
-        raise NotImplementedError
-
-    def get_extra_info(self, info: str) -> Any:
-        """Nothing is told."""
-        return None

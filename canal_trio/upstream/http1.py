@@ -131,9 +131,7 @@ class Http1Connection:
             self._failure = failure
 
     def _broken(self, detail: str) -> Failure:
-        """What the end of the connection means, by how far the response had come."""
-        if self._relaying:
-            return Failure(Side.UPSTREAM, Phase.STREAM, Kind.RESET, detail)
+        """What the end of the connection means before the final head, by how far the response had come."""
         if self._answered:
             return Failure(Side.UPSTREAM, Phase.FIRST_BYTE, Kind.CUT, "The response head is incomplete.")
         if self._used:

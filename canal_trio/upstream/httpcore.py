@@ -130,8 +130,7 @@ class Http2Connection:
         self._scope.cancel(reason=failure.detail)
 
     def _note(self, failure: Failure) -> None:
-        if self._failure is None:
-            self._failure = failure
+        self._failure = self._failure or failure  # the first one counts
 
     async def _trace(self, name: str, _info: dict[str, Any]) -> None:
         """httpcore's report of its steps; these few are all that is asked of it."""
@@ -214,9 +213,11 @@ class Http2Connection:
         """
         if not self._ended(pieces):
             self.abort()
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + _UNWIND), contextlib.suppress(*_TROUBLE):
-                async for _ in pieces:
-                    pass
+            with (
+                trio.CancelScope(shield=True, deadline=trio.current_time() + _UNWIND),
+                contextlib.suppress(*_TROUBLE, StopAsyncIteration),
+            ):
+                await anext(pieces)
 
     @staticmethod
     def _ended(pieces: AsyncIterator[bytes]) -> bool:

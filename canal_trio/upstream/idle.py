@@ -24,13 +24,13 @@ def is_quiet(raw: HandoverStream) -> bool:
     """
     if raw.hangup:
         return False
-    if getattr(raw, "transport_stream", None) is not None:
+    probe = getattr(raw, "socket", None)
+    if probe is None or getattr(raw, "transport_stream", None) is not None:
         try:
             if raw.try_receive(1) is not None:
                 return False
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             return False
-    probe = getattr(raw, "socket", None)
     if probe is None:
         return True
     poll = select.poll()

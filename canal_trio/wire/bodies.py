@@ -4,8 +4,9 @@ Each decoder takes bytes and returns payload. `end`, `fault` and `rest` say how 
 framing, or (neither, at EOF) cut. They depend only on the bytes, never on how they were split. Which decoder applies is
 RFC 9112 6.3, read strictly: whatever two parsers could frame differently is refused.
 
-Chunked framing is stricter than h11, the oracle of the tests: no white space after the size, extensions must follow
-the grammar and stay within a budget, trailers know no bare LF, no folding and no control bytes, and are bounded.
+Chunked framing is stricter than h11, the oracle of the tests: no white space after the size (but before an extension,
+where RFC 9112 7.1.1 has it parsed), extensions must follow the grammar and stay within a budget, trailers know no bare
+LF, no folding and no control bytes, and are bounded.
 """
 
 from __future__ import annotations

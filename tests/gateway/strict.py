@@ -43,13 +43,32 @@ class Recorded:
 class StrictUpstream:
     """What was received: `requests` in order, `raw` bytes of each connection, and `garbage`, which must stay empty."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int = 0, answer: Callable[[Recorded], bytes] = lambda _: OK) -> None:
         self.port = port
+        self.answer = answer
         self.url = f"http://127.0.0.1:{port}"
         self.requests: list[Recorded] = []
         self.raw: list[bytearray] = []
         self.garbage: list[str] = []
         self.open = 0
+
+    async def serve(self, stream: trio.abc.Stream) -> None:
+        """One connection, to its end."""
+        number = len(self.raw)
+        self.raw.append(bytearray())
+        reader = _Reader(stream, self.raw[number])
+        self.open += 1
+        try:
+            async with stream:
+                while True:
+                    request = await _request(reader, self, number)
+                    await stream.send_all(self.answer(request))
+        except Unfit as exc:
+            self.garbage.append(str(exc))
+        except (EOFError, trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        finally:
+            self.open -= 1
 
     @property
     def complete(self) -> list[Recorded]:
@@ -63,7 +82,7 @@ class StrictUpstream:
 
 
 class _Reader:
-    def __init__(self, stream: trio.SocketStream, raw: bytearray) -> None:
+    def __init__(self, stream: trio.abc.Stream, raw: bytearray) -> None:
         self.stream = stream
         self.raw = raw
         self.at = 0
@@ -98,30 +117,45 @@ class _Reader:
     async def fields(self) -> list[tuple[str, str]]:
         found = []
         while line := await self.line():
-            name, colon, value = line.partition(":")
-            if not colon or not re.fullmatch(_TOKEN, name):
-                raise Unfit(f"not a field: {line!r}")
-            if not _VALUE.fullmatch(value):
-                raise Unfit(f"not a value: {line!r}")
-            found.append((name.lower(), value.strip(" \t")))
+            found.append(_field(line))
         return found
 
 
-async def _request(reader: _Reader, owner: StrictUpstream, connection: int) -> Recorded:
-    start = await reader.line()
-    match = _START.fullmatch(start)
+def parse_head(lines: list[str], connection: int = 0) -> Recorded:
+    """The head in these lines, as a gateway may send it. Raises Unfit, for framing that is in doubt, too."""
+    match = _START.fullmatch(lines[0])
     if match is None:
-        raise Unfit(f"not a request line: {start!r}")
-    request = Recorded(match[1], match[2], match[3], await reader.fields(), connection)
-    owner.requests.append(request)
+        raise Unfit(f"not a request line: {lines[0]!r}")
+    request = Recorded(match[1], match[2], match[3], [_field(line) for line in lines[1:]], connection)
     if len(request.all("host")) != 1:
         raise Unfit(f"Host: {request.all('host')}")
     coding, length = request.all("transfer-encoding"), request.all("content-length")
     if coding and length:
         raise Unfit("content-length beside transfer-encoding")
+    if coding and [value.lower() for value in coding] != ["chunked"]:
+        raise Unfit(f"transfer-encoding {coding}")
+    if length and (len(length) != 1 or not re.fullmatch(r"[0-9]+", length[0])):
+        raise Unfit(f"content-length {length}")
+    return request
+
+
+def _field(line: str) -> tuple[str, str]:
+    name, colon, value = line.partition(":")
+    if not colon or not re.fullmatch(_TOKEN, name):
+        raise Unfit(f"not a field: {line!r}")
+    if not _VALUE.fullmatch(value):
+        raise Unfit(f"not a value: {line!r}")
+    return name.lower(), value.strip(" \t")
+
+
+async def _request(reader: _Reader, owner: StrictUpstream, connection: int) -> Recorded:
+    lines = [await reader.line()]
+    while line := await reader.line():
+        lines.append(line)
+    request = parse_head(lines, connection)
+    owner.requests.append(request)
+    coding, length = request.all("transfer-encoding"), request.all("content-length")
     if coding:
-        if [value.lower() for value in coding] != ["chunked"]:
-            raise Unfit(f"transfer-encoding {coding}")
         while True:
             size = await reader.line()
             if not re.fullmatch(r"[0-9a-fA-F]{1,16}", size):
@@ -133,8 +167,6 @@ async def _request(reader: _Reader, owner: StrictUpstream, connection: int) -> R
                 raise Unfit("no CRLF after a chunk")
         request.trailers = await reader.fields()
     elif length:
-        if len(length) != 1 or not re.fullmatch(r"[0-9]+", length[0]):
-            raise Unfit(f"content-length {length}")
         request.body = await reader.take(int(length[0]))
     request.complete = True
     return request
@@ -144,27 +176,9 @@ async def _request(reader: _Reader, owner: StrictUpstream, connection: int) -> R
 async def strict_upstream(answer: Callable[[Recorded], bytes] = lambda _: OK) -> AsyncIterator[StrictUpstream]:
     """A strict upstream on loopback for the block."""
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1", backlog=64)
-    owner = StrictUpstream(listeners[0].socket.getsockname()[1])
-
-    async def serve(stream: trio.SocketStream) -> None:
-        number = len(owner.raw)
-        owner.raw.append(bytearray())
-        reader = _Reader(stream, owner.raw[number])
-        owner.open += 1
-        try:
-            async with stream:
-                while True:
-                    request = await _request(reader, owner, number)
-                    await stream.send_all(answer(request))
-        except Unfit as exc:
-            owner.garbage.append(str(exc))
-        except (EOFError, trio.BrokenResourceError, trio.ClosedResourceError):
-            pass
-        finally:
-            owner.open -= 1
-
+    owner = StrictUpstream(listeners[0].socket.getsockname()[1], answer)
     async with trio.open_nursery() as nursery:
-        await nursery.start(trio.serve_listeners, serve, listeners)
+        await nursery.start(trio.serve_listeners, owner.serve, listeners)
         try:
             yield owner
         finally:
