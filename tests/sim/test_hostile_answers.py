@@ -237,12 +237,12 @@ def bodies_in_chunks(draw: st.DrawFn, body: bytes) -> bytes:
 @st.composite
 def answers(draw: st.DrawFn) -> bytes:
     """One answer, mostly right."""
-    floods = draw(st.sampled_from([0] * 6 + [1, 2, 20]))
+    floods = draw(st.sampled_from([0] * 12 + [1, 2, 2, 20]))
     heads = draw(st.lists(informational, max_size=floods)) if floods < 20 else [draw(informational)] * 20
-    version = draw(st.sampled_from([b"HTTP/1.1"] * 8 + [b"HTTP/1.0", b"HTTP/2.0", b"ICY"]))
-    status = draw(st.sampled_from([b"200"] * 6 + [b"204", b"304", b"500", b"099", b"600", b"20", b"101"]))
+    version = draw(st.sampled_from([b"HTTP/1.1"] * 20 + [b"HTTP/1.0"] * 3 + [b"HTTP/2.0", b"ICY"]))
+    status = draw(st.sampled_from([b"200"] * 16 + [b"204", b"304", b"500", b"099", b"600", b"20", b"101"]))
     body = draw(bodies)
-    lines = draw(st.lists(st.one_of(*[fields] * 6, odd_fields), max_size=4))
+    lines = draw(st.lists(st.one_of(*[fields] * 12, odd_fields), max_size=4))
     framing = draw(st.sampled_from(["length", "chunked", "close", "length", "chunked", "wrong"]))
     if framing == "length":
         lines.append(b"Content-Length: %d" % len(body))
@@ -252,8 +252,8 @@ def answers(draw: st.DrawFn) -> bytes:
         lines.append(b"Transfer-Encoding: chunked")
         body = draw(bodies_in_chunks(body))
     order = draw(st.permutations(lines))
-    head = b"%b %b %b\r\n" % (version, status, draw(st.sampled_from([b"OK", b"", b"\xff", b"a\x01b"])))
-    rest = draw(st.sampled_from([b""] * 4 + [POISON, b"\r\n", b"x"]))
+    head = b"%b %b %b\r\n" % (version, status, draw(st.sampled_from([b"OK"] * 20 + [b"", b"\xff", b"a\x01b"])))
+    rest = draw(st.sampled_from([b""] * 9 + [POISON, b"\r\n", b"x"]))
     return b"".join(heads) + head + b"".join(line + b"\r\n" for line in order) + b"\r\n" + body + rest
 
 
@@ -261,10 +261,10 @@ def answers(draw: st.DrawFn) -> bytes:
 def sayings(draw: st.DrawFn) -> Said:
     """An answer, perhaps cut short, and what follows."""
     data = draw(answers())
-    if draw(st.integers(0, 5)) == 0:
+    if draw(st.integers(0, 9)) == 0:
         data = data[: draw(st.integers(0, len(data)))]
     cuts = draw(st.lists(st.integers(0, 3000), max_size=6))
-    then = draw(st.sampled_from(["close", "stay", "stay", "reset"]))
+    then = draw(st.sampled_from(["close", "stay", "stay", "stay", "reset"]))
     return Said(data, cuts, then, draw(st.sampled_from(["GET", "GET", "GET", "HEAD"])))
 
 

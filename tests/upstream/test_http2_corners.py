@@ -8,12 +8,12 @@ from __future__ import annotations
 import pytest
 import trio
 import trio.testing
-from h2_stage import GET, stage
+from h2_stage import CHUNKED, GET, silence, stage
 from peers import H2Peer
 
-from canal_trio.errors import Kind, Phase
+from canal_trio.errors import Kind, Phase, Retry
 from canal_trio.messages import Headers, RequestHead
-from canal_trio.relay.flow import Ended
+from canal_trio.relay.flow import Ended, open_flow
 
 
 def lenient(peer: H2Peer) -> None:
@@ -90,6 +90,23 @@ async def test_a_graceful_goaway_that_comes_alone(autojump_clock: trio.testing.M
         assert isinstance(answer.flow.ending, Ended)
         await trio.testing.wait_all_tasks_blocked()
         assert it.results == [None]
+        assert not it.connection.reusable
+
+
+async def test_an_upstream_that_resets_during_the_upload(autojump_clock: trio.testing.MockClock) -> None:
+    """The next write shows it: the connection ended, and what was sent may have been acted upon."""
+    async with stage(silence) as it:
+        sender, receiver = open_flow()
+        answer = it.start(CHUNKED, receiver)
+        await sender.put(b"one")
+        await trio.testing.wait_all_tasks_blocked()
+        it.peer.stream.reset()  # type: ignore[attr-defined]  # a simulated stream
+        await sender.put(b"two")
+        await answer.rest()
+        await trio.testing.wait_all_tasks_blocked()
+        (failure,) = it.results
+        assert failure is not None
+        assert (failure.phase, failure.kind, failure.retry) == (Phase.FIRST_BYTE, Kind.CUT, Retry.SENT)
         assert not it.connection.reusable
 
 
