@@ -97,8 +97,10 @@ class ExchangeRecord:
     failure: Failure | None = None
     certificate: str | None = None  # the verified subject of the client's own, such as CN=alice,O=Example
     principal: str | None = None
-    model: str | None = None
+    key: str | None = None  # the name of the principal's key
+    model: str | None = None  # as the client calls it
     upstream: str | None = None
+    upstream_model: str | None = None  # as the last upstream that was asked calls it
     attempts: int = 0
     tried: tuple[Tried, ...] = ()  # the attempts before the last, in their order; `upstream` is the last one's
     streamed: bool = False  # the response was an event stream

@@ -99,6 +99,7 @@ class Attempts:
             if not fresh:
                 self._tried.append(index)
             upstream = choices[index].upstream
+            exchange.rewrite(choices[index].model)
             failure = await self._watched(upstream, index, fresh=fresh)
             if failure is None or self._delivery.begun or exchange.failure is not None:
                 return failure

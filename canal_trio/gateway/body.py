@@ -1,4 +1,4 @@
-"""The request body of an exchange: taken once from the client, given to as many attempts as it takes.
+"""The request body of an exchange: taken once from the client, given to as many attempts as it takes, with its edits.
 
 Pieces are held while an attempt may still have to be repeated, within a bound per exchange and a budget for the whole
 process. Beyond the bound the body streams on and can no longer be replayed. Everything is freed at the response's head.
@@ -14,6 +14,7 @@ import trio
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.messages import End
 from canal_trio.relay.flow import Ended, Ending, FlowReceiver
+from canal_trio.wire.splice import Edit, splice
 
 __all__ = ["Budget", "HeldBody", "WholeBody"]
 
@@ -52,6 +53,7 @@ class HeldBody:
         self._held = 0
         self._holding = True
         self._touched = False  # a source has taken a piece that is no longer held
+        self.edits: tuple[Edit, ...] = ()  # what the next attempt sends otherwise; only of a body that is here whole
 
     @property
     def replayable(self) -> bool:
@@ -92,8 +94,10 @@ class HeldBody:
             return None
         return b"".join(self._pieces)
 
-    def source(self) -> _Source:
-        """The body from its beginning. Only the newest source may be used."""
+    def source(self) -> _Source | _WholeSource:
+        """The body from its beginning, edited. Only the newest source may be used."""
+        if self.edits:
+            return _WholeSource(splice(self._pieces, self.edits), self.ending)
         return _Source(self)
 
     def last_attempt(self, most: int) -> None:
@@ -159,13 +163,14 @@ class _Source:
 class WholeBody:
     """A request body of one read at most, all of it here and taken from `budget`. Otherwise as `HeldBody`."""
 
-    __slots__ = ("_budget", "_content", "ending", "replayable")
+    __slots__ = ("_budget", "_content", "edits", "ending", "replayable")
 
     def __init__(self, content: bytes, end: End, budget: Budget) -> None:
         self._content = content
         self._budget = budget
         self.ending: Ending | None = Ended(end)
         self.replayable = True
+        self.edits: tuple[Edit, ...] = ()
 
     async def hold_all(self) -> Failure | None:
         """It is here. Not a checkpoint."""
@@ -176,8 +181,10 @@ class WholeBody:
         return self._content if self.replayable and len(self._content) <= most else None
 
     def source(self) -> _WholeSource:
-        """The body from its beginning."""
-        return _WholeSource(self._content, self.ending)
+        """The body from its beginning, edited."""
+        if self.edits:
+            return _WholeSource([b"".join(splice([self._content], self.edits))], self.ending)
+        return _WholeSource([self._content] if self._content else [], self.ending)
 
     def last_attempt(self, most: int) -> None:
         """Of no effect: it is one read at most."""
@@ -197,17 +204,17 @@ class WholeBody:
 class _WholeSource:
     """A `BodySource` that gives everything at once."""
 
-    __slots__ = ("_content", "_ending", "ending")
+    __slots__ = ("_ending", "_pieces", "ending")
 
-    def __init__(self, content: bytes, ending: Ending | None) -> None:
-        self._content = content
+    def __init__(self, pieces: list[bytes], ending: Ending | None) -> None:
+        self._pieces = pieces
         self._ending = ending
-        self.ending = None if content else ending
+        self.ending = None if pieces else ending
 
     def take_nowait(self) -> list[bytes]:
-        content, self._content = self._content, b""
+        pieces, self._pieces = self._pieces, []
         self.ending = self._ending
-        return [content] if content else []
+        return pieces
 
     async def take(self) -> list[bytes]:
         await trio.lowlevel.checkpoint()

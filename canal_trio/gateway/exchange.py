@@ -26,6 +26,7 @@ from canal_trio.wire.sse import EventScanner
 if TYPE_CHECKING:
     from canal_trio.gateway.account import Account
     from canal_trio.gateway.body import HeldBody, WholeBody
+    from canal_trio.gateway.judged import Judged
     from canal_trio.messages import RequestHead
     from canal_trio.upstream.pool import Lease
 
@@ -79,6 +80,7 @@ class Exchange:
         "head",
         "headed",
         "id",
+        "judged",
         "last_piece",
         "lease",
         "left",
@@ -102,6 +104,7 @@ class Exchange:
         "upgrade",
         "upgraded",
         "upstream",
+        "upstream_model",
         "waits",
     )
 
@@ -139,7 +142,9 @@ class Exchange:
         # what was decided
         self.principal: Principal | None = None
         self.model: str | None = None
+        self.judged: Judged | None = None  # what its body says, where that was read
         self.upstream: str | None = None
+        self.upstream_model: str | None = None  # where that is called otherwise than the client does
         self.attempts = 0
         self.tried: tuple[Tried, ...] = ()
         # what was delivered
@@ -222,6 +227,12 @@ class Exchange:
         self.received = True
         if self.phase is Phase.UPLOAD and self.lease is not None:
             self.phase = Phase.FIRST_BYTE
+
+    def rewrite(self, model: str | None) -> None:
+        """The next attempt's upstream calls the model `model`; None: as the client does."""
+        self.upstream_model = model
+        if self.judged is not None and self.body is not None:
+            self.body.edits = self.judged.edits(model, usage=self.asked_usage)
 
     def routed(self, *, eof_leaves: bool) -> None:
         """The route is known, and with it what a client's EOF means."""
@@ -309,7 +320,9 @@ class Exchange:
             failure=self.failure,
             principal=self.principal.name if self.principal else None,
             model=self.model,
+            key=self.principal.key if self.principal else None,
             upstream=self.upstream,
+            upstream_model=(self.upstream_model or self.model) if self.upstream is not None else None,
             attempts=self.attempts,
             tried=self.tried,
             streamed=self.scanner is not None,

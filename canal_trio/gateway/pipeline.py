@@ -5,6 +5,7 @@ Each step hands on data or stops with a failure.
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, final
 
 import msgspec
@@ -14,6 +15,7 @@ from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.gateway.attempts import PEEK_BYTES, Attempts
 from canal_trio.gateway.deliver import Delivery
 from canal_trio.gateway.exchange import Exchange
+from canal_trio.gateway.judged import is_json, judge, names_model
 from canal_trio.gateway.places import Places
 from canal_trio.gateway.requests import UpstreamRequests
 from canal_trio.gateway.respond import continue_head
@@ -27,6 +29,7 @@ from canal_trio.wire.headers import wants_continue
 from canal_trio.wire.targets import origin_form, plain_path
 
 if TYPE_CHECKING:
+    from canal_trio.gateway.body import HeldBody, WholeBody
     from canal_trio.gateway.core import Generation
 
 __all__ = ["Pipeline"]
@@ -35,7 +38,7 @@ _MODEL_CHARACTERS = 256  # of a name that no route knows, in the log
 
 
 class _Named(msgspec.Struct):
-    """The one field of a request body that is read."""
+    """The one field of a body that is looked at when nothing depends on it."""
 
     model: str | None = None
 
@@ -161,30 +164,37 @@ class Pipeline:
             plan = self._path_route()
             if plan is not None:
                 return plan
-        is_json = self._is_json()
         tunnel = exchange.upgrade is not None  # its bytes are no body: there is nothing to wait for
-        if body is not None and not tunnel and router.needs_model(exchange.principal, named=is_json):
-            exchange.phase = Phase.UPLOAD
-            failure = self._too_large() or await body.hold_all()
-            if failure is not None:
-                return failure
-            model = self._model(self._settings.bounds.held_body_bytes)
-            if isinstance(model, Failure):
-                if is_json:
-                    return model
-                model = None
-            exchange.model = model
+        if body is not None and not tunnel:
+            named = names_model(self._head.headers, exchange.path)
+            if router.needs_model(exchange.principal, named=named) or (named and self._settings.accounting):
+                failure = await self._read(body, strict=named)
+                if failure is not None:
+                    return failure
         exchange.phase = Phase.ROUTE
         return router.route(exchange.model, exchange.principal, has_body=body is not None)
+
+    async def _read(self, body: HeldBody | WholeBody, *, strict: bool) -> Failure | None:
+        """Hold the body and judge it. `strict`: it is of a kind that can be read, so it must be."""
+        exchange = self._exchange
+        exchange.phase = Phase.UPLOAD
+        failure = self._too_large() or await body.hold_all()
+        if failure is not None:
+            return failure
+        content = body.beginning(self._settings.bounds.held_body_bytes)
+        if content:
+            judged = await judge(self._head.headers, content, strict=strict)
+            if isinstance(judged, Failure):
+                return judged
+            if judged is not None:
+                exchange.judged = judged
+                exchange.model = judged.model
+        return None
 
     def _path_route(self) -> Plan | Failure | None:
         origin = origin_form(self._head)
         path = None if isinstance(origin, Failure) else plain_path(origin[0])
         return self._generation.router.by_path(path, self._exchange.principal)
-
-    def _is_json(self) -> bool:
-        media = (self._head.headers.get(b"content-type") or b"").partition(b";")[0].strip().lower()
-        return media == b"application/json" or media.endswith(b"+json")
 
     def _too_large(self) -> Failure | None:
         limit = self._settings.bounds.held_body_bytes
@@ -193,22 +203,14 @@ class Pipeline:
             return Failure(Side.CLIENT, Phase.UPLOAD, Kind.BODY_TOO_LARGE, f"The limit is {limit} bytes.")
         return None
 
-    def _model(self, most: int) -> str | Failure | None:
-        body = self._exchange.body
-        content = body.beginning(most) if body is not None else None
-        if not content:
-            return None
-        try:
-            return msgspec.json.decode(content, type=_Named).model
-        except msgspec.DecodeError as exc:
-            return Failure(Side.CLIENT, Phase.ROUTE, Kind.MALFORMED, f"The body is not the JSON expected: {exc}.")
-
     def _settle(self) -> None:
         """The answer is here: no attempt will follow, so nothing of the request is held any longer."""
         exchange = self._exchange
         if exchange.body is None:
             return
-        if exchange.model is None and self._is_json():
-            model = self._model(PEEK_BYTES)
-            exchange.model = model[:_MODEL_CHARACTERS] if isinstance(model, str) else None
+        if exchange.model is None and exchange.judged is None and is_json(self._head.headers):
+            content = exchange.body.beginning(PEEK_BYTES)
+            with contextlib.suppress(msgspec.DecodeError, RecursionError):
+                model = msgspec.json.decode(content, type=_Named).model if content else None
+                exchange.model = model[:_MODEL_CHARACTERS] if model is not None else None
         exchange.body.stop_holding()

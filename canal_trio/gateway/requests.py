@@ -17,6 +17,7 @@ from canal_trio.settings import Upstream
 from canal_trio.wire.bodies import content_length
 from canal_trio.wire.headers import ForUpstream, for_upstream
 from canal_trio.wire.heads import write_request_head
+from canal_trio.wire.splice import grown
 from canal_trio.wire.targets import origin_form, parse_base_url, upstream_target
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class _Last:
     head: RequestHead
     upstream: Upstream
     generation: Generation
+    longer: int
     request_id: bytes
     made: UpstreamRequest
 
@@ -65,17 +67,30 @@ class UpstreamRequests:
         """The request of `exchange` as `upstream` shall see it. `trusted`: our peer is a trusted proxy."""
         head, last, request_id = exchange.head, self._last, exchange.id.encode("ascii")
         assert head is not None
-        if last is not None and last.head is head and last.upstream is upstream and last.generation is generation:
+        longer = grown(exchange.body.edits) if exchange.body is not None and exchange.body.edits else 0
+        if (
+            last is not None
+            and last.head is head
+            and last.upstream is upstream
+            and last.generation is generation
+            and last.longer == longer
+        ):
             return _again(last, request_id)
-        made = self._make(head, exchange, upstream, generation, trusted)
+        made = self._make(head, exchange, upstream, generation, trusted, longer)
         if isinstance(made, RequestHead):
             request = UpstreamRequest(made, write_request_head(made))
-            self._last = _Last(head, upstream, generation, request_id, request)
+            self._last = _Last(head, upstream, generation, longer, request_id, request)
             return request
         return made
 
     def _make(
-        self, head: RequestHead, exchange: Exchange, upstream: Upstream, generation: Generation, trusted: bool
+        self,
+        head: RequestHead,
+        exchange: Exchange,
+        upstream: Upstream,
+        generation: Generation,
+        trusted: bool,
+        longer: int,
     ) -> RequestHead | Failure:
         base = parse_base_url(upstream.base_url)
         origin = origin_form(head)
@@ -95,12 +110,21 @@ class UpstreamRequests:
             scheme=self._scheme,
             request_id=exchange.id.encode("ascii"),
             pseudonym=generation.settings.pseudonym,
-            authorization=b"Bearer " + upstream.api_key.encode() if upstream.api_key else None,
+            credential=_credential(upstream),
             strip_credentials=generation.router.keyed,
-            body=length if isinstance(length, int) else (None if exchange.body is not None else 0),
+            body=length + longer if isinstance(length, int) else (None if exchange.body is not None else 0),
             upgrade=exchange.upgrade,
         )
         return for_upstream(head, options)
+
+
+def _credential(upstream: Upstream) -> tuple[bytes, bytes] | None:
+    if upstream.api_key is None:
+        return None
+    key = upstream.api_key.encode("latin-1")
+    if upstream.key_header == "authorization":
+        return b"Authorization", b"Bearer " + key
+    return upstream.key_header.encode("ascii"), key
 
 
 def _again(last: _Last, request_id: bytes) -> UpstreamRequest:

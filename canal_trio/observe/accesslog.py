@@ -76,8 +76,15 @@ def text_line(record: ExchangeRecord) -> bytes:
         parts.append(f"attempts={record.attempts}")
     if record.tried:
         parts.append(f"tried={_word(','.join(f'{one.upstream}:{one.result}' for one in record.tried))}")
-    names = (record.certificate, record.principal, record.model, record.upstream)
-    for name, value in zip(("cert", "key", "model", "upstream"), names, strict=True):
+    names = (
+        ("cert", record.certificate),
+        ("key", record.principal),
+        ("key_name", record.key if record.key != record.principal else None),
+        ("model", record.model),
+        ("upstream", record.upstream),
+        ("as", record.upstream_model if record.upstream_model != record.model else None),
+    )
+    for name, value in names:
         if value is not None:
             parts.append(f"{name}={_word(value)}")
     if record.usage is not None:
@@ -106,8 +113,10 @@ def json_line(record: ExchangeRecord) -> bytes:
         "outcome": record.outcome.value,
         "phase": record.phase.value,
         "principal": record.principal,
+        "key": record.key,
         "model": record.model,
         "upstream": record.upstream,
+        "upstream_model": record.upstream_model,
         "attempts": record.attempts,
         "tried": [{"upstream": one.upstream, "result": one.result} for one in record.tried],
         "streamed": record.streamed,

@@ -151,7 +151,7 @@ class ForUpstream:
     scheme: str  # of the client's connection
     request_id: bytes
     pseudonym: str  # our name in Via
-    authorization: bytes | None = None  # the upstream's own credential, in place of the client's
+    credential: tuple[bytes, bytes] | None = None  # the upstream's own, a whole field, in place of the client's
     strip_credentials: bool = False  # the client's key is ours to check and goes no further
     body: int | None = 0  # bytes; None: not known, so chunked
     upgrade: bytes | None = None  # what `upgrade_of` said
@@ -160,8 +160,8 @@ class ForUpstream:
 def for_upstream(head: RequestHead, options: ForUpstream) -> RequestHead:
     """The request as the upstream shall see it, with the gateway's own framing. `Expect` is gone: we answer it."""
     fields: Fields = [(b"Host", options.authority), *_request_fields(head, options)]
-    if options.authorization is not None:
-        fields.append((b"Authorization", options.authorization))
+    if options.credential is not None:
+        fields.append(options.credential)
     if options.body != 0:
         fields.append((b"Accept-Encoding", b"identity"))  # a compressing upstream holds events back
     fields += _request_framing(head.method, options)
@@ -175,7 +175,7 @@ def _request_fields(head: RequestHead, options: ForUpstream) -> Iterator[tuple[b
     """The client's own fields that go on."""
     dropped = _without_nominated(
         _dropped(
-            credentials=options.strip_credentials or options.authorization is not None,
+            credentials=options.strip_credentials or options.credential is not None,
             accept_encoding=options.body != 0,
             trailer=options.body is not None,
         ),

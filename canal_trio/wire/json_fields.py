@@ -72,12 +72,12 @@ _decode_options: Final = msgspec.json.Decoder(_Options).decode
 
 @dataclass(frozen=True, slots=True)
 class JsonFields:
-    """What a request's body says, and where the values begin (None: it does not say)."""
+    """What a request's body says, and where its model stands and its options begin (None: it does not say)."""
 
     model: str | None = None
     stream: bool = False  # a stream is asked for
     include_usage: bool | None = None  # None: it does not say, or says null
-    model_at: int | None = None
+    model_at: tuple[int, int] | None = None
     options_at: int | None = None
 
 
@@ -132,7 +132,7 @@ def _judged(body: bytes, said: _Body, places: dict[str, int]) -> JsonFields:
         said.model if isinstance(said.model, str) else None,
         isinstance(said.stream, msgspec.Raw) and bytes(said.stream) == b"true",
         usage,
-        None if said.model is msgspec.UNSET else places["model"],
+        None if said.model is msgspec.UNSET else (places["model"], _value_end(body, places["model"])),
         None if options is msgspec.UNSET else places["stream_options"],
     )
 
@@ -147,11 +147,10 @@ def _include_usage(options: bytes) -> bool | None:
 # -- edits -------------------------------------------------------------------------------------------------------------
 
 
-def model_edit(body: bytes, fields: JsonFields, model: str) -> Edit:
-    """The value of `model` becomes another one. `fields` are those of `body`, which has one."""
-    start = fields.model_at
-    assert start is not None, "the body names no model"
-    return Edit(start, _value_end(body, start), json.dumps(model, ensure_ascii=False).encode())
+def model_edit(fields: JsonFields, model: str) -> Edit:
+    """The value of `model` becomes another one. There is one."""
+    assert fields.model_at is not None, "the body names no model"
+    return Edit(*fields.model_at, json.dumps(model, ensure_ascii=False).encode())
 
 
 def usage_edit(body: bytes, fields: JsonFields) -> Edit | None:

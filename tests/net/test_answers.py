@@ -140,7 +140,7 @@ ROWS = {
         request("POST", "/v1/chat/completions", b'{"model": "large"}', "Content-Type: text/plain", AUTH)
     ),
     "model-not-named": forbidden(request("POST", "/v1/chat/completions", b"{}", JSON, AUTH)),
-    "model-in-no-json": forbidden(request("POST", "/v1/audio", b"--x", "Content-Type: multipart/form-data", AUTH)),
+    "model-in-no-json": forbidden(request("POST", "/v1/audio", b"--x", "Content-Type: audio/wav", AUTH)),
     "model-in-a-tunnel": forbidden(
         request("GET", "/v1/realtime?model=large", None, AUTH, "Connection: Upgrade", "Upgrade: websocket")
     ),

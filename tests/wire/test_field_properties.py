@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,18 +56,18 @@ OURS = set(
     fields=FIELDS,
     body=st.sampled_from([None, 0, 5]),
     trusted=st.booleans(),
-    authorization=st.sampled_from([None, b"Bearer up"]),
+    credential=st.sampled_from([None, (b"Authorization", b"Bearer up"), (b"api-key", b"up")]),
 )
 @settings(deadline=None, max_examples=200)
 def test_what_goes_upstream_is_right_for_any_fields(
-    method: bytes, fields: list[tuple[bytes, bytes]], body: int | None, trusted: bool, authorization: bytes | None
+    method: bytes, fields: list[tuple[bytes, bytes]], body: int | None, trusted: bool, credential: Any
 ) -> None:
     """One Host, one framing, nothing that Connection named; and our own strict reader, which knows no control byte,
     reads it back."""
     names = [name.lower() for name, _ in fields]
     fields = [field for at, field in enumerate(fields) if names.index(names[at]) == at]  # a reader saw no duplicates
     head = RequestHead(method, b"/v1/x", Headers(fields))
-    options = replace(UPSTREAM, body=body, client_trusted=trusted, authorization=authorization)
+    options = replace(UPSTREAM, body=body, client_trusted=trusted, credential=credential)
     seen = for_upstream(head, options)
     reader = RequestHeadReader(head_bytes=HEAD_BYTES, head_fields=200, target_bytes=TARGET_BYTES)
     assert reader.feed(write_request_head(seen)) == seen

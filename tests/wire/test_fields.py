@@ -232,9 +232,12 @@ def test_credentials() -> None:
     assert not {b"authorization", b"api-key", b"x-api-key"} & set(
         upstream(*fields, options=replace(UPSTREAM, strip_credentials=True))
     )
-    seen = upstream(*fields, options=replace(UPSTREAM, authorization=b"Bearer up"))
+    seen = upstream(*fields, options=replace(UPSTREAM, credential=(b"Authorization", b"Bearer up")))
     assert seen[b"authorization"] == b"Bearer up"
     assert not {b"api-key", b"x-api-key"} & set(seen)
+    seen = upstream(*fields, options=replace(UPSTREAM, credential=(b"api-key", b"up")))
+    assert seen[b"api-key"] == b"up"
+    assert not {b"authorization", b"x-api-key"} & set(seen)
 
 
 @pytest.mark.parametrize(

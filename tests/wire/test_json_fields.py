@@ -126,7 +126,7 @@ def test_an_alias_changes_the_model_and_nothing_else(text: str, alias: str):
     assert isinstance(fields, JsonFields)
     if fields.model is None:
         return
-    edit = model_edit(body, fields, alias)
+    edit = model_edit(fields, alias)
     assert json.loads(body[edit.start : edit.end]) == fields.model
     assert pairs(edited(body, edit)) == changed(pairs(text), "model", lambda _: alias)
 
@@ -249,4 +249,4 @@ def test_texts_that_nobody_can_read_pass():
     fields = json_fields(body)
     assert isinstance(fields, JsonFields)
     assert fields.model == "a"
-    assert edited(body, model_edit(body, fields, "b")) == body.replace(b'"a","d"', b'"b","d"')
+    assert edited(body, model_edit(fields, "b")) == body.replace(b'"a","d"', b'"b","d"')

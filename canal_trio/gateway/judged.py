@@ -1,0 +1,85 @@
+"""What a request's body was judged to say, and what of it an upstream gets in other words.
+
+A body is judged once, whole and held: its fields decide the route. For an upstream with another name for the model, and
+where the gateway asks for usage itself, the body is edited by splicing; it is then a few bytes longer or shorter, and
+all the rest of it is what the client sent.
+"""
+
+from __future__ import annotations
+
+from typing import Final, final
+
+import trio
+
+from canal_trio.errors import Failure, Kind, Phase, Side
+from canal_trio.messages import Headers
+from canal_trio.wire.form_fields import FormFields, form_fields, form_model_edit, is_form
+from canal_trio.wire.json_fields import JsonFields, json_fields, model_edit, usage_edit
+from canal_trio.wire.splice import Edit
+
+__all__ = ["Judged", "is_json", "judge", "names_model"]
+
+_IN_A_THREAD: Final = 1024 * 1024  # bytes: up to these it takes a millisecond or two
+# Uploads that have no model in OpenAI's API, and may be far larger than what is held.
+_NAMELESS: Final = ("/v1/files", "/v1/uploads")
+
+
+def is_json(headers: Headers) -> bool:
+    """Is the body JSON, by its content type?"""
+    media = (headers.get(b"content-type") or b"").partition(b";")[0].strip().lower()
+    return media == b"application/json" or media.endswith(b"+json")
+
+
+def names_model(headers: Headers, path: str) -> bool:
+    """Is the body of a kind that names its model: JSON, or a form that is no upload of files?"""
+    return is_json(headers) or (is_form(headers.get(b"content-type") or b"") and not path.startswith(_NAMELESS))
+
+
+@final
+class Judged:
+    """A body's fields. `model` is the one that it names, `can_ask_usage` says that it asks for a stream and does not
+    say whether it wants its usage."""
+
+    __slots__ = ("_fields", "_usage", "can_ask_usage", "model")
+
+    def __init__(self, body: bytes, fields: JsonFields | FormFields) -> None:
+        self.model = fields.model
+        self._fields = fields
+        self._usage = usage_edit(body, fields) if isinstance(fields, JsonFields) else None
+        self.can_ask_usage = self._usage is not None
+
+    def edits(self, model: str | None, *, usage: bool) -> tuple[Edit, ...]:
+        """For an upstream that calls the model `model` (None: as the client does), and is asked for usage or not."""
+        edits = (self._usage,) if usage and self._usage is not None else ()
+        if model is None or self.model is None or model == self.model:
+            return edits
+        fields = self._fields
+        edit = model_edit(fields, model) if isinstance(fields, JsonFields) else form_model_edit(fields, model)
+        return (*edits, edit)
+
+
+async def judge(headers: Headers, body: bytes, *, strict: bool) -> Judged | Failure | None:
+    """What `body` says. MALFORMED if it says it twice or cannot be read; None for the latter if not `strict`.
+
+    A checkpoint for large bodies only, which are read in a thread: the loop goes on meanwhile. Cancelling it leaves the
+    thread to end by itself.
+    """
+    if len(body) <= _IN_A_THREAD:
+        return _judge(headers, body, strict)
+    return await trio.to_thread.run_sync(_judge, headers, body, strict, abandon_on_cancel=True)
+
+
+def _judge(headers: Headers, body: bytes, strict: bool) -> Judged | Failure | None:
+    types = headers.get_all(b"content-type")
+    if len(types) > 1:
+        return _malformed("There is more than one Content-Type.")
+    fields = form_fields(types[0], body) if types and is_form(types[0]) else json_fields(body)
+    if not isinstance(fields, str):
+        return Judged(body, fields)
+    if b"content-encoding" in headers and strict:
+        return _malformed("The body is compressed: it has to be sent as it is, to be read.")
+    return _malformed(fields) if strict or "more than once" in fields else None
+
+
+def _malformed(detail: str) -> Failure:
+    return Failure(Side.CLIENT, Phase.ROUTE, Kind.MALFORMED, detail)
