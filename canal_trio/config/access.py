@@ -44,9 +44,7 @@ class Known:
     remark: str = ""
 
 
-def models_of(
-    tables: list[dict[str, Any]], known: Known, general: Balance, complain: Complain
-) -> tuple[Model, ...]:
+def models_of(tables: list[dict[str, Any]], known: Known, general: Balance, complain: Complain) -> tuple[Model, ...]:
     """Every `[[model]]`. `general` is what `[balance]` says for all."""
 
     def one(table: ModelTable, path: Path) -> Model:
@@ -57,9 +55,7 @@ def models_of(
     return _each("model", ModelTable, tables, complain, one)
 
 
-def routes_of(
-    tables: list[dict[str, Any]], known: Known, general: Balance, complain: Complain
-) -> tuple[Route, ...]:
+def routes_of(tables: list[dict[str, Any]], known: Known, general: Balance, complain: Complain) -> tuple[Route, ...]:
     """Every `[[route]]`. `general` is what `[balance]` says for all."""
 
     def one(table: RouteTable, path: Path) -> Route:

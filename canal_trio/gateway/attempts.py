@@ -190,8 +190,7 @@ class Attempts:
             verdict = verdict_of(exchange, failure, self._status, upstream)
             standing.end(verdict, trio.current_time(), trial=trial)
             if exchange.first_seen is not None:
-                late = verdict is Verdict.BAD and exchange.first_piece is None
-                if late:
+                if verdict is Verdict.BAD and (exchange.scanner is None or exchange.first_piece is None):
                     standing.missed(trio.current_time(), self._group.options.memory)
                 exchange.first_seen = None
         return failure

@@ -192,17 +192,18 @@ def affinity(exchange: Exchange, hash_by: str, most: int) -> bytes | None:
 
 
 def verdict_of(exchange: Exchange, failure: Failure | None, status: int | None, upstream: Upstream) -> Verdict:
-    """What an attempt says about `upstream`: its own `failure`, or the exchange's first one, and its answer's `status`.
+    """What an attempt says about `upstream`: its `failure`, unless the exchange had one before, and its `status`.
 
-    Busy (429) is neither good nor bad: it is set aside for that. Our own key refused is bad: nobody gets anything.
+    Busy (429) is neither good nor bad: it is set aside for that. Our own key refused is bad: nobody gets anything. What
+    the upstream did wrong counts although the client has left since.
     """
-    failure = failure or exchange.failure
+    failure = exchange.failure or failure  # when the client leaves, the attempt fails as well
     if status == 429:
         return Verdict.NEITHER
-    if failure is not None:
-        return Verdict.BAD if blames_upstream(failure) else Verdict.NEITHER
-    if status is None:
-        return Verdict.NEITHER
-    if status >= 500 or (status == 401 and upstream.api_key is not None):
+    if failure is not None and blames_upstream(failure):
         return Verdict.BAD
-    return Verdict.BAD if exchange.scanner is not None and exchange.scanner.error else Verdict.GOOD
+    if status is not None and (status >= 500 or (status == 401 and upstream.api_key is not None)):
+        return Verdict.BAD
+    if exchange.scanner is not None and exchange.scanner.error:
+        return Verdict.BAD
+    return Verdict.NEITHER if failure is not None or status is None else Verdict.GOOD

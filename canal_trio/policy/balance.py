@@ -37,9 +37,7 @@ class Member:
 class Balancer:
     """The upstreams of one model. `start` from 0 to 1 is where its round robin begins: another one in each worker."""
 
-    def __init__(
-        self, members: Sequence[Member], options: Balance, *, most_ejected: float, start: float = 0.0
-    ) -> None:
+    def __init__(self, members: Sequence[Member], options: Balance, *, most_ejected: float, start: float = 0.0) -> None:
         self.members = tuple(members)
         self.options = options
         self._avoidable = math.floor(most_ejected * len(self.members) + 1e-9)
@@ -51,9 +49,7 @@ class Balancer:
         ]
         self._tiers = sorted({member.tier for member in self.members})
 
-    def pick(
-        self, now: float, chance: float, *, tried: Collection[int] = (), key: bytes | None = None
-    ) -> int | None:
+    def pick(self, now: float, chance: float, *, tried: Collection[int] = (), key: bytes | None = None) -> int | None:
         """Which of the members to ask: its number; None if there is none. `chance`: a random number from [0, 1).
 
         `key` is what `hash` goes by; without one it spreads the load. Changes nothing but whose turn it is next.
@@ -139,10 +135,11 @@ class Balancer:
         memory = self.options.memory
         known = all(self.members[number].standing.first_token for number in pair)
 
-        def cost(number: int) -> float:
+        def cost(number: int) -> tuple[float, float]:
             standing = self.members[number].standing
             queue = (standing.in_flight + 1) / self._weight(number, now)
-            return queue * standing.expected(now, memory) if known else queue
+            # What nobody has measured yet is tried, but not flooded before its first token.
+            return (queue * standing.expected(now, memory), 0.0) if known else (queue, standing.first_token)
 
         return min(pair, key=cost)
 

@@ -256,6 +256,16 @@ def test_a_slow_first_token_counts_at_once() -> None:
     assert here.expected(21.0, 10.0) == pytest.approx(here.first_token / 2.718281828)
 
 
+def test_a_failure_is_no_fast_answer() -> None:
+    """Before a first token it counts for a second at least, and for twice what was known."""
+    here = standing()
+    here.missed(0.0, 10.0)
+    assert here.first_token == 1.0
+    here.took(3.0, 0.0, 10.0)
+    here.missed(0.0, 10.0)
+    assert here.first_token == 6.0
+
+
 events = st.lists(st.tuples(st.sampled_from([GOOD, BAD, NEITHER, "begin", "answered"]), st.floats(0, 15)), max_size=60)
 
 

@@ -17,7 +17,7 @@ import trio.testing
 from kit import Client, Records, settings_for
 from trio.abc import HalfCloseableStream, Stream
 
-from canal_trio.errors import Failure, Kind, Phase, Side
+from canal_trio.errors import Failure, Kind, Phase, Retry, Side
 from canal_trio.gateway import Gateway
 from canal_trio.hooks import ExchangeRecord
 from canal_trio.settings import Settings, Upstream
@@ -144,12 +144,15 @@ class World:
         self.clients: list[Client] = []
         self.by_request = True  # False: `play` gets the bare stream and reads for itself
         self.dialer: Callable[[Upstream], Awaitable[Any]] | None = None  # instead of the simulated network
+        self.refusing: set[str] = set()  # upstreams that accept no connection
         self._play = play
 
     async def _dial(self, upstream: Upstream) -> trio.abc.Stream | Failure:
         await trio.lowlevel.checkpoint()
         if self.dialer is not None:
             return await self.dialer(upstream)  # type: ignore[no-any-return]
+        if upstream.name in self.refusing:
+            return Failure(Side.UPSTREAM, Phase.DIAL, Kind.REFUSED, "Nobody listens.", Retry.UNSENT)
         ours, theirs = sim_stream_pair(a_to_b=self.request_link, b_to_a=self.upstream_link)
         conversation = Conversation(theirs, len(self.conversations), upstream=upstream.name)
         theirs.watch(conversation.note_leaving)  # type: ignore[attr-defined]  # this kind hands over
