@@ -191,6 +191,18 @@ def compare(peers: str, only: str, rounds: int, quick: bool, tls: bool, json_to:
 
 
 @cli.command()
+@click.option("--quick", is_flag=True, help="Fewer requests and connections.")
+@_JSON
+def edge(quick: bool, json_to: str | None) -> int:
+    """Measure what a refusal costs canal-trio, and an idle client."""
+    from loadtest import edge as measuring
+
+    result = measuring.edge(quick=quick)
+    _give(result, measuring.shown(result), json_to)
+    return 0
+
+
+@cli.command()
 @click.argument("results", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--page", default=OUT / "report.html", show_default=True, type=click.Path(path_type=Path))
 @click.option("--png", default=OUT / "report.png", show_default=True, type=click.Path(path_type=Path))
