@@ -247,11 +247,20 @@ class Delivery:
         with flow:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(upstream_task)
-                if await writer.flush():
+                if await self._flushed(writer):
                     await self.body(sender, flow)
                 else:
                     self._lost()
                 nursery.cancel_scope.cancel(reason="the answer was delivered or given up")
+
+    async def _flushed(self, writer: BodyWriter) -> bool:
+        """Pass on what the sink kept, counted as long as it takes; the flow counts what comes behind it."""
+        kept = sum(map(len, self._writer.unsent))
+        self.meter.bytes += kept
+        try:
+            return await writer.flush()
+        finally:
+            self.meter.bytes -= kept
 
     async def _heartbeat(self, writer: BodyWriter, interval: float) -> float:
         """A comment between events, after silence (design, section 6: one newline, openai-python 2722).

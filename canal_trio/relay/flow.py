@@ -13,9 +13,9 @@ Invariants:
   away synchronously, inside `cancel()`. Everything else about the flow is the same with and without a sink.
 * *A sink that raises is its receiver's bug.* The exception is raised there, the receiver is closed (a piece is lost, so
   nothing may follow it), and the sender sees no more than that: `trio.BrokenResourceError`.
-* *What it holds is counted*, in bytes, in the `Meter` it was opened with: a piece from when it enters the channel, or
-  was kept by a sink, until the receiver comes back for more or closes. So a counted flow's receiver has to be closed. A
-  piece that goes straight through is not counted, and costs nothing.
+* *What it holds is counted*, in bytes, in the `Meter` it was opened with: a piece from when it enters the channel or
+  waits to, or was kept by a sink, until the receiver comes back for more or closes. So a counted flow's receiver has to
+  be closed. A piece that goes straight through is not counted, and costs nothing.
 * *A parked receiver never waits inside the channel.* A piece given to it directly would free a slot early, and a batch
   could then hold one piece more than the bound allows.
 """
@@ -216,10 +216,12 @@ class FlowSender:
             state = self._state
             state.waits += 1
             state.waiting = True
+            state.meter.bytes += len(piece)
             try:
                 await state.send.send(piece)
             finally:
                 state.waiting = False
+                state.meter.bytes -= len(piece)
             state.enter(piece)  # and wake nobody: it may have been taken since, and the receiver be parked for the next
 
     def put_nowait(self, piece: bytes) -> None:

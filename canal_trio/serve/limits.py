@@ -9,7 +9,7 @@ import gc
 import math
 import os
 import resource
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from canal_trio.settings import Settings
@@ -28,7 +28,7 @@ __all__ = [
 RESERVE = 128
 MOST_DESCRIPTORS = 1_048_576  # the hard limit may be "unlimited", which the kernel would not give anyway
 
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # version 2, version 1
+CGROUPS = {"": ("", "memory.max"), "memory": ("memory/", "memory.limit_in_bytes")}  # version 2, version 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +67,32 @@ def capacity_of(settings: Settings, descriptors: int) -> Capacity:
     return Capacity(min(wanted, most), descriptors, wanted if wanted > most else None)
 
 
-def machine_memory(limit_files: Iterable[str] = CGROUP_LIMITS) -> int:
-    """Bytes of memory that this process and those beside it may use: the machine's, or less, as a cgroup says."""
+def machine_memory(root: str = "/") -> int:
+    """Bytes of memory that this process may use: the machine's, or less, as its cgroup or one around it says."""
     found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for name in limit_files:
+    for name in _limit_files(root):
         # There is no such file, or it says "max".
         with contextlib.suppress(OSError, ValueError), open(name, encoding="ascii") as file:
             found = min(found, int(file.read()))
     return found
+
+
+def _limit_files(root: str) -> Iterator[str]:
+    """Where the limit of our cgroup may stand, and those of the ones around it (cgroups(7))."""
+    try:
+        with open(os.path.join(root, "proc/self/cgroup"), encoding="utf-8") as file:
+            memberships = [line.rstrip("\n").split(":", 2) for line in file]
+    except OSError:  # no cgroups here
+        return
+    for _, controllers, path in memberships:
+        if (place := CGROUPS.get(controllers)) is None:
+            continue
+        folder = path.strip("/")
+        while True:
+            yield os.path.join(root, "sys/fs/cgroup", place[0], folder, place[1])
+            if not folder:
+                break
+            folder = folder.rpartition("/")[0]
 
 
 def with_ceiling(settings: Settings) -> Settings:

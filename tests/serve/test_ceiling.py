@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 from serve_fakes import FakeGateway, serving, settings
 
 from canal_trio.serve.limits import machine_memory, share_of, with_ceiling
@@ -13,13 +14,29 @@ from canal_trio.settings import Bounds, Settings
 MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def test_a_cgroup_may_leave_less(tmp_path: Path) -> None:
-    """The smallest number counts; a file that is not there or says "max" says nothing."""
-    files = {"small": "1048576\n", "max": "max\n", "huge": "9223372036854771712\n"}
+@pytest.mark.parametrize(
+    ("cgroup", "files", "expected"),
+    [
+        ("0::/a.slice/canal.service\n", {"a.slice/canal.service/memory.max": "1048576"}, 1048576),
+        ("0::/a.slice/canal.service\n", {"a.slice/canal.service/memory.max": "max", "a.slice/memory.max": "77"}, 77),
+        ("0::/\n", {"memory.max": "88"}, 88),
+        ("0::/a\n", {"b/memory.max": "1"}, MACHINE),
+        ("9:pids:/\n4:memory:/a/b\n0::/\n", {"memory/a/memory.limit_in_bytes": "66"}, 66),
+        ("4:memory:/a\n", {"memory/a/memory.limit_in_bytes": "9223372036854771712"}, MACHINE),
+        (None, {}, MACHINE),
+    ],
+    ids=["own", "around", "container", "another", "version 1", "no limit", "no cgroups"],
+)
+def test_a_cgroup_may_leave_less(tmp_path: Path, cgroup: str | None, files: dict[str, str], expected: int) -> None:
+    """The smallest number of our cgroup and those around it; a file that is not there or says "max" says nothing."""
+    if cgroup is not None:
+        (tmp_path / "proc/self").mkdir(parents=True)
+        (tmp_path / "proc/self/cgroup").write_text(cgroup)
     for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    assert machine_memory([str(tmp_path / name) for name in ("none", "max", "huge")]) == MACHINE
-    assert machine_memory([str(tmp_path / name) for name in ("huge", "small")]) == 1048576
+        place = tmp_path / "sys/fs/cgroup" / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(f"{text}\n")
+    assert machine_memory(str(tmp_path)) == expected
     assert 0 < machine_memory() <= MACHINE
 
 

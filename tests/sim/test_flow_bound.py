@@ -52,6 +52,9 @@ async def test_response_flow(autojump_clock: Any, handover: bool, bounds: Bounds
             held = taken(here) - passed_on(here)
             assert held <= formula(bounds)
             assert held >= (bounds.capacity + 1) * bounds.piece_bytes
+            # What is counted against the ceiling of memory is that, and a batch counts whole until all of it has gone.
+            counted = here.gateway.statistics().flow_bytes
+            assert held - bounds.piece_bytes <= counted <= formula(bounds)
             for _ in range(40):
                 assert await client.fill(600)
         await client.body(head)
@@ -102,6 +105,7 @@ async def test_request_flow(autojump_clock: Any, handover: bool, bounds: Bounds)
         await trio.sleep(40)
         received = here.streams[0].incoming._sent - here.streams[0].unread
         assert (bounds.capacity + 1) * bounds.piece_bytes <= received <= formula(bounds) + 2000
+        assert received - bounds.piece_bytes - 2000 <= here.gateway.statistics().flow_bytes <= formula(bounds)
         assert (await client.response()).status == 200
         assert (await here.records.one()).request_bytes == size
 
