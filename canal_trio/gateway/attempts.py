@@ -7,6 +7,7 @@ relayed, and only if policy says that it may (design, section 6).
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, final
 import trio
 
 from canal_trio.errors import Failure, Kind, Phase, Retry, Side
-from canal_trio.gateway.balancing import Group, affinity, names_prompt, timing, verdict_of
+from canal_trio.gateway.balancing import Group, find_key, timing, verdict_of
 from canal_trio.gateway.deliver import Delivery
 from canal_trio.gateway.exchange import Exchange
 from canal_trio.gateway.kept import HeldFlow, KeptAnswer, hold_event, hold_event_of_flow, keep, keep_from_flow
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PEEK_BYTES", "Attempts"]
 
-_COME_BACK = 60.0  # seconds: what clients are told at most
+_log = logging.getLogger("canal_trio.gateway")
+
 PEEK_BYTES = 262_144  # of a body that nothing else needs are held for the log's `model`
 
 
@@ -87,12 +89,13 @@ class Attempts:
         group = self._group = self._generation.balancing.group(plan)
         self._most = min(len(choices), self._settings.retries.attempts)
         if group.by_key:
-            failure = await self._find_key(group.options.hash_by)
-            if failure is not None:
-                return failure
+            key = await find_key(exchange, group.options.hash_by, self._settings.bounds.held_body_bytes)
+            if isinstance(key, Failure):
+                return key
+            self._key = key
         index, fresh = group.first(self._key), False
         if index is None:
-            return self._nobody()
+            return group.nobody()
         if index:
             exchange.routed(eof_leaves=choices[index].upstream.on_client_eof == "abort")
         while True:
@@ -100,7 +103,7 @@ class Attempts:
                 self._tried.append(index)
             upstream = choices[index].upstream
             exchange.rewrite(choices[index].model)
-            failure = await self._watched(upstream, index, fresh=fresh)
+            failure = await self._attempt(upstream, index, fresh=fresh)
             if failure is None or self._delivery.begun or exchange.failure is not None:
                 return failure
             step = next_step(
@@ -123,23 +126,6 @@ class Attempts:
 
     # -- which upstream ------------------------------------------------------------------------------------------------
 
-    async def _find_key(self, hash_by: str) -> Failure | None:
-        """What the hash goes by. A prompt has to be here as a whole; the failure if it is more than may be held."""
-        exchange = self._exchange
-        if hash_by == "prompt" and exchange.body is not None and exchange.upgrade is None and names_prompt(exchange):
-            exchange.phase = Phase.UPLOAD
-            failure = await exchange.body.hold_all()
-            if failure is not None:
-                return failure
-        self._key = affinity(exchange, hash_by, self._settings.bounds.held_body_bytes)
-        return None
-
-    def _nobody(self) -> Failure:
-        """Every upstream is avoided."""
-        wait = min(self._group.balancer.wait(trio.current_time()), _COME_BACK)
-        detail = "All of them have failed lately."
-        return Failure(Side.GATEWAY, Phase.ROUTE, Kind.UNAVAILABLE, detail, retry_after=wait or None)
-
     def _another(self, *, free: bool) -> int | None:
         """Which upstream to ask next, if one may be. `free`: nothing was asked of the last one."""
         if len(self._tried) >= self._most:
@@ -158,8 +144,8 @@ class Attempts:
     async def _give_up(self, failure: Failure) -> Failure | None:
         """Nobody else is asked: an answer that was kept is better than our word about the last failure."""
         kept = self._kept
-        if kept is None:
-            return failure
+        if kept is None or failure.retry not in (Retry.UNSENT, Retry.FRESH):
+            return failure  # a generation may be under way: an invitation to come again would be wrong
         exchange = self._exchange
         exchange.tried += (Tried(exchange.upstream or "", failure.kind.value),)
         exchange.upstream = kept.upstream
@@ -176,47 +162,58 @@ class Attempts:
 
     # -- one attempt ---------------------------------------------------------------------------------------------------
 
-    async def _watched(self, upstream: Upstream, index: int, *, fresh: bool) -> Failure | None:
-        """One attempt, with its upstream's standing kept. The same answer as `_attempt`."""
-        standing = self._standing = self._group.standing(index)
+    async def _attempt(self, upstream: Upstream, index: int, *, fresh: bool) -> Failure | None:
+        """One try at one upstream, which is told in its standing. None: an answer was delivered, or begun."""
         exchange, failure = self._exchange, None
+        exchange.attempts += 1
+        exchange.upstream = upstream.name
+        exchange.phase = Phase.LEASE
+        standing = self._standing = self._group.standings[index]
         trial = self._trial = standing.begin()
         self._status = None
         if self._group.timed:
             exchange.first_seen = timing(exchange, standing, self._group.options)
         try:
-            failure = await self._attempt(upstream, fresh=fresh)
+            request = self._requests.make(exchange, upstream, self._generation, trusted=self._trusted)
+            if isinstance(request, Failure):
+                failure = request
+                return failure
+            lease = await self._generation.pools[upstream.name].lease(fresh=fresh, dialling=self._dialling)
+            if isinstance(lease, Failure):
+                failure = lease
+                return failure
+            if exchange.body is not None and len(self._tried) >= self._most and not lease.reused:
+                exchange.body.last_attempt(PEEK_BYTES)  # nothing that can happen to it would be tried again
+            exchange.lease = lease
+            exchange.phase = Phase.FIRST_BYTE if exchange.received else Phase.UPLOAD
+            straight = lease.connection.straight if self._goes_straight(upstream) else None
+            if straight is not None:
+                failure = await self._straight(lease, straight, request, upstream)
+            else:
+                body = exchange.body.source() if exchange.body is not None else None
+                failure = await self._pair(lease, request, body, upstream)
+            return failure
         finally:
-            verdict = verdict_of(exchange, failure, self._status, upstream)
-            standing.end(verdict, trio.current_time(), trial=trial)
-            if exchange.first_seen is not None:
-                if verdict is Verdict.BAD and (exchange.scanner is None or exchange.first_piece is None):
-                    standing.missed(trio.current_time(), self._group.options.memory)
-                exchange.first_seen = None
-        return failure
+            self._over(failure, upstream, trial=trial)
 
-    async def _attempt(self, upstream: Upstream, *, fresh: bool) -> Failure | None:
-        """One try at one upstream. None: an answer was delivered, or begun."""
-        exchange = self._exchange
-        exchange.attempts += 1
-        exchange.upstream = upstream.name
-        exchange.phase = Phase.LEASE
-        pool = self._generation.pools[upstream.name]
-        request = self._requests.make(exchange, upstream, self._generation, trusted=self._trusted)
-        if isinstance(request, Failure):
-            return request
-        lease = await pool.lease(fresh=fresh, dialling=self._dialling)
-        if isinstance(lease, Failure):
-            return lease
-        if exchange.body is not None and len(self._tried) >= self._most and not lease.reused:
-            exchange.body.last_attempt(PEEK_BYTES)  # nothing that can happen to it would be tried again
-        exchange.lease = lease
-        exchange.phase = Phase.FIRST_BYTE if exchange.received else Phase.UPLOAD
-        straight = lease.connection.straight if self._goes_straight(upstream) else None
-        if straight is not None:
-            return await self._straight(lease, straight, request, upstream)
-        body = exchange.body.source() if exchange.body is not None else None
-        return await self._pair(lease, request, body, upstream)
+    def _over(self, failure: Failure | None, upstream: Upstream, *, trial: bool) -> None:
+        """The attempt is over: tell the upstream's standing."""
+        exchange, standing = self._exchange, self._standing
+        scanner = exchange.scanner
+        if self._status == 200 and failure is exchange.failure and (scanner is None or not scanner.error):
+            verdict = Verdict.GOOD if failure is None else Verdict.NEITHER
+        else:
+            verdict = verdict_of(exchange, failure, self._status, upstream)
+        before, now = standing.ejections, trio.current_time()
+        standing.end(verdict, now, trial=trial)
+        if standing.ejections != before:
+            wait = standing.avoided(now) - now
+            why = exchange.failure or failure or f"it answered {self._status}"
+            _log.warning("upstream %s is ejected for %g s: %s", upstream.name, wait, why)
+        if exchange.first_seen is not None:
+            if verdict is Verdict.BAD and (scanner is None or exchange.first_piece is None):
+                standing.missed(now, self._group.options.memory)
+            exchange.first_seen = None
 
     async def _pair(
         self, lease: Lease, request: UpstreamRequest, body: BodySource | None, upstream: Upstream
@@ -271,7 +268,7 @@ class Attempts:
                 settle()
                 return another
             body_of: AnswerBody = connection
-            if self._holds(answer):
+            if self._group.options.hold_first_event and self._holds(answer):
                 held = await hold_event(connection, self._settings.bounds.handover_bytes)
                 another = self._not_relayed(held.error, held.failure)
                 if another is not None:
@@ -315,7 +312,7 @@ class Attempts:
             self._kept = await keep_from_flow(port.flow, head, upstream.name) or self._kept
             return another
         flow: FlowReceiver | HeldFlow = port.flow
-        if self._holds(head):
+        if self._group.options.hold_first_event and self._holds(head):
             flow = held = await hold_event_of_flow(port.flow)
             another = self._not_relayed(held.error, held.cut)
             if another is not None:
@@ -339,8 +336,8 @@ class Attempts:
             self._standing.answered(trio.current_time())
         if status < 429:
             return None
-        if status in (429, 503):
-            self._busy(head, upstream)
+        if status == 503 or (status == 429 and self._is_ours(upstream)):
+            self._standing.set_aside(retry_after(head.headers, time.time()), trio.current_time())
         body = self._exchange.body
         if not (body is None or body.replayable) or not retries_status(status, retry_sent=upstream.retry_sent):
             return None
@@ -349,20 +346,17 @@ class Attempts:
             return None
         return Failure(Side.UPSTREAM, Phase.FIRST_BYTE, Kind.REFUSED, f"It answered {status}.", Retry.UNSENT)
 
-    def _busy(self, head: ResponseHead, upstream: Upstream) -> None:
-        """It asks for a pause, unless it asks only this client: a 429 to the client's own key is no one else's."""
-        request = self._exchange.head
-        assert request is not None
-        its_own = upstream.api_key is None and not self._generation.router.keyed and key_in(request.headers) is not None
-        if head.status == 503 or not its_own:
-            self._standing.set_aside(retry_after(head.headers, time.time()), trio.current_time())
+    def _is_ours(self, upstream: Upstream) -> bool:
+        """A refusal is meant for all: the client's own key has not been shown."""
+        head = self._exchange.head
+        assert head is not None
+        return upstream.api_key is not None or self._generation.router.keyed or key_in(head.headers) is None
 
     def _holds(self, head: ResponseHead) -> bool:
         """Its first event is looked at before it is relayed: the model says so, and somebody else could be asked."""
         body = self._exchange.body
         return (
-            self._group.options.hold_first_event
-            and head.status == 200
+            head.status == 200
             and len(self._tried) < self._most
             and (body is None or body.replayable)
             and is_event_stream(head.headers)

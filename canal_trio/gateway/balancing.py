@@ -14,7 +14,7 @@ from typing import final
 
 import trio
 
-from canal_trio.errors import Failure
+from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.gateway.exchange import Exchange
 from canal_trio.policy.affinity import prompt_key
 from canal_trio.policy.balance import Balancer, Member
@@ -24,9 +24,10 @@ from canal_trio.policy.retries import RetryBudget
 from canal_trio.policy.routing import Plan, key_in
 from canal_trio.settings import Balance, Model, Route, Settings, Upstream
 
-__all__ = ["Balancing", "Group", "Standings", "UpstreamStatistics", "affinity", "names_prompt", "timing", "verdict_of"]
+__all__ = ["Balancing", "Group", "Standings", "UpstreamStatistics", "find_key", "timing", "verdict_of"]
 
 
+_COME_BACK = 60.0  # seconds: what clients are told at most
 _ANYTHING = Plan(())  # what needs none of the upstreams in particular
 
 
@@ -45,21 +46,18 @@ class UpstreamStatistics:
 class Group:
     """The upstreams of one model, of one route, or all of them. `alone` is the standing of an only one."""
 
-    __slots__ = ("alone", "balancer", "budget", "by_key", "options", "timed")
+    __slots__ = ("alone", "balancer", "budget", "by_key", "options", "standings", "timed")
 
     def __init__(self, balancer: Balancer, budget: RetryBudget) -> None:
         self.balancer = balancer
         self.budget = budget
         self.options = balancer.options
         members = balancer.members
+        self.standings = tuple(member.standing for member in members)
         several = len(members) > 1
         self.alone = members[0].standing if len(members) == 1 else None
         self.by_key = several and self.options.strategy == "hash"
         self.timed = several and self.options.strategy == "fastest"
-
-    def standing(self, index: int) -> Standing:
-        """That of one of them."""
-        return self.balancer.members[index].standing
 
     def first(self, key: bytes | None) -> int | None:
         """Which to ask first; None: every one is avoided. Counts an exchange."""
@@ -68,13 +66,19 @@ class Group:
         self.budget.exchange()
         return self.balancer.pick(trio.current_time(), random.random(), key=key)
 
+    def nobody(self) -> Failure:
+        """The answer when every one is avoided."""
+        wait = min(self.balancer.wait(trio.current_time()), _COME_BACK)
+        detail = "All that could answer have failed lately."
+        return Failure(Side.GATEWAY, Phase.ROUTE, Kind.UNAVAILABLE, detail, retry_after=wait or None)
+
     def another(self, tried: Sequence[int], key: bytes | None, *, free: bool) -> int | None:
         """Which to ask next; None: there is none, or the budget is spent. `free`: nothing was asked of the last one."""
         now = trio.current_time()
         index = self.balancer.pick(now, random.random(), tried=tried, key=key)
         if index is None or not (free or self.budget.take(now)):
             return None
-        self.standing(index).retries += 1
+        self.standings[index].retries += 1
         return index
 
 
@@ -158,9 +162,10 @@ class Balancing:
         return self._refused + sum(group.budget.refused for group in self._groups.values())
 
 
-def names_prompt(exchange: Exchange) -> bool:
+def _names_prompt(exchange: Exchange) -> bool:
     """Its body is JSON, so that it may have a prompt."""
-    assert exchange.head is not None
+    if exchange.head is None or exchange.body is None or exchange.upgrade is not None:
+        return False
     media = (exchange.head.headers.get(b"content-type") or b"").partition(b";")[0].strip().lower()
     return media == b"application/json" or media.endswith(b"+json")
 
@@ -176,10 +181,18 @@ def timing(exchange: Exchange, standing: Standing, options: Balance) -> Callable
     return seen
 
 
-def affinity(exchange: Exchange, hash_by: str, most: int) -> bytes | None:
-    """What `hash` goes by. `most`: bytes of a body that are looked into for its prompt."""
+async def find_key(exchange: Exchange, hash_by: str, most: int) -> bytes | Failure | None:
+    """What `hash` goes by. A prompt has to be here as a whole: the failure if it is more than may be held.
+
+    `most`: bytes of a body that are looked into. A checkpoint only if it waits for the body.
+    """
     head = exchange.head
     assert head is not None
+    if hash_by == "prompt" and _names_prompt(exchange) and exchange.body is not None:
+        exchange.phase = Phase.UPLOAD
+        failure = await exchange.body.hold_all()
+        if failure is not None:
+            return failure
     kind, _, name = hash_by.partition(":")
     if kind == "header":
         return head.headers.get(name.lower().encode("ascii"))

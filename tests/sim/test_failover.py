@@ -257,6 +257,15 @@ async def test_429_became_a_502_because_the_fallback_was_down(autojump_clock: An
         assert record.tried == (Tried("u0", "429"), Tried("u1", "refused"))
 
 
+async def test_client_was_told_to_come_back_while_its_answer_was_generated(autojump_clock: Any, handover: bool) -> None:
+    """After a refusal by one, another does not answer in time: it may be generating, so the client is not invited."""
+    plays = {"u0": answers(429, *HINTS, body=REFUSAL), "u1": silent}
+    async with several(plays, handover=handover) as here:
+        response = await talk(here)
+        assert (response.status, response.header("x-should-retry")) == (504, "false")
+        assert response.header("retry-after") is None
+
+
 async def test_the_last_refusal_counts(autojump_clock: Any, handover: bool) -> None:
     """The last upstream's own answer is relayed as it is, hints included."""
     plays = {"u0": answers(503), "u1": answers(429, *HINTS, body=REFUSAL)}
