@@ -73,14 +73,12 @@ class Places:
         return True
 
     async def take(self) -> Failure | None:
-        """Take a place, waiting for one if there may be one soon; the failure if not.
+        """Where `take_nowait` just said no: wait for a place if there may be one soon; the failure if not.
 
         A checkpoint if it waits; cancelling it leaves nothing behind.
         """
         if self.held >= self._ceiling:
             return self._refusal("It holds as many bytes as it may.")
-        if self.take_nowait():
-            return None
         if len(self._queue) >= self._waiters:
             return self._refusal(f"All {self._limit:.0f} places are taken, and enough requests wait for one.")
         task = trio.lowlevel.current_task()

@@ -29,6 +29,8 @@ class Numbers:
     flow_bytes: int = 0
     memory_limit: float = 1e9
     pools: Mapping[str, object] = field(default_factory=dict)
+    upstreams: Mapping[str, object] = field(default_factory=dict)
+    retries_refused: int = 0
 
 
 class FakeGateway:
