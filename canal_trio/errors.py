@@ -65,6 +65,8 @@ class Kind(enum.Enum):
     UNAUTHENTICATED = "unauthenticated"
     FORBIDDEN = "forbidden"
     LIMITED = "limited"
+    QUOTA = "quota"  # the budget is spent
+    UNCOUNTED = "uncounted"  # what counts the limits is away
     NOT_FOUND = "not_found"  # no such model or route
     UNAVAILABLE = "unavailable"  # no upstream usable, no lease in time, too many waiters
     DRAINING = "draining"

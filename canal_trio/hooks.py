@@ -14,13 +14,17 @@ from canal_trio.errors import Failure, Phase
 from canal_trio.messages import RequestHead
 
 __all__ = [
+    "Admission",
     "Admitted",
+    "Asked",
     "Authenticator",
     "Bookkeeper",
     "ExchangeRecord",
     "Outcome",
     "Principal",
     "Recorder",
+    "Refused",
+    "Slot",
     "Tap",
     "Tried",
     "Usage",
@@ -162,3 +166,52 @@ class Tap(Protocol):
 
     def piece(self, data: bytes) -> None:
         """`data` was accepted by the client's kernel."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is known of an exchange when it asks to be admitted: authenticated and routed, nothing upstream touched."""
+
+    path: str  # without the query
+    principal: str | None
+    model: str | None  # as the client named it
+    upstream: str | None  # the first that would be tried
+    upstream_model: str | None  # as that one names it
+    body: bytes | None  # if it is here, and no form
+
+
+class Slot(Protocol):
+    """An admitted exchange's place. It lasts exactly as long as the exchange."""
+
+    @property
+    def fields(self) -> tuple[tuple[bytes, bytes], ...]:
+        """Header fields for the answer, whoever gives it; lower-case names."""
+
+    def release(self, record: ExchangeRecord) -> None:
+        """The exchange has ended: settle by what it used. Called exactly once, not a checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Not admitted: the failure to answer with, and header fields for that answer."""
+
+    failure: Failure
+    fields: tuple[tuple[bytes, bytes], ...] = ()
+
+
+class Admission(Protocol):
+    """Decides whether an exchange may begin, before anything upstream is touched."""
+
+    @property
+    def wants_body(self) -> bool:
+        """It judges by the model or the size of what is asked: a JSON body is held before it is asked."""
+
+    @property
+    def wants_usage(self) -> bool:
+        """It settles by what was used: accounting is on for what it admits."""
+
+    async def admit(self, asked: Asked) -> Slot | Refused:
+        """A slot, or why not. A checkpoint only where the answer is not in this process.
+
+        Cancelling it leaves nothing behind: a slot that nobody has received any more is given back.
+        """

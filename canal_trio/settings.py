@@ -16,6 +16,8 @@ __all__ = [
     "Health",
     "Key",
     "Ledger",
+    "Limit",
+    "LimitStore",
     "Model",
     "NamedCertificate",
     "Price",
@@ -225,6 +227,35 @@ class Ledger:
 
 
 @dataclass(frozen=True, slots=True)
+class Limit:
+    """How much there may be, for one principal, one model, both together, or (both None) in total.
+
+    A `*` stands for each one by itself that has no limit of its own. None: no limit. Money is in the prices' currency.
+    """
+
+    principal: str | None = None
+    model: str | None = None
+    requests: float | None = None  # per minute
+    tokens: float | None = None  # per minute, prompt and completion together
+    streams: int | None = None  # exchanges at once
+    spend_day: float | None = None
+    spend_month: float | None = None
+    burst: float = 60.0  # seconds' worth of a rate that may be used at once
+
+
+@dataclass(frozen=True, slots=True)
+class LimitStore:
+    """Where limits are counted: in this machine's memory, or (`redis`) where several machines see it."""
+
+    state: str | None = None  # the file in which memory keeps what was spent
+    redis: str | None = field(default=None, repr=False)  # redis://, rediss:// or unix:// URL, perhaps with a password
+    fail: str = "local"  # while Redis is away: "open" lets everything in, "closed" nothing, "local" counts by itself
+    timeout: float = 0.25  # for one answer of Redis
+    prefix: str = "canal"  # of our keys in Redis
+    output_tokens: int = 1000  # set aside for a request that names no maximum
+
+
+@dataclass(frozen=True, slots=True)
 class NamedCertificate:
     """A further certificate, for clients that ask for one of `names` (SNI); `*.` at the front stands for one label."""
 
@@ -263,6 +294,8 @@ class Settings:
     keys: tuple[Key, ...] = ()
     prices: tuple[Price, ...] = ()
     ledger: Ledger | None = None
+    limits: tuple[Limit, ...] = ()
+    limit_store: LimitStore = field(default_factory=LimitStore)
     bounds: Bounds = field(default_factory=Bounds)
     deadlines: Deadlines = field(default_factory=Deadlines)
     balance: Balance = field(default_factory=Balance)

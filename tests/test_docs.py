@@ -12,7 +12,22 @@ from canal_trio.gateway.core import GatewayStatistics
 from canal_trio.gateway.exchange import ExchangeView
 from canal_trio.hooks import ExchangeRecord
 from canal_trio.observe.metrics import Metrics
-from canal_trio.settings import Balance, Bounds, Deadlines, Health, Key, Ledger, Model, Retries, Route, Target, Upstream
+from canal_trio.settings import (
+    Balance,
+    Bounds,
+    Deadlines,
+    Health,
+    Key,
+    Ledger,
+    Limit,
+    LimitStore,
+    Model,
+    Price,
+    Retries,
+    Route,
+    Target,
+    Upstream,
+)
 from canal_trio.upstream.pool import PoolStatistics
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +36,10 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"
 
 @pytest.mark.parametrize(
     "record",
-    [Balance, Bounds, Deadlines, Health, Ledger, Retries, Upstream, Model, Route, Target, Key],
+    [
+        *(Balance, Bounds, Deadlines, Health, Ledger, Limit, LimitStore, Price),
+        *(Retries, Upstream, Model, Route, Target, Key),
+    ],
     ids=lambda record: record.__name__,
 )
 def test_every_setting_is_documented(record: type):
@@ -44,6 +62,7 @@ def test_every_metric_is_documented():
     metrics.watch(Idle())
     page = metrics.page().decode() + "# TYPE canal_connection_slots g\n# TYPE canal_log_lines_dropped g\n"
     page += "# TYPE canal_tls_handshakes_running g\n# TYPE canal_tls_handshakes_waiting g\n"
+    page += "# TYPE canal_limit_store_away g\n# TYPE canal_limit_store_errors g\n"
     page += "# TYPE canal_workers g\n# TYPE canal_worker_restarts_total c\n"  # the supervisor's
     ledger = ("backlog_bytes", "rows", "refused", "interrupted", "store_errors")
     page += "".join(f"# TYPE canal_ledger_{name} g\n" for name in ledger)

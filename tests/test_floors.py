@@ -20,6 +20,7 @@ FLOORS = {
     "upstream": 2,
     "gateway": 3,
     "observe": 4,
+    "quota": 4,
     "serve": 5,
     "config": 6,
     "cli": 6,

@@ -20,14 +20,13 @@ from canal_trio.config.balance import balance_of, health_of, retries_of
 from canal_trio.config.build import Surroundings, base_url_of, bounds_of, deadlines_of, read, upstream_of
 from canal_trio.config.ledger import ledger_of
 from canal_trio.config.locate import Path, locate, path_text
-from canal_trio.config.quotas import price_of
+from canal_trio.config.quotas import limit_store_of, limits_of, prices_of
 from canal_trio.config.schema import (
     BalanceTable,
     BoundsTable,
     DeadlinesTable,
     FileTables,
     HealthTable,
-    PriceTable,
     RetriesTable,
     ServerTable,
     UpstreamTable,
@@ -36,7 +35,7 @@ from canal_trio.config.schema import (
 from canal_trio.config.tls import server_tls_of
 from canal_trio.config.values import shown
 from canal_trio.errors import ConfigError
-from canal_trio.settings import Price, Settings, Upstream, address_text
+from canal_trio.settings import Settings, Upstream, address_text
 
 __all__ = ["VARIABLES", "Flags", "load", "strange_variables"]
 
@@ -167,6 +166,10 @@ class _Layers:
         keys = keys_of(tables.key, _names(tables.model), _names(tables.route), self.complain)
         for kind, key in (("model", "name"), ("route", "name"), ("route", "path"), ("key", "name"), ("key", "sha256")):
             self._no_twins(kind, key, getattr(tables, kind))
+        prices = prices_of(tables.price, known.upstreams | frozenset(_names(tables.upstream)), self.complain)
+        store = limit_store_of(tables.limits, self.around, self.complain)
+        kept = (store.state or tables.limits.get("redis")) is not None
+        limits = limits_of(tables.limit, keys, models, self.complain, priced=bool(tables.price), kept=kept)
         if not keys and "key" not in self.raw and not server.allow_anonymous:
             self._refuse_open_relay(upstreams)
         listen = self._listen(server)
@@ -188,7 +191,9 @@ class _Layers:
             models=models,
             routes=routes,
             keys=keys,
-            prices=self._prices(tables.price, tables.upstream, upstreams),
+            prices=prices,
+            limits=limits,
+            limit_store=store,
             bounds=bounds_of(bounds, ("bounds",), self.complain),
             deadlines=deadlines_of(deadlines, ("deadlines",), self.complain),
             balance=balance,
@@ -235,23 +240,6 @@ class _Layers:
         if "upstream" in self.said:
             return Known(names, f": {self.said['upstream'][0]} replaces those of the file")
         return Known(names | frozenset(_names(tables)))  # a faulty upstream is there all the same
-
-    def _prices(
-        self, tables: list[dict[str, Any]], upstreams: list[dict[str, Any]], used: tuple[Upstream, ...]
-    ) -> tuple[Price, ...]:
-        names = {raw["name"] for raw in upstreams if isinstance(raw.get("name"), str)}
-        names |= {upstream.name for upstream in used}
-        prices: dict[tuple[str, str | None], Price] = {}
-        for number, raw in enumerate(tables):
-            path: Path = ("price", number)
-            table = decode(PriceTable, raw, path, self.complain)
-            if table is None:
-                continue
-            price = price_of(table, path, frozenset(names), self.complain)
-            if (price.model, price.upstream) in prices:
-                self.complain((*path, "model"), f"there is a price for {shown(price.model)} already")
-            prices[price.model, price.upstream] = price
-        return tuple(prices.values())
 
     def _no_twins(self, kind: str, key: str, tables: list[dict[str, Any]]) -> None:
         first: dict[str, int] = {}

@@ -26,6 +26,8 @@ __all__ = [
     "HealthTable",
     "KeyTable",
     "LedgerTable",
+    "LimitStoreTable",
+    "LimitTable",
     "ModelTable",
     "NamedCertificateTable",
     "Number",
@@ -73,6 +75,8 @@ class FileTables(Table):
     route: list[dict[str, Any]] = []
     key: list[dict[str, Any]] = []
     price: list[dict[str, Any]] = []
+    limit: list[dict[str, Any]] = []
+    limits: dict[str, Any] = {}
 
 
 class ServerTable(Table):
@@ -198,6 +202,30 @@ class PriceTable(Table):
     reasoning: float | None = None
     request: float = 0.0
     upstream: str | None = None
+
+
+class LimitTable(Table):
+    """`[[limit]]`."""
+
+    principal: str | None = None
+    model: str | None = None
+    requests_per_minute: int | float | None = None
+    tokens_per_minute: int | float | None = None
+    streams: int | None = None
+    spend_per_day: int | float | None = None
+    spend_per_month: int | float | None = None
+    burst: Number | None = None
+
+
+class LimitStoreTable(Table):
+    """`[limits]`."""
+
+    state: str | None = None
+    redis: Secret | None = None
+    fail: str | None = None
+    timeout: Number | None = None
+    prefix: str | None = None
+    output_tokens: int | None = None
 
 
 def _numbers(name: str, record: type[Any]) -> type[Table]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from canal_trio.messages import ResponseHead
+from canal_trio.messages import Headers, ResponseHead
 from canal_trio.wire.headers import ForClient, for_client
 from canal_trio.wire.heads import write_response_head
 
-__all__ = ["ClientHeads"]
+__all__ = ["ClientHeads", "with_fields", "without_fields"]
 
 _LINE = b"\r\nX-Request-Id: %b\r\n"
 
@@ -63,3 +63,20 @@ def _way(options: ForClient) -> tuple[object, ...]:
         options.upgrade,
         options.date,
     )
+
+
+Fields = tuple[tuple[bytes, bytes], ...]
+
+
+def without_fields(head: ResponseHead, fields: Fields) -> ResponseHead:
+    """`head` without what it says under the names in `fields`: those of another."""
+    names = [name for name, _ in fields if name in head.headers]
+    if not names:
+        return head
+    kept = Headers([(name, value) for name, lower, value in head.headers.lowered() if lower not in names])
+    return ResponseHead(head.status, kept, head.reason, head.version)
+
+
+def with_fields(block: bytes, fields: Fields) -> bytes:
+    """The head `block`, with `fields` at its end."""
+    return b"%b%b\r\n" % (block[:-2], b"".join([b"%b: %b\r\n" % field for field in fields]))

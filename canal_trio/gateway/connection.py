@@ -247,7 +247,9 @@ class ClientConnection:
             self._break(exchange)
             return False
         keep = keep and exchange.received and exchange.head is not None
-        status, response = error_response(failure, request_id=exchange.id, head=exchange.head, close=not keep)
+        status, response = error_response(
+            failure, request_id=exchange.id, head=exchange.head, close=not keep, more=exchange.fields
+        )
         exchange.status = status
 
         return await self._writer.write([response], exchange.has_answer) and keep

@@ -11,7 +11,7 @@ import ipaddress
 import logging
 import math
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import final
 
@@ -22,7 +22,7 @@ from canal_trio.gateway.balancing import Balancing, Standings, UpstreamStatistic
 from canal_trio.gateway.connection import ClientConnection
 from canal_trio.gateway.exchange import Exchange, ExchangeView
 from canal_trio.gateway.places import Places
-from canal_trio.hooks import Bookkeeper, Recorder
+from canal_trio.hooks import Admission, Bookkeeper, Recorder
 from canal_trio.policy.routing import Router
 from canal_trio.relay.idle import Reaper
 from canal_trio.settings import Settings, Upstream
@@ -60,6 +60,7 @@ class Generation:
     pools: dict[str, Pool]
     balancing: Balancing
     books: Bookkeeper | None = None  # takes note of each admitted exchange
+    admission: Admission | None = None  # None: everything is admitted
 
     def crowded(self) -> Failure | None:
         """No upstream has room, not even in its queue: why nothing can be done for any request, whatever it wants."""
@@ -87,6 +88,7 @@ class Gateway:
     ) -> None:
         self._recorders = tuple(recorders)
         self._books: Bookkeeper | None = None
+        self._admissions: Callable[[Settings], Admission | None] = _admit_all
         self._dialer = dialer
         self._connections: set[ClientConnection] = set()
         self._exchanges: dict[Exchange, None] = {}
@@ -119,7 +121,7 @@ class Gateway:
                 )
             )
         balancing = Balancing(settings, self._standings.configure(settings), refused)
-        return Generation(settings, Router(settings), pools, balancing, self._books)
+        return Generation(settings, Router(settings), pools, balancing, self._books, self._admissions(settings))
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """The background work: deadlines. Runs until cancelled; idle upstream connections are closed then."""
@@ -161,6 +163,12 @@ class Gateway:
         self._books = books
         self.generation = replace(self.generation, books=books)
 
+    def limit_by(self, admissions: Callable[[Settings], Admission | None]) -> None:
+        """Have exchanges admitted by the hook that `admissions` gives for a configuration (None: it limits nothing).
+        Before anything is handled."""
+        self._admissions = admissions
+        self.generation = replace(self.generation, admission=admissions(self.settings))
+
     def trusts(self, address: str) -> bool:
         """Is `address` one of the trusted proxies?"""
         if not self._networks:
@@ -182,6 +190,11 @@ class Gateway:
         if self._exchanges.pop(exchange, exchange) is exchange:
             return  # was not in the book: recorded already
         record = exchange.finish()
+        if exchange.slot is not None:
+            try:
+                exchange.slot.release(record)
+            except Exception:
+                _log.exception("the limits failed on the record of %s", record.request_id)
         if exchange.entry is not None and self._books is not None:
             self._books.ended(exchange.entry, record)
         for recorder in self._recorders:
@@ -246,6 +259,10 @@ class Gateway:
         for exchange in list(self._exchanges):
             exchange.fail(Failure(Side.GATEWAY, exchange.phase, Kind.DRAINING, "The time to finish is over."))
         return math.inf
+
+
+def _admit_all(_: Settings) -> Admission | None:
+    return None
 
 
 def _networks(settings: Settings) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:

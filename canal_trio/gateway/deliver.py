@@ -17,7 +17,7 @@ import trio
 
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.gateway.account import account_for
-from canal_trio.gateway.answers import ClientHeads
+from canal_trio.gateway.answers import ClientHeads, with_fields, without_fields
 from canal_trio.gateway.exchange import Exchange
 from canal_trio.gateway.kept import HeldFlow
 from canal_trio.gateway.respond import http_date
@@ -127,7 +127,9 @@ class Delivery:
             upgrade=exchange.upgrade if head.status == 101 else None,
             date=http_date(),
         )
-        return self._heads.block(head, options)
+        if not exchange.fields or head.status < 200 or head.status == 429:  # its own limit, and its own word for it
+            return self._heads.block(head, options)
+        return with_fields(self._heads.block(without_fields(head, exchange.fields), options), exchange.fields)
 
     # -- the body ------------------------------------------------------------------------------------------------------
 

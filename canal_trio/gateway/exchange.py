@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from canal_trio.gateway.account import Account
     from canal_trio.gateway.body import HeldBody, WholeBody
     from canal_trio.gateway.judged import Judged
+    from canal_trio.hooks import Slot
     from canal_trio.messages import RequestHead
     from canal_trio.upstream.pool import Lease
 
@@ -71,6 +72,7 @@ class Exchange:
         "eof",
         "eof_leaves",
         "failure",
+        "fields",
         "finished",
         "finished_at",
         "first_piece",
@@ -96,6 +98,7 @@ class Exchange:
         "response_bytes",
         "scanner",
         "scope",
+        "slot",
         "started",
         "started_at",
         "status",
@@ -147,6 +150,8 @@ class Exchange:
         self.upstream_model: str | None = None  # where that is called otherwise than the client does
         self.attempts = 0
         self.tried: tuple[Tried, ...] = ()
+        self.slot: Slot | None = None  # what it was admitted with
+        self.fields: tuple[tuple[bytes, bytes], ...] = ()  # for the answer's head, whoever gives it
         # what was delivered
         self.status: int | None = None
         self.scanner: EventScanner | None = None

@@ -20,11 +20,12 @@ from canal_trio.gateway.places import Places
 from canal_trio.gateway.requests import UpstreamRequests
 from canal_trio.gateway.respond import continue_head
 from canal_trio.gateway.writer import ClientWriter
-from canal_trio.hooks import Admitted
+from canal_trio.hooks import Admission, Admitted, Asked, Refused
 from canal_trio.messages import RequestHead
-from canal_trio.policy.routing import Plan
+from canal_trio.policy.routing import Choice, Plan
 from canal_trio.settings import Settings
 from canal_trio.wire.bodies import content_length
+from canal_trio.wire.form_fields import is_form
 from canal_trio.wire.headers import wants_continue
 from canal_trio.wire.targets import origin_form, plain_path
 
@@ -85,6 +86,12 @@ class Pipeline:
         if not plan.choices:
             return Failure(Side.GATEWAY, Phase.ROUTE, Kind.UNAVAILABLE, "No upstream is configured.")
         exchange.accounted = self._settings.accounting
+        admission = self._generation.admission
+        if admission is not None:
+            exchange.accounted = exchange.accounted or admission.wants_usage
+            refusal = await self._admit(admission, plan.choices[0])
+            if refusal is not None:
+                return refusal
         refusal = self._book(plan)
         if refusal is not None:
             return refusal
@@ -195,6 +202,32 @@ class Pipeline:
         origin = origin_form(self._head)
         path = None if isinstance(origin, Failure) else plain_path(origin[0])
         return self._generation.router.by_path(path, self._exchange.principal)
+
+    async def _admit(self, admission: Admission, first: Choice) -> Failure | None:
+        """Ask the limits, once for all attempts; `first` is tried first. Why not, if not.
+
+        Whatever the body calls itself, it is read: many upstreams do not look at that. Only files are not held for it.
+        """
+        exchange, body, content = self._exchange, self._exchange.body, None
+        headers = self._head.headers
+        if admission.wants_body and body is not None and exchange.upgrade is None:
+            form, named = is_form(headers.get(b"content-type") or b""), names_model(headers, exchange.path)
+            if exchange.judged is None and (named or not form):
+                failure = await self._read(body, strict=named)
+                if failure is not None:
+                    return failure
+                exchange.phase = Phase.ROUTE
+            if not form:
+                content = body.beginning(self._settings.bounds.held_body_bytes)
+        principal = exchange.principal.name if exchange.principal is not None else None
+        verdict = await admission.admit(
+            Asked(exchange.path, principal, exchange.model, first.upstream.name, first.model, content)
+        )
+        exchange.fields = verdict.fields
+        if isinstance(verdict, Refused):
+            return verdict.failure
+        exchange.slot = verdict
+        return None
 
     def _too_large(self) -> Failure | None:
         limit = self._settings.bounds.held_body_bytes

@@ -35,8 +35,15 @@ def continue_head() -> bytes:
     return write_response_head(ResponseHead(100, reason=b"Continue"))
 
 
-def error_response(failure: Failure, *, request_id: str, head: RequestHead | None, close: bool) -> tuple[int, bytes]:
-    """The status and the whole response for `failure`, as bytes."""
+def error_response(
+    failure: Failure,
+    *,
+    request_id: str,
+    head: RequestHead | None,
+    close: bool,
+    more: tuple[tuple[bytes, bytes], ...] = (),
+) -> tuple[int, bytes]:
+    """The status and the whole response for `failure`, as bytes; `more` are further fields."""
     answer = answer_for(failure)
     body = error_body(answer.message, answer.type, answer.code, answer.param)
     fields = [
@@ -45,6 +52,7 @@ def error_response(failure: Failure, *, request_id: str, head: RequestHead | Non
         (b"content-length", b"%d" % len(body)),
         (b"x-request-id", request_id.encode("ascii")),
         *_hints(answer, failure),
+        *more,
         (b"connection", b"close" if close else b"keep-alive"),
     ]
     response = write_response_head(ResponseHead(answer.status, Headers(fields), _REASONS.get(answer.status, b"")))

@@ -103,6 +103,12 @@ _POOL: dict[str, tuple[str, str, bool]] = {
     "refused": ("canal_pool_waits_refused", "Waits for a connection that were not begun: the queue was full.", True),
 }
 
+_LIMIT_REJECTIONS = (
+    "canal_limit_rejections",
+    "Exchanges that a limit did not let in: whose it was, and which.",
+    ("scope", "limit"),
+)
+
 
 @final
 class Metrics:
@@ -160,6 +166,7 @@ class Metrics:
         self._waits = tallies.count(
             "canal_flow_waits", "Times the reading of an upstream stopped until its client had taken more."
         )
+        self.limit_rejections = tallies.count(*_LIMIT_REJECTIONS)
         self._tokens = tallies.count(
             "canal_tokens", "Tokens, by where the number comes from.", ["type", "source", "upstream"]
         )

@@ -44,6 +44,7 @@ _CLIENT: dict[Kind, Answer] = {
     Kind.UNAUTHENTICATED: Answer(401, _INVALID, "invalid_api_key", "Incorrect API key provided.", should_retry=False),
     Kind.FORBIDDEN: Answer(403, "permission_error", "model_not_allowed", "This key may not use that.", "model"),
     Kind.LIMITED: Answer(429, "rate_limit_error", "rate_limit_exceeded", "Over the limit.", retry_after=1),
+    Kind.QUOTA: Answer(429, "insufficient_quota", "insufficient_quota", "The budget is spent.", should_retry=False),
     Kind.NOT_FOUND: Answer(404, _INVALID, "model_not_found", "There is no such model here.", "model"),
     Kind.TIMEOUT: Answer(408, _INVALID, "request_timeout", "The request took too long to arrive."),
 }
@@ -53,6 +54,7 @@ _GATEWAY: dict[Kind, Answer] = {
     Kind.OVERLOADED: Answer(503, "server_error", "gateway_overloaded", "The gateway is at its limit.", None, 1, True),
     Kind.UNAVAILABLE: Answer(503, "server_error", "upstream_unavailable", "No upstream is free.", None, 1, True),
     Kind.UNBOOKED: Answer(503, "server_error", "ledger_unavailable", "The exchange cannot be booked.", None, 5, True),
+    Kind.UNCOUNTED: Answer(503, "server_error", "limits_unavailable", "Limits cannot be checked now.", None, 1, True),
     Kind.DRAINING: Answer(503, "server_error", "gateway_draining", "The gateway is shutting down.", None, 1, True),
     Kind.TIMEOUT: Answer(504, "server_error", "deadline_exceeded", "The exchange took too long.", None, None, False),
     Kind.INTERNAL: Answer(500, "server_error", "internal_error", "The gateway failed; its log says more."),
@@ -69,7 +71,7 @@ _UPSTREAM: dict[Kind, Answer] = {
 _UPSTREAM_BROKE = Answer(502, "upstream_error", "upstream_disconnected", "The upstream closed the connection.")
 
 # What is wrong is said whole by the detail, where there is one.
-_SAID_BY_DETAIL = frozenset({Kind.UNAUTHENTICATED, Kind.FORBIDDEN, Kind.NOT_FOUND})
+_SAID_BY_DETAIL = frozenset({Kind.LIMITED, Kind.QUOTA, Kind.UNAUTHENTICATED, Kind.FORBIDDEN, Kind.NOT_FOUND})
 
 _TABLES = {Side.CLIENT: _CLIENT, Side.GATEWAY: _GATEWAY, Side.UPSTREAM: _UPSTREAM}
 

@@ -69,7 +69,8 @@ class Prices:
             return self._found[key]
         if len(self._found) >= _REMEMBERED:
             self._found.clear()
-        price = self._found[key] = self._look_up(upstream, [model for model in models if model is not None])
+        named = [model for model in models if model is not None]
+        price = self._found[key] = self._look_up(upstream, named or [""])  # without a name it may still be `*`
         return price
 
     def _look_up(self, upstream: str | None, models: list[str]) -> Price | None:

@@ -47,13 +47,16 @@ class Family(msgspec.Struct, array_like=True, frozen=True):
 class Start(msgspec.Struct, tag=True):
     """The first order: be worker `number` (from 1) and listen on `addresses` together with the others.
 
-    With `sockets` these inherited descriptors are accepted from, instead: all workers have the same ones.
+    With `sockets` these inherited descriptors are accepted from, instead: all workers have the same ones. `memory` is
+    the descriptor of the memory in which the limits of all `workers` are counted; None: there is none but its own.
     """
 
     number: int
     settings: Settings
     addresses: list[tuple[str, int]]
     sockets: list[int] = []
+    memory: int | None = None
+    workers: int = 1
 
 
 class Reload(msgspec.Struct, tag=True):

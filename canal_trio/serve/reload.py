@@ -21,7 +21,7 @@ from canal_trio.settings import Settings
 __all__ = ["Reloader"]
 
 # What a running process cannot change: it needs new sockets, another process or another log.
-_NEEDS_RESTART = ("listen", "admin", "workers", "log", "ledger")
+_NEEDS_RESTART = ("listen", "admin", "workers", "log", "ledger", "limit_store")
 
 _log = logging.getLogger("canal_trio.serve")
 

@@ -22,16 +22,18 @@ from typing import Protocol, final
 
 import trio
 
-from canal_trio.hooks import Bookkeeper, Recorder
+from canal_trio.hooks import Admission, Bookkeeper, Recorder
 from canal_trio.observe.accesslog import AccessLog
 from canal_trio.observe.admin import Admin
 from canal_trio.observe.ledger import Ledger
 from canal_trio.observe.lines import LineWriter
 from canal_trio.observe.log import logging_to
 from canal_trio.observe.metrics import Metrics, Statistics
+from canal_trio.quota.admission import Limits
 from canal_trio.relay.streams import TcpStream
 from canal_trio.serve.authority import subject_of
 from canal_trio.serve.books import open_ledger, show_ledger
+from canal_trio.serve.counting import Counting
 from canal_trio.serve.crowd import Crowd, Partings, refusal
 from canal_trio.serve.greeting import greet
 from canal_trio.serve.limits import Capacity, capacity_of, freeze_garbage, raise_descriptor_limit, with_ceiling
@@ -97,6 +99,9 @@ class ServedGateway(Protocol):
     def statistics(self) -> Statistics:
         """Counts of now."""
 
+    def limit_by(self, admissions: Callable[[Settings], Admission | None]) -> None:
+        """Have each exchange admitted by the hook that this gives for a configuration."""
+
     def keep_books(self, books: Bookkeeper) -> None:
         """Note each exchange in `books` before anything of it goes upstream."""
 
@@ -152,6 +157,8 @@ async def serve(
     """
     handed = handed or Handed()
     certificates = None if settings.tls is None else Certificates(settings.tls)
+    counting = Counting(settings)
+    limits = counting.limits(settings)
     writer = LineWriter(log_fd, capacity=settings.bounds.log_lines)
     try:
         with logging_to(writer, settings.log), trio.open_signal_receiver(*SIGNALS) as signals:
@@ -165,7 +172,7 @@ async def serve(
                 _close(listening)
                 raise
             capacity = capacity_of(settings, descriptors)
-            server = Server(settings, make_gateway, capacity, writer, certificates, ledger)
+            server = Server(settings, make_gateway, capacity, writer, certificates, limits, ledger)
             stopping = server.stop.is_set
             reloader = Reloader(settings, config_loader, server.apply, server.count_reload, stopping, handed.notifier)
 
@@ -177,6 +184,7 @@ async def serve(
 
             async def orders(services: trio.Nursery) -> None:
                 services.start_soon(handed.notifier.beat, server.status)
+                services.start_soon(counting.run)
                 async for number in signals:
                     if number == signal.SIGHUP and config_loader is not None:
                         reloader.begin(services)
@@ -191,6 +199,7 @@ async def serve(
             finally:
                 _close(listening + admin)
     finally:
+        counting.close()
         handed.close()
         writer.close()
 
@@ -234,6 +243,7 @@ class Server:
         capacity: Capacity,
         writer: LineWriter,
         certificates: Certificates | None,
+        limits: Limits,
         ledger: Ledger | None = None,
     ) -> None:
         self.settings = settings = with_ceiling(settings)
@@ -245,6 +255,13 @@ class Server:
             self.gateway.keep_books(ledger)
             show_ledger(metrics, ledger)
         metrics.watch(self.gateway)
+        self._limits = limits
+        self.gateway.limit_by(limits.admission)
+        limits.rejections = metrics.limit_rejections.values
+        metrics.gauge("canal_limit_store_away", "Workers that cannot reach what counts the limits.",
+                      lambda: float(limits.store.away))  # fmt: skip
+        metrics.gauge("canal_limit_store_errors", "Times that what counts the limits did not answer.",
+                      lambda: limits.store.errors)  # fmt: skip
         self.slots = Slots(capacity.connections)
         self.listener_slots: list[Slots] = []  # of each listener
         shed = metrics.shed.labels
@@ -281,6 +298,7 @@ class Server:
         self.sockets = listening
         async with trio.open_nursery() as services:
             services.start_soon(orders, services)
+            await services.start(self._limits.store.run)
             await services.start(self.gateway.run)
             services.start_soon(self.partings.run)
             if self.ledger is not None:

@@ -33,6 +33,7 @@ from canal_trio.serve.control import (
     Start,
     Stop,
 )
+from canal_trio.serve.counting import limits_of_worker
 from canal_trio.serve.limits import capacity_of, freeze_garbage, raise_descriptor_limit
 from canal_trio.serve.listen import open_listeners
 from canal_trio.serve.merge import snapshot
@@ -76,7 +77,9 @@ async def _work(control: socket.socket, descriptors: int) -> int:
             except CanalError as exc:
                 await channel.send(Failed(str(exc)))
                 return 1
-            server = Server(settings, real_gateway, capacity_of(settings, descriptors), writer, certificates, ledger)
+            limits = limits_of_worker(settings, start.memory, start.number - 1, start.workers)
+            capacity = capacity_of(settings, descriptors)
+            server = Server(settings, real_gateway, capacity, writer, certificates, limits, ledger)
             try:
                 return await _Worker(channel, server).run(listening, signals)
             finally:

@@ -24,6 +24,7 @@ from canal_trio.observe.admin import Admin
 from canal_trio.observe.lines import LineWriter
 from canal_trio.observe.log import logging_to
 from canal_trio.serve.control import Drain, Message, Reload, Reloaded, Start, Stop
+from canal_trio.serve.counting import Counting
 from canal_trio.serve.greeting import greet
 from canal_trio.serve.limits import raise_descriptor_limit, share_of
 from canal_trio.serve.listen import Acceptor, Slots, open_listeners, reserve
@@ -73,7 +74,11 @@ async def _supervise(
             with hinting(ADMIN_HINT):
                 admin = handed.admin or await open_listeners([settings.admin] if settings.admin else [])
             sockets += admin
-            return await _Supervisor(settings, config_loader, writer, handed).run(held, admin, signals)
+            counting = Counting(settings, settings.workers)
+            try:
+                return await _Supervisor(settings, config_loader, writer, handed, counting).run(held, admin, signals)
+            finally:
+                counting.close()
     finally:
         for sock in sockets:
             sock.close()
@@ -89,8 +94,10 @@ class _Supervisor:
         config_loader: Callable[[], Settings] | None,
         writer: LineWriter,
         handed: Handed,
+        counting: Counting,
     ) -> None:
         self._writer = writer
+        self._counting = counting
         self._handed = handed
         self._notifier = handed.notifier
         self._settings = settings
@@ -123,6 +130,7 @@ class _Supervisor:
             services.start_soon(self._obey, signals, services)
             services.start_soon(self._keep_all, addresses)
             services.start_soon(self._notifier.beat, self._status)
+            services.start_soon(self._counting.run)
             page = Admin(self._view, self._view, refresh=self._view.refresh)
             slots = Slots(self._settings.bounds.admin_connections)
             for sock in admin:
@@ -186,6 +194,7 @@ class _Supervisor:
             if trio.current_time() >= began + STEADY:
                 back_off = BACK_OFF_FIRST
             self._view.bury(worker)
+            self._counting.bury(worker.number - 1)
             self._restarts.inc()
             _log.error(
                 "worker %d %s%s; a new one starts in %g s",
@@ -206,14 +215,15 @@ class _Supervisor:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(guard, worker, lambda: self._settings.deadlines.worker_answer)
             orders = partial(self._first_orders, worker, addresses, inherited)
-            await worker.live(orders, self._began, inherited)
+            await worker.live(orders, self._began, [*inherited, self._counting.memory.fd])
             nursery.cancel_scope.cancel(reason="its process has ended")
 
     def _first_orders(
         self, worker: Worker, addresses: list[tuple[str, int]], inherited: list[int]
     ) -> list[Message]:
         share = share_of(self._settings, worker.number - 1, len(self._workers))
-        start = Start(worker.number, share, addresses, inherited)
+        memory = self._counting.memory.fd
+        start = Start(worker.number, share, addresses, inherited, memory, len(self._workers))
         return [start, Drain()] if self._stopping.is_set() else [start]
 
     def _began(self) -> None:

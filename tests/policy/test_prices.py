@@ -51,6 +51,7 @@ def test_the_nearest_price_wins():
     assert prices.find("local", "llama") == all_else
     assert prices.find("openai", "llama") is None
     assert prices.find("openai", None) is None
+    assert prices.find("local", None) == all_else
     assert prices.find("openai", "gpt-5") == short  # remembered
 
 

@@ -20,6 +20,9 @@ from trio.abc import HalfCloseableStream, Stream
 from canal_trio.errors import Failure, Kind, Phase, Retry, Side
 from canal_trio.gateway import Gateway
 from canal_trio.hooks import ExchangeRecord
+from canal_trio.quota.admission import Limits
+from canal_trio.quota.memory import MemoryStore
+from canal_trio.quota.table import Table, table_bytes
 from canal_trio.settings import Settings, Upstream
 from canal_trio.testing.simstream import SimLink, SimStream, sim_stream_pair
 
@@ -43,6 +46,8 @@ __all__ = [
 ]
 
 URL = "http://upstream.test/v1"
+TABLE = table_bytes(1024, 1)
+NOON = 1_750_075_200.0  # of a day in the middle of a month, for budgets
 FOR_EVER = 1_000_000  # virtual seconds
 EXACT = 0.01  # seconds of virtual time: the reaper's grain, and nothing else
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -132,9 +137,13 @@ def _whole(data: bytes) -> bool:
 class World:
     """A gateway, its simulated clients and upstreams."""
 
-    def __init__(self, settings: Settings, nursery: trio.Nursery, play: Play | None, *, handover: bool) -> None:
+    def __init__(
+        self, settings: Settings, nursery: trio.Nursery, play: Play | None, *, handover: bool, limits: Limits
+    ) -> None:
         self.records = Records()
+        self.limits = limits
         self.gateway = Gateway(settings, recorders=[self.records], dialer=self._dial)
+        self.gateway.limit_by(limits.admission)
         self.nursery = nursery
         self.handover = handover
         self.upstream_link = SimLink()  # from the upstream to the gateway
@@ -227,7 +236,9 @@ async def _running(
     upstreams: Sequence[Upstream], play: Play | None, settings: dict[str, Any], *, handover: bool
 ) -> AsyncIterator[World]:
     async with trio.open_nursery() as nursery:
-        made = World(settings_for(*upstreams, **settings), nursery, play, handover=handover)
+        limits = settings.pop("counting", None) or Limits(MemoryStore(Table(bytearray(TABLE)), wall=lambda: NOON))
+        made = World(settings_for(*upstreams, **settings), nursery, play, handover=handover, limits=limits)
+        await nursery.start(limits.store.run)
         await nursery.start(made.gateway.run)
         yield made
         await made.settle()

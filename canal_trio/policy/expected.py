@@ -1,0 +1,94 @@
+"""How many tokens an exchange will use, guessed before it begins; and has used, where nobody said. Pure.
+
+The prompt is taken to have a token for every four bytes of the request's body, without what is in it as base64 (images,
+audio, files: a fixed number each). The answer is taken to be as long as it may be. Guesses are there to be settled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+__all__ = ["Estimate", "estimate", "guess_used"]
+
+_BYTES_PER_TOKEN = 4
+_ATTACHMENT_TOKENS = 1000
+_MOST = 10**9  # of what a client may claim
+_SMALL = 8192  # bytes; not worth the search
+_MOST_ATTACHMENTS = 1000
+# What stands in front of one, and of its text if that is a string of its own: a data URL, or `input_audio`'s data.
+_ATTACHMENTS = ((b";base64,", b""), (b'"data"', b'"'))
+
+
+class _Maximum(msgspec.Struct):
+    """The fields of the APIs that bound what is generated."""
+
+    max_tokens: int | float | None = None
+    max_completion_tokens: int | float | None = None
+    max_output_tokens: int | float | None = None
+    n: int | float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Tokens of the prompt and of the answer."""
+
+    prompt: int = 0
+    completion: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Both together."""
+        return self.prompt + self.completion
+
+
+_decoder = msgspec.json.Decoder(_Maximum)
+
+
+def estimate(body: bytes | None, *, generates: bool, output_tokens: int) -> Estimate:
+    """Of a request with this JSON `body`; None: it has none that can be read, and nothing is guessed.
+
+    `output_tokens` stands for a maximum that the request does not name, if it `generates` text at all.
+    """
+    if not body:
+        return Estimate()
+    prompt = (_plain_bytes(body) + _BYTES_PER_TOKEN - 1) // _BYTES_PER_TOKEN
+    try:
+        said = _decoder.decode(body)
+    except msgspec.DecodeError:  # the upstream will say what is wrong with it
+        said = _Maximum()
+    maxima = [said.max_completion_tokens, said.max_tokens, said.max_output_tokens]
+    most = next((maximum for maximum in maxima if maximum is not None), output_tokens if generates else 0)
+    choices = max(1.0, said.n or 1.0)
+    return Estimate(prompt, int(min(max(0.0, most) * choices, _MOST)))
+
+
+def _plain_bytes(body: bytes) -> int:
+    """The body's length, with a fixed number of bytes for each of its attachments."""
+    size = len(body)
+    if size < _SMALL:
+        return size
+    found = 0
+    for marker, opening in _ATTACHMENTS:
+        at = body.find(marker)
+        while at >= 0 and found < _MOST_ATTACHMENTS:
+            begin = body.find(opening, at + len(marker)) + 1 if opening else at + len(marker)
+            end = body.find(b'"', begin)
+            if begin == 0 or end < 0:
+                break
+            if end - begin >= _SMALL:
+                found += 1
+                size += _ATTACHMENT_TOKENS * _BYTES_PER_TOKEN - (end - begin)
+            at = body.find(marker, end)
+    return size
+
+
+def guess_used(expected: Estimate, *, delivered_bytes: int, events: int, answered: bool) -> Estimate:
+    """What was used, when no usage was told: nothing if nothing was `answered` (attempted and not refused); else the
+    prompt as expected, and of the answer a token for each event, or for every four bytes."""
+    if not answered:
+        return Estimate()
+    completion = events or (delivered_bytes + _BYTES_PER_TOKEN - 1) // _BYTES_PER_TOKEN
+    return Estimate(expected.prompt, completion)
+

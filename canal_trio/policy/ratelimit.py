@@ -1,0 +1,152 @@
+"""May this exchange begin, and what has it used: the arithmetic of limits. Pure: `now` is an argument.
+
+Rates are token buckets, kept as levels: what was used and has not drained yet. A level drains at the rate and holds a
+burst at most, so that in any time *w* no more than burst + rate · *w* is let in. Requests take one each. Tokens and
+money are set aside by an estimate and settled when the use is known: what was not used goes back, what was used beyond
+is owed. An estimate larger than a whole burst takes the whole burst: nothing is refused for ever.
+Money is counted per day and per month (UTC), in nanos. A budget is passed by one exchange at most, as far as estimates
+hold: one is let in while anything is left, and what it is expected to cost counts from then on.
+
+Invariants: a refused exchange leaves no trace; the order of settlements does not matter; no level is below zero.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass
+from typing import final
+
+from canal_trio.policy.prices import NANOS
+from canal_trio.settings import Limit
+
+__all__ = ["Ask", "Moment", "Refusal", "Rule", "State", "What", "refill", "refusal", "settle", "take"]
+
+_MINUTE = 60.0
+_SLACK = 1e-9  # of a burst: what rounding may cost nobody
+
+
+class What(enum.Enum):
+    """Which number of a limit was reached."""
+
+    REQUESTS = "requests"
+    TOKENS = "tokens"
+    STREAMS = "streams"
+    SPEND_DAY = "spend_day"
+    SPEND_MONTH = "spend_month"
+
+
+@final
+class Rule:
+    """A `Limit` in the units that are calculated with: per second, and nanos. Infinite where there is no limit."""
+
+    __slots__ = ("request_burst", "request_rate", "requests", "spend_day", "spend_month", "streams", "token_burst",
+                 "token_rate", "tokens")  # fmt: skip
+
+    def __init__(self, limit: Limit) -> None:
+        self.requests, self.tokens = limit.requests, limit.tokens  # per minute
+        self.request_rate = math.inf if limit.requests is None else limit.requests / _MINUTE
+        self.token_rate = math.inf if limit.tokens is None else limit.tokens / _MINUTE
+        self.request_burst = max(1.0, self.request_rate * limit.burst)
+        self.token_burst = max(1.0, self.token_rate * limit.burst)
+        self.streams: float = math.inf if limit.streams is None else limit.streams
+        self.spend_day: float = math.inf if limit.spend_day is None else round(limit.spend_day * NANOS)
+        self.spend_month: float = math.inf if limit.spend_month is None else round(limit.spend_month * NANOS)
+
+
+@dataclass(slots=True)
+class State:
+    """What one limit has counted. `at` is when the levels were as they are."""
+
+    requests: float = 0.0
+    tokens: float = 0.0
+    at: float = 0.0
+    streams: int = 0  # exchanges in flight
+    reserved: int = 0  # nanos set aside for those
+    day: int = 0
+    spent_day: int = 0
+    month: int = 0
+    spent_month: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Now: seconds on a clock that only rises, and the calendar in UTC, as numbers that rise with it."""
+
+    now: float
+    day: int = 0
+    month: int = 0
+    day_left: float = 0.0  # seconds
+    month_left: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What an exchange is expected to use: tokens and nanos."""
+
+    tokens: int = 0
+    cost: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why not: `limit` was reached, `wait` seconds have to pass at least. For `STREAMS` nobody knows how many."""
+
+    what: What
+    limit: float  # per minute, at once, or nanos
+    wait: float
+
+
+def refill(rule: Rule, state: State, moment: Moment) -> None:
+    """Bring `state` to `moment`: levels drain, a new day or month begins at nothing."""
+    passed = moment.now - state.at
+    if passed > 0:
+        state.at = moment.now
+        if state.requests > 0:
+            state.requests = max(0.0, state.requests - passed * rule.request_rate)
+        if state.tokens > 0:
+            state.tokens = max(0.0, state.tokens - passed * rule.token_rate)
+    # A clock that was set back a little does not give the money back; one that was far ahead does not keep it.
+    if not state.day - 1 <= moment.day <= state.day:
+        state.day, state.spent_day = moment.day, 0
+    if not state.month - 1 <= moment.month <= state.month:
+        state.month, state.spent_month = moment.month, 0
+
+
+def refusal(rule: Rule, state: State, ask: Ask, moment: Moment) -> Refusal | None:
+    """Why `ask` cannot begin now, None if it can. Of several reasons the one to wait longest for."""
+    found: list[Refusal] = []
+    over = state.requests + 1 - rule.request_burst
+    if over > rule.request_burst * _SLACK:
+        found.append(Refusal(What.REQUESTS, rule.request_rate * _MINUTE, over / rule.request_rate))
+    if rule.token_burst < math.inf:
+        over = state.tokens + min(ask.tokens, rule.token_burst) - rule.token_burst
+        if over > rule.token_burst * _SLACK:
+            found.append(Refusal(What.TOKENS, rule.token_rate * _MINUTE, over / rule.token_rate))
+    if state.streams >= rule.streams:
+        found.append(Refusal(What.STREAMS, rule.streams, 1.0))
+    if state.spent_day + state.reserved >= rule.spend_day:
+        found.append(Refusal(What.SPEND_DAY, rule.spend_day, moment.day_left))
+    if state.spent_month + state.reserved >= rule.spend_month:
+        found.append(Refusal(What.SPEND_MONTH, rule.spend_month, moment.month_left))
+    return max(found, key=lambda one: one.wait) if found else None
+
+
+def take(rule: Rule, state: State, ask: Ask) -> None:
+    """`ask` begins: count it. `settle` is due when it ends."""
+    if rule.requests is not None:
+        state.requests += 1
+    if rule.tokens is not None:
+        state.tokens += min(ask.tokens, rule.token_burst)
+    state.streams += 1
+    state.reserved += ask.cost
+
+
+def settle(rule: Rule, state: State, ask: Ask, used: Ask) -> None:
+    """An exchange that asked for `ask` has ended, and has used `used`. `state` was brought to now."""
+    if rule.tokens is not None:
+        state.tokens = max(0.0, state.tokens + used.tokens - min(ask.tokens, rule.token_burst))
+    state.streams = max(0, state.streams - 1)
+    state.reserved = max(0, state.reserved - ask.cost)
+    state.spent_day += used.cost
+    state.spent_month += used.cost

@@ -1,0 +1,150 @@
+"""Counting in this machine's memory: alone, or together with the other workers.
+
+The memory belongs to the process that made it; workers get its descriptor. The lock is a record lock on that
+descriptor (fcntl): the kernel gives it back when its holder dies, however it dies. It is held for microseconds; a
+holder that was stopped in the middle is waited for `PATIENCE` seconds, once, and then for none until it is back.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import mmap
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import final
+
+import trio
+
+from canal_trio.policy.calendar import Calendar
+from canal_trio.policy.ratelimit import Ask, Refusal, State
+from canal_trio.policy.scopes import Scope
+from canal_trio.quota.table import WAYS, Table, table_bytes
+from canal_trio.settings import Settings
+
+__all__ = ["Busy", "MemoryStore", "SharedMemory", "Verdict", "memory_for"]
+
+PATIENCE = 0.05  # seconds
+_PAUSE = 50e-6
+_LEAST_RECORDS = 16_384
+
+Verdict = tuple[list[tuple[Scope, State]], tuple[Scope, Refusal] | None]
+
+_log = logging.getLogger("canal_trio.quota")
+
+
+class Busy(Exception):
+    """The lock was not to be had in time."""
+
+
+@final
+class SharedMemory:
+    """Memory for the tables of `columns` workers. `fd` is what a worker needs of it."""
+
+    def __init__(self, fd: int, size: int, columns: int) -> None:
+        self.fd = fd
+        self.columns = columns
+        self.memory = mmap.mmap(fd, size)
+
+    @classmethod
+    def make(cls, records: int, columns: int) -> SharedMemory:
+        """New memory, of which nothing is used yet: the kernel gives pages when they are written to."""
+        size = table_bytes(records, columns)
+        fd = os.memfd_create("canal-limits")
+        os.ftruncate(fd, size)
+        return cls(fd, size, columns)
+
+    @classmethod
+    def attach(cls, fd: int, columns: int) -> SharedMemory:
+        """Memory that somebody else has made."""
+        return cls(fd, os.fstat(fd).st_size, columns)
+
+    def table(self, column: int) -> Table:
+        """The view of one worker."""
+        return Table(self.memory, column=column, columns=self.columns, lock=_FileLock(self.fd))
+
+    def close(self) -> None:
+        """Forget it; others keep theirs."""
+        self.memory.close()
+        os.close(self.fd)
+
+
+def memory_for(settings: Settings) -> int:
+    """How many records a table for these settings should have: with room for what a reload adds."""
+    wanted = 4 * (len(settings.keys) + len(settings.models) + len(settings.limits))
+    return max(_LEAST_RECORDS, -(-wanted // WAYS) * WAYS)
+
+
+@final
+class _FileLock:
+    """Mutual exclusion of processes (not of threads) by a record lock on `fd`. Entering raises `Busy`."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._patient = True
+
+    def __enter__(self) -> None:
+        deadline = None
+        while True:
+            try:
+                fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
+            except (BlockingIOError, PermissionError):
+                now = time.perf_counter()
+                deadline = deadline or now + (PATIENCE if self._patient else 0)
+                if now >= deadline:
+                    self._patient = False
+                    raise Busy from None
+                time.sleep(_PAUSE)
+            else:
+                self._patient = True
+                return
+
+    def __exit__(self, *_: object) -> None:
+        fcntl.lockf(self._fd, fcntl.LOCK_UN, 1)
+
+
+@final
+class MemoryStore:
+    """A `quota.admission.Store` over a table. `clock` gives seconds that all who share the table agree on."""
+
+    away = False  # memory is always there
+
+    def __init__(
+        self, table: Table, *, clock: Callable[[], float] = trio.current_time, wall: Callable[[], float] = time.time
+    ) -> None:
+        self.table = table
+        self._clock = clock
+        self._calendar = Calendar(wall)
+        self._unsettled: deque[tuple[Sequence[Scope], Ask, Ask]] = deque()  # the lock was not to be had
+        self.errors = 0
+
+    async def admit(self, scopes: Sequence[Scope], ask: Ask) -> Verdict | None:
+        """The verdict, at once; None if the table cannot be had. Not a checkpoint."""
+        moment = self._calendar.moment(self._clock())
+        try:
+            if self._unsettled:
+                self._catch_up()
+            return self.table.admit(scopes, ask, moment)
+        except Busy:
+            self.errors += 1
+            return None
+
+    def settle(self, scopes: Sequence[Scope], ask: Ask, used: Ask) -> None:
+        """Now, or before anything is let in again."""
+        self._unsettled.append((scopes, ask, used))
+        try:
+            self._catch_up()
+        except Busy:
+            self.errors += 1
+            _log.warning("limits: another worker holds the lock: settling later")
+
+    def _catch_up(self) -> None:
+        while self._unsettled:
+            self.table.settle(*self._unsettled[0], self._calendar.moment(self._clock()))
+            self._unsettled.popleft()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Nothing to do in the background."""
+        task_status.started()

@@ -1,0 +1,243 @@
+"""What limits have counted, as records in a piece of memory that the workers of one machine may share.
+
+One record for each scope; it holds the scope's levels and spending, and a cell for each worker with its exchanges in
+flight and the money set aside for them. A worker writes its own cell only, so that when it dies the others know what
+was its. Everything is read and written under one lock, which the kernel takes from a process that dies.
+
+The place of a record follows from the digest of its scope's id: it is one of the `WAYS` records of a set. A record that
+says nothing any more (all drained, nobody in flight, nothing spent this month) gives way to another scope. Invariants:
+an operation happens in all scopes or in none (but for a worker that is killed in the middle of it); the memory is
+bounded, whatever clients invent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import final
+
+from canal_trio.policy.ratelimit import Ask, Moment, Refusal, State, refill, refusal, settle, take
+from canal_trio.policy.scopes import Scope
+
+__all__ = ["Spent", "Table", "table_bytes"]
+
+WAYS = 32
+IDLE = 3600.0  # seconds after which every level has drained
+_HEADER = 64  # bytes; the first eight count changes of what was spent
+_CHANGES = struct.Struct("<Q")
+_HEAD = struct.Struct("<16sdddqqqq")  # digest, requests, tokens, at, day, spent_day, month, spent_month
+_CELL = struct.Struct("<qq")  # in flight, reserved
+_NOBODY = bytes(16)
+
+Spent = tuple[int, int, int, int]
+"""Day, spent on it, month, spent in it."""
+
+
+def table_bytes(records: int, columns: int) -> int:
+    """The size of a table for that many records (a multiple of `WAYS`) and workers."""
+    return _HEADER + records * (_HEAD.size + columns * _CELL.size)
+
+
+@final
+class Table:
+    """A view of `memory` for the worker that has `column` of `columns`. `lock` is entered for each operation.
+
+    Places of `remembers` scopes are remembered at most.
+    """
+
+    def __init__(
+        self,
+        memory: mmap.mmap | bytearray,
+        *,
+        column: int = 0,
+        columns: int = 1,
+        lock: AbstractContextManager[object] | None = None,
+        remembers: int = 65_536,
+    ) -> None:
+        self._remembers = remembers
+        self._memory = memory
+        self._lock = nullcontext() if lock is None else lock
+        self._size = _HEAD.size + columns * _CELL.size
+        self._cells = struct.Struct(f"<{2 * columns}q")
+        self._mine = _HEAD.size + column * _CELL.size
+        self._records = (len(memory) - _HEADER) // self._size
+        self._places: dict[str, tuple[int, bytes]] = {}  # scope id -> where its record is, unless it gave way
+        self.overflows = 0  # scopes that found no place, and were not counted
+
+    # -- exchanges -----------------------------------------------------------------------------------------------------
+
+    def admit(
+        self, scopes: Sequence[Scope], ask: Ask, moment: Moment
+    ) -> tuple[list[tuple[Scope, State]], tuple[Scope, Refusal] | None]:
+        """Let `ask` in everywhere, or nowhere: what each scope has counted by then, and why not."""
+        counted: list[tuple[Scope, State]] = []
+        worst: tuple[Scope, Refusal] | None = None
+        with self._lock:
+            places: list[int] = []
+            for scope in scopes:
+                place = self._place(scope.id, moment)
+                if place is None or place in places:  # the latter: it would have to push out this exchange's other one
+                    self.overflows += 1
+                    continue
+                state = self._read(place)
+                refill(scope.rule, state, moment)
+                why = refusal(scope.rule, state, ask, moment)
+                if why is not None and (worst is None or why.wait > worst[1].wait):
+                    worst = (scope, why)
+                places.append(place)
+                counted.append((scope, state))
+            if worst is None:
+                for place, (scope, state) in zip(places, counted, strict=True):
+                    take(scope.rule, state, ask)
+                    self._write(place, scope.id, state)
+                    self._add(place, 1, ask.cost)
+                if ask.cost:
+                    self._changed()
+        return counted, worst
+
+    def settle(self, scopes: Sequence[Scope], ask: Ask, used: Ask, moment: Moment) -> None:
+        """What was let in by `admit` with these has ended."""
+        with self._lock:
+            for scope in scopes:
+                place = self._place(scope.id, moment)
+                if place is None:
+                    continue
+                state = self._read(place)
+                refill(scope.rule, state, moment)
+                settle(scope.rule, state, ask, used)
+                self._write(place, scope.id, state)
+                self._add(place, -1, -ask.cost)
+            if ask.cost or used.cost:
+                self._changed()
+
+    # -- the others ----------------------------------------------------------------------------------------------------
+
+    def bury(self, column: int) -> None:
+        """The worker of that `column` is dead: nothing of it is in flight, and what it had set aside counts as spent:
+        nobody knows better."""
+        offset = _HEAD.size + column * _CELL.size
+        for place in self._all():
+            streams, reserved = _CELL.unpack_from(self._memory, place + offset)
+            if streams or reserved:
+                with self._lock:
+                    state = self._read(place)
+                    digest = bytes(self._memory[place : place + 16])
+                    state.spent_day += max(0, reserved)
+                    state.spent_month += max(0, reserved)
+                    self._store(place, digest, state)
+                    _CELL.pack_into(self._memory, place + offset, 0, 0)
+                    self._changed()
+
+    @property
+    def changes(self) -> int:
+        """Rises with every change of what was spent."""
+        number: int = _CHANGES.unpack_from(self._memory, 0)[0]
+        return number
+
+    def spent(self, moment: Moment) -> dict[str, Spent]:
+        """What was spent this month, and is set aside, by digest."""
+        found: dict[str, Spent] = {}
+        for place in self._all():
+            state = self._read(place)
+            if state.month != moment.month or not (state.spent_month or state.reserved):
+                continue
+            today = state.spent_day if state.day == moment.day else 0
+            month = state.spent_month + state.reserved
+            digest = self._memory[place : place + 16].hex()
+            found[digest] = (moment.day, today + state.reserved, moment.month, month)
+        return found
+
+    def restore(self, spent: dict[str, Spent], moment: Moment) -> None:
+        """Begin with what `spent` said once. For a table that is new."""
+        with self._lock:
+            for text, (day, spent_day, month, spent_month) in spent.items():
+                digest = bytes.fromhex(text)
+                place = self._free(digest, moment)
+                if place is not None and month == moment.month:
+                    state = State(0.0, 0.0, moment.now, day=day, spent_day=spent_day)
+                    state.month, state.spent_month = month, spent_month
+                    self._store(place, digest, state)
+
+    # -- records -------------------------------------------------------------------------------------------------------
+
+    def _all(self) -> Iterator[int]:
+        """The places that are in use; others may change meanwhile."""
+        for number in range(self._records):
+            place = _HEADER + number * self._size
+            if self._memory[place : place + 16] != _NOBODY:
+                yield place
+
+    def _place(self, name: str, moment: Moment) -> int | None:
+        known = self._places.get(name)
+        if known is None:
+            digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        elif self._memory[known[0] : known[0] + 16] == known[1]:
+            return known[0]
+        else:
+            digest = known[1]
+        place = self._free(digest, moment)
+        if place is not None:
+            if len(self._places) >= self._remembers:
+                self._places.clear()
+            self._places[name] = (place, digest)
+        return place
+
+    def _free(self, digest: bytes, moment: Moment) -> int | None:
+        """Where the record with `digest` is, or can be; None: every place it may have is needed."""
+        memory, size = self._memory, self._size
+        first = _HEADER + int.from_bytes(digest[:8], "little") % (self._records // WAYS) * WAYS * size
+        spare: int | None = None
+        least: tuple[float, int] | None = None
+        for at in range(first, first + WAYS * size, size):
+            found = memory[at : at + 16]
+            if found == digest:
+                return at
+            if found == _NOBODY:
+                spare = at
+                break  # nobody is behind the first free one: records give way, but are never removed
+            state = self._read(at)
+            if state.streams or (state.month == moment.month and (state.spent_month or state.reserved)):
+                continue
+            weight = 0.0 if state.at + IDLE < moment.now else 1.0 + state.requests + state.tokens
+            if least is None or weight < least[0]:
+                least = (weight, at)
+        place = spare if spare is not None else (None if least is None else least[1])
+        if place is not None:
+            self._memory[place + _HEAD.size : place + size] = bytes(size - _HEAD.size)
+            self._store(place, digest, State(at=moment.now, day=moment.day, month=moment.month))
+        return place
+
+    def _read(self, place: int) -> State:
+        _, requests, tokens, at, day, spent_day, month, spent_month = _HEAD.unpack_from(self._memory, place)
+        cells = self._cells.unpack_from(self._memory, place + _HEAD.size)
+        return State(
+            requests, tokens, at, sum(cells[::2]), sum(cells[1::2]), day, spent_day, month, spent_month
+        )  # fmt: skip
+
+    def _write(self, place: int, name: str, state: State) -> None:
+        self._store(place, self._places[name][1], state)
+
+    def _store(self, place: int, digest: bytes, state: State) -> None:
+        _HEAD.pack_into(
+            self._memory,
+            place,
+            digest,
+            state.requests,
+            state.tokens,
+            state.at,
+            state.day,
+            state.spent_day,
+            state.month,
+            state.spent_month,
+        )
+
+    def _add(self, place: int, streams: int, reserved: int) -> None:
+        at = place + self._mine
+        was = _CELL.unpack_from(self._memory, at)
+        _CELL.pack_into(self._memory, at, max(0, was[0] + streams), max(0, was[1] + reserved))
+
+    def _changed(self) -> None:
+        _CHANGES.pack_into(self._memory, 0, (self.changes + 1) % 2**64)

@@ -1,0 +1,172 @@
+"""The table that limits are counted in: the arithmetic's states in shared memory, all scopes or none, bounded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from canal_trio.policy.ratelimit import Ask, Moment, Rule, State, What, refill, refusal, settle, take
+from canal_trio.policy.scopes import Scope
+from canal_trio.quota.table import WAYS, Table, table_bytes
+from canal_trio.settings import Limit
+
+NOW = Moment(1000.0, 20_000, 24_000, 3600.0, 86_400.0)
+NONE = Ask()
+SEVERAL = [Limit(requests=60, tokens=1000), Limit(streams=3, requests=100), Limit(spend_day=1e-6, spend_month=5e-6)]
+
+
+def scope(name: str, limit: Limit) -> Scope:
+    """A scope by this name."""
+    return Scope(name, Rule(limit), "total", name)
+
+
+def tables(columns: int = 2, records: int = WAYS) -> list[Table]:
+    """The views of several workers of one piece of memory."""
+    memory = bytearray(table_bytes(records, columns))
+    return [Table(memory, column=column, columns=columns) for column in range(columns)]
+
+
+STEPS = st.lists(
+    st.tuples(st.integers(0, 1), st.floats(0, 30), st.integers(0, 400), st.integers(0, 900), st.booleans()),
+    max_size=60,
+)
+
+
+@given(STEPS)
+def test_several_workers_count_as_one(steps: list[tuple[int, float, int, int, bool]]):
+    """Whichever worker asks and settles, the table says what the arithmetic says of one state for each scope."""
+    views, now = tables(), NOW
+    scopes = [scope(f"s{number}", limit) for number, limit in enumerate(SEVERAL)]
+    states = [State(at=now.now, day=now.day, month=now.month) for _ in scopes]
+    running: list[tuple[int, Ask]] = []
+    for worker, gap, tokens, cost, ends in steps:
+        now = replace(now, now=now.now + gap)
+        if ends and running:
+            owner, ask = running.pop()
+            used = Ask(tokens, cost)
+            views[owner].settle(scopes, ask, used, now)
+            for one, state in zip(scopes, states, strict=True):
+                refill(one.rule, state, now)
+                settle(one.rule, state, ask, used)
+            continue
+        ask = Ask(tokens, cost)
+        reasons = []
+        now_states = [replace(state) for state in states]  # a refusal leaves no trace
+        for one, state in zip(scopes, now_states, strict=True):
+            refill(one.rule, state, now)
+            reasons.append(refusal(one.rule, state, ask, now))
+        counted, why = views[worker].admit(scopes, ask, now)
+        assert (why is None) == (reasons == [None] * 3)
+        if why is None:
+            running.append((worker, ask))
+            states = now_states
+            for one, state in zip(scopes, states, strict=True):
+                take(one.rule, state, ask)
+        else:
+            assert why[1] == max(filter(None, reasons), key=lambda reason: reason.wait)
+        assert [state for _, state in counted] == now_states
+
+
+def test_a_refusal_leaves_no_trace_in_any_scope():
+    """The last of three scopes says no: the others have counted nothing."""
+    (table, _) = tables()
+    free, full = scope("free", Limit(requests=10)), scope("full", Limit(streams=1))
+    assert table.admit([full], NONE, NOW)[1] is None
+    for _ in range(20):
+        counted, why = table.admit([free, full], NONE, NOW)
+        assert why is not None
+        assert why[1].what is What.STREAMS
+        assert counted[0][1].requests == 0
+
+
+def test_slots_of_a_worker_that_died_are_free_again():
+    """Its exchanges are in flight no longer, and the money that was set aside for them counts as spent."""
+    mine, other = tables()
+    one = scope("s", Limit(streams=2, spend_day=100))
+    assert mine.admit([one], Ask(0, 500), NOW)[1] is None
+    assert other.admit([one], Ask(0, 70), NOW)[1] is None
+    assert mine.admit([one], NONE, NOW)[1] is not None
+    mine.bury(1)
+    counted, why = mine.admit([one], NONE, NOW)
+    assert why is None
+    assert (counted[0][1].streams, counted[0][1].reserved, counted[0][1].spent_day) == (2, 500, 70)
+
+
+def test_what_was_spent_can_be_kept_and_is_there_again():
+    """Days and months as they were; what a worker had set aside is counted, what is over is not."""
+    (table, _) = tables()
+    one, two = scope("one", Limit(spend_day=1)), scope("two", Limit(spend_month=1))
+    assert table.admit([one, two], Ask(0, 100), NOW)[1] is None
+    before = table.changes
+    table.settle([one, two], Ask(0, 100), Ask(0, 40), NOW)
+    assert table.changes > before
+    assert table.admit([two], Ask(0, 7), NOW)[1] is None
+    kept = table.spent(NOW)
+    assert sorted(kept.values()) == [(20_000, 40, 24_000, 40), (20_000, 47, 24_000, 47)]
+    (again, _) = tables()
+    again.restore(kept, NOW)
+    states = {name.id: state for name, state in again.admit([one, two], NONE, NOW)[0]}
+    assert (states["one"].spent_day, states["two"].spent_month) == (40, 47)
+    tomorrow = replace(NOW, day=20_001)
+    assert {spent[1] for spent in again.spent(tomorrow).values()} == {0}
+    assert again.spent(replace(NOW, month=24_001)) == {}
+    (later, _) = tables()
+    later.restore(kept, replace(NOW, month=24_001))
+    assert later.spent(replace(NOW, month=24_001)) == {}
+
+
+def test_the_memory_is_bounded_whatever_clients_invent():
+    """Scopes that have nothing in flight and nothing spent give way, the least used first; those that have stay."""
+    (table, _) = tables()
+    busy = [scope(f"busy{number}", Limit(streams=1)) for number in range(WAYS - 1)]
+    for one in busy:
+        assert table.admit([one], NONE, NOW)[1] is None
+    for number in range(200):
+        one = scope(f"new{number}", Limit(requests=1))
+        assert table.admit([one], NONE, NOW)[1] is None
+        table.settle([one], NONE, NONE, NOW)
+    assert all(table.admit([one], NONE, NOW)[1] is not None for one in busy)
+    assert table.overflows == 0
+    last = scope("last", Limit(streams=1))
+    assert table.admit([last], NONE, NOW)[1] is None
+    assert table.admit([scope("one too many", Limit(streams=1))], NONE, NOW) == ([], None)
+    assert table.overflows == 1
+    table.settle([scope("one too many", Limit(streams=1))], NONE, NONE, NOW)
+    long_after = replace(NOW, now=NOW.now + 10_000)
+    assert table.admit([busy[0]], NONE, long_after)[1] is not None
+
+
+def test_one_exchange_does_not_push_out_its_own_scope():
+    """Two scopes of one exchange never take the same place, however full the table is."""
+    (table, _) = tables()
+    for number in range(WAYS - 1):
+        assert table.admit([scope(f"busy{number}", Limit(streams=1))], NONE, NOW)[1] is None
+    pair = [scope("a", Limit(requests=5)), scope("b", Limit(requests=5))]
+    counted, why = table.admit(pair, NONE, NOW)
+    assert why is None
+    assert [name.id for name, _ in counted] == ["a"]
+
+
+def test_a_place_that_another_worker_gave_away_is_noticed():
+    """A worker remembers where a scope's record was, and looks whether it is still there."""
+    mine, other = tables()
+    one = scope("mine", Limit(requests=2))
+    for _ in range(2):
+        assert mine.admit([one], NONE, NOW)[1] is None
+        mine.settle([one], NONE, NONE, NOW)
+    for number in range(WAYS):
+        assert other.admit([scope(f"other{number}", Limit(streams=1))], NONE, replace(NOW, now=9e9))[1] is None
+    assert mine.admit([one], NONE, NOW) == ([], None)  # no place left: not counted, and not mistaken for another's
+    assert mine.overflows == 1
+
+
+def test_places_of_names_are_forgotten_in_time():
+    """What a worker remembers about places is bounded, too."""
+    table = Table(bytearray(table_bytes(WAYS * 4, 1)), remembers=100)
+    for number in range(500):
+        one = scope(f"n{number}", Limit(requests=1))
+        assert table.admit([one], NONE, NOW)[1] is None
+        table.settle([one], NONE, NONE, NOW)
+    assert len(table._places) <= 100
