@@ -96,6 +96,9 @@ class FakeGateway:
         """Noted."""
         self.reloads.append(settings)
 
+    def limit_by(self, admissions: object) -> None:
+        """Everything is admitted here."""
+
     def make_room(self) -> int:
         """Nobody is idle here."""
         return 0
