@@ -16,6 +16,7 @@ from loadtest.peers import PEERS, Missing
 from loadtest.processes import NotStarted, pinned
 from loadtest.safety import Refused, target_of
 from loadtest.scenario import ScenarioError, changed, load, names, stamped
+from loadtest.trials.commands import COMMANDS
 
 OUT = Path(__file__).parent / "out"
 
@@ -40,7 +41,7 @@ class Progress:
             click.echo("\r\x1b[K", nl=False, err=True)
 
 
-def _give(result: dict[str, Any], text: str, json_to: str | None) -> None:
+def give(result: dict[str, Any], text: str, json_to: str | None) -> None:
     """Print for people, or JSON to stdout (`-`) or a file."""
     if json_to == "-":
         click.echo(json.dumps(result))
@@ -51,7 +52,7 @@ def _give(result: dict[str, Any], text: str, json_to: str | None) -> None:
         Path(json_to).write_text(json.dumps(result) + "\n")
 
 
-def _some_of(text: str, known: Collection[str], option: str) -> list[str]:
+def some_of(text: str, known: Collection[str], option: str) -> list[str]:
     """The comma-separated names in `text`, all of them known."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
@@ -77,11 +78,11 @@ def promises(peer: str, only: str, quick: bool, json_to: str | None) -> int:
     """Measure what a gateway promises; exits 1 if a promise breaks."""
     from loadtest.promises.check import PARTS, check, shown
 
-    parts = _some_of(only, PARTS, "--only")
+    parts = some_of(only, PARTS, "--only")
     progress = Progress()
     result = check(peer, parts, progress, quick=quick)
     progress.end()
-    _give(result, shown(result), json_to)
+    give(result, shown(result), json_to)
     return int(result["broken"] > 0)
 
 
@@ -162,7 +163,7 @@ def run(
             result = runs.run(wanted, target_of(gateway.url), progress, served, gateway.process)
             result["peer"] = peer
     progress.end()
-    _give(result, runs.shown(result), json_to)
+    give(result, runs.shown(result), json_to)
     return 0
 
 
@@ -179,14 +180,14 @@ def compare(peers: str, only: str, rounds: int, quick: bool, tls: bool, json_to:
     """Compare gateways: CPU per event and request, added latency, throughput, memory, in interleaved rounds."""
     from loadtest import compare as comparing
 
-    wanted = _some_of(only or ",".join(comparing.DEFAULT), comparing.MEASURES, "--only")
-    who = _some_of(peers, PEERS, "--peers")
+    wanted = some_of(only or ",".join(comparing.DEFAULT), comparing.MEASURES, "--only")
+    who = some_of(peers, PEERS, "--peers")
     progress = Progress()
     result = comparing.compare(
         who, wanted, progress, rounds=1 if quick else rounds, shorter=0.3 if quick else 1.0, tls=tls
     )
     progress.end()
-    _give(result, comparing.shown(result), json_to)
+    give(result, comparing.shown(result), json_to)
     return 0
 
 
@@ -198,7 +199,7 @@ def edge(quick: bool, json_to: str | None) -> int:
     from loadtest import edge as measuring
 
     result = measuring.edge(quick=quick)
-    _give(result, measuring.shown(result), json_to)
+    give(result, measuring.shown(result), json_to)
     return 0
 
 
@@ -230,6 +231,10 @@ def scenarios() -> int:
     for name in names():
         click.echo(f"{name:18} {load(name).about}")
     return 0
+
+
+for _command in COMMANDS:
+    cli.add_command(_command)
 
 
 def main() -> None:

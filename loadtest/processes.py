@@ -26,8 +26,8 @@ from typing import Any
 from loadtest.behaviour import Behaviour
 
 __all__ = [
-    "NotStarted", "Process", "UpstreamProcess", "asked_at", "busy_seconds", "cores", "cpu_seconds", "free_port", "get",
-    "pinned", "resident", "started", "upstream_process", "wait_for_port",
+    "NotStarted", "Process", "UpstreamProcess", "asked_at", "busy_seconds", "cores", "cpu_seconds", "descendants",
+    "free_port", "get", "pinned", "resident", "started", "upstream_process", "wait_for_port",
 ]  # fmt: skip
 
 TICK = os.sysconf("SC_CLK_TCK")
@@ -139,7 +139,7 @@ def cores() -> list[int]:
     return sorted(os.sched_getaffinity(0))
 
 
-def _tree(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
     """`pid` and all its descendants."""
     children: dict[int, list[int]] = {}
     for entry in os.scandir("/proc"):
@@ -163,7 +163,7 @@ def _stat(pid: int) -> list[str] | None:
 def cpu_seconds(pid: int) -> float:
     """User and system time of `pid`, its descendants, and those descendants that were waited for."""
     ticks = 0
-    for one in _tree(pid):
+    for one in descendants(pid):
         if stat := _stat(one):
             ticks += int(stat[11]) + int(stat[12]) + int(stat[13]) + int(stat[14])
     return ticks / TICK
@@ -178,7 +178,7 @@ def busy_seconds() -> float:
 def resident(pid: int) -> int:
     """Resident bytes of `pid` and its descendants."""
     pages = 0
-    for one in _tree(pid):
+    for one in descendants(pid):
         if stat := _stat(one):
             pages += int(stat[21])
     return pages * os.sysconf("SC_PAGE_SIZE")

@@ -63,6 +63,7 @@ def test_every_metric_is_documented():
     page = metrics.page().decode() + "# TYPE canal_connection_slots g\n# TYPE canal_log_lines_dropped g\n"
     page += "# TYPE canal_tls_handshakes_running g\n# TYPE canal_tls_handshakes_waiting g\n"
     page += "# TYPE canal_limit_store_away g\n# TYPE canal_limit_store_errors g\n"
+    page += "# TYPE canal_tasks g\n"
     page += "# TYPE canal_workers g\n# TYPE canal_worker_restarts_total c\n"  # the supervisor's
     ledger = ("backlog_bytes", "rows", "refused", "interrupted", "store_errors")
     page += "".join(f"# TYPE canal_ledger_{name} g\n" for name in ledger)

@@ -268,6 +268,8 @@ class Server:
         self.crowd = Crowd(settings.bounds.address_connections, settings.trusted_proxies, lambda: shed("address").inc())
         self.partings = Partings()
         metrics.gauge("canal_connection_slots", "Client connections there may be.", lambda: self.slots.total)
+        metrics.gauge("canal_tasks", "Tasks that live: the gateway's own, and those of its connections.",
+                      lambda: trio.lowlevel.current_statistics().tasks_living)  # fmt: skip
         metrics.gauge("canal_log_lines_dropped", "Log lines lost because the log is read too slowly.",
                       lambda: writer.dropped)  # fmt: skip
         self.terminator: Terminator | None = None

@@ -29,7 +29,9 @@ async def test_serves_and_greets() -> None:
         assert lines[4] == f"listening on http://127.0.0.1:{server.address[1]}"
         assert server.gateway.peers == ["127.0.0.1"]
         assert (await server.page("/readyz"))[0] == 200
-        assert b"canal_connection_slots 416.0" in (await server.page("/metrics"))[1]
+        page = (await server.page("/metrics"))[1]
+        assert b"canal_connection_slots 416.0" in page
+        assert 5 < float(page.partition(b"\ncanal_tasks ")[2].split()[0]) < 100
 
 
 async def test_greets_machines_in_json() -> None:
