@@ -75,6 +75,7 @@ class ClientConnection:
         except* Exception as group:
             self._gateway.bug(group, self.current)
         finally:
+            self._reader = None  # it knows us: left so, both would wait for the garbage collector, which seldom looks
             if self.current is not None and not self.current.finished.is_set():  # admitted, its turn never came
                 self.current.note(_stopped(self.current))
                 self._finish(self.current)
@@ -228,7 +229,10 @@ class ClientConnection:
             gateway.bug(ExceptionGroup("in the pipeline", [exc]), exchange)
         if exchange.scope.cancelled_caught and exchange.failure is None and not exchange.left:
             exchange.note(Failure(Side.GATEWAY, exchange.phase, Kind.TIMEOUT))
-        return await self._conclude(exchange, delivery, keep=keep and not delivery.close)
+        try:
+            return await self._conclude(exchange, delivery, keep=keep and not delivery.close)
+        finally:
+            delivery.forget()
 
     async def _conclude(self, exchange: Exchange, delivery: Delivery, *, keep: bool) -> bool:
         """Say what remains to be said, outside of the exchange's scope. True: the connection can go on."""

@@ -306,6 +306,10 @@ class Delivery:
                 exchange.lease.abort()
         return math.inf
 
+    def forget(self) -> None:
+        """It is over: let go of the body, which knows us (see `ClientConnection.run`). Not a checkpoint."""
+        self._body = None
+
     # -- endings -------------------------------------------------------------------------------------------------------
 
     async def broken_off(self, failure: Failure) -> None:

@@ -82,6 +82,7 @@ class Admin:
             try:
                 request = await self._request(stream, connection, first=turn == 0)
             except h11.RemoteProtocolError as exc:
+                exc.__traceback__ = None  # it holds itself by h11's frame, and this connection with it
                 status = exc.error_status_hint or 400
                 await self._send(stream, connection, status, _TEXT, f"bad request: {exc}\n".encode(), close=True)
                 await _linger(stream)

@@ -6,7 +6,8 @@ per timeout, not one timer per piece.
 
 Invariants: a check is called once per due time, never after `Watch.cancel()`, and never before the time it asked for;
 what a check raises is a bug, is logged, drops that check and disturbs no other. The heap holds at most twice as many
-entries as there are live watches (plus a constant): cancelling only marks, and the marked are swept in bulk.
+entries as there are live watches (plus a constant): cancelling only marks, and the marked are swept in bulk. A look
+that is late, because the process was held up, comes after what arrived meanwhile: silence is the peer's, not ours.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ Check: TypeAlias = Callable[[float], float]
 """Gets the time (Trio's clock), acts if something is due, answers the time of the next look; `math.inf`: no more."""
 
 GRAIN = 0.001  # seconds until the next look when a check asks for one at once: rounding must not become a busy loop
+LATE = 0.01  # seconds after its time at which a look is late
+CATCH_UP = 4  # passes of the scheduler that others get before a late look; the poller serves 256 events in each
 SWEEP_AT = 64  # marked entries below this number are not worth a sweep
 
 _log = logging.getLogger("canal_trio.relay")
@@ -106,10 +109,17 @@ class Reaper:
                 with trio.CancelScope(deadline=self._heap[0][0] if self._heap else math.inf) as self._scope:
                     await trio.sleep_forever()
                 self._scope = None
+                if self._heap and trio.current_time() > self._heap[0][0] + LATE:
+                    await self._let_others_catch_up()
                 self._look(trio.current_time())
         finally:
             self._scope = None
             self._running = False
+
+    async def _let_others_catch_up(self) -> None:
+        """The whole process was held up: what has come meanwhile is read before anybody is called silent."""
+        for _ in range(CATCH_UP):
+            await trio.lowlevel.checkpoint()
 
     def statistics(self) -> ReaperStatistics:
         """A snapshot of the reaper's counters."""

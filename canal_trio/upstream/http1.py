@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from typing import final
+from weakref import WeakMethod
 
 import trio
 from trio.abc import Stream
@@ -54,7 +55,9 @@ class Http1Connection:
         self._stream = stream
         self._raw = raw
         self._bounds = bounds
-        self._turns = Turns(deadlines, reaper, self._expire)
+        # Who tells us of trouble must not own us: a circle would wait for the garbage collector, which seldom looks.
+        self._note_weakly = _weakly(WeakMethod(self._note))
+        self._turns = Turns(deadlines, reaper, _weakly(WeakMethod(self._expire)))
         self._used = False
         self._heads = ResponseHeadReader(head_bytes=bounds.head_bytes, head_fields=bounds.head_fields)
         self._reset()
@@ -255,7 +258,7 @@ class Http1Connection:
             self._note(decoder)
             return None
         self._body = body = ResponseBody(
-            self._stream, decoder, self._turns, self._note, piece_bytes=self._bounds.piece_bytes
+            self._stream, decoder, self._turns, self._note_weakly, piece_bytes=self._bounds.piece_bytes
         )
         self._final = head
         self._relaying = True
@@ -361,6 +364,16 @@ class Http1Connection:
         await Tunnel(self._stream, self._turns, self._bounds.piece_bytes, self._note, self.abort).run(
             early, self._send, body, answer.body
         )
+
+
+def _weakly(method: WeakMethod[Callable[[Failure], None]]) -> Callable[[Failure], None]:
+    """The method, for as long as its object lives."""
+
+    def call(failure: Failure) -> None:
+        if (found := method()) is not None:
+            found(failure)
+
+    return call
 
 
 def _over(body: BodySource) -> bool:

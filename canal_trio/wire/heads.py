@@ -191,6 +191,9 @@ def _objection(head: RequestHead, block: bytes) -> Fault | None:
 
 
 def _fault(exc: h11.RemoteProtocolError) -> Fault:
+    # h11 raises it from a frame that holds it: with its traceback it would keep the connection that sent the head
+    # until the garbage collector looks, which is seldom.
+    exc.__traceback__ = None
     if exc.error_status_hint == 501:
         return Fault(Kind.UNSUPPORTED_CODING, "It must be chunked.")
     # What follows a colon may quote the head, secrets included.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import socket
+import time
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from canal_trio.relay.idle import GRAIN, SWEEP_AT, Reaper, Watch
+from canal_trio.relay.idle import GRAIN, LATE, SWEEP_AT, Reaper, Watch
 
 
 def once(seen: list[float]) -> Callable[[float], float]:
@@ -178,6 +180,31 @@ async def test_it_runs_once_at_a_time_and_again_after_a_cancel(autojump_clock):
     with trio.move_on_after(20):
         await reaper.run()
     assert seen == [10]
+
+
+@pytest.mark.parametrize("attempt", range(10))  # who goes first in one pass of the scheduler is drawn
+async def test_a_peer_called_silent_by_a_process_that_was_held_up(nursery, attempt):
+    """What arrived in time is read before a late look: a machine that stood still cuts nobody off."""
+    reaper, seen, order = Reaper(), [], []
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+
+        async def read() -> None:
+            await trio.lowlevel.wait_readable(ours)
+            order.append("read")
+
+        def check(now: float) -> float:
+            order.append("look")
+            return once(seen)(now)
+
+        nursery.start_soon(read)
+        await nursery.start(reaper.run)
+        reaper.add(check, trio.current_time() + 0.005)
+        await wait_all_tasks_blocked()
+        theirs.send(b"x")
+        time.sleep(LATE + 0.02)  # noqa: ASYNC251  # the whole process is held up
+        await trio.sleep(0.05)
+    assert order == ["read", "look"]
 
 
 async def test_cancelled_watches_do_not_pile_up():
