@@ -13,7 +13,7 @@ from simkit import OK, SSE, URL, Conversation, failed, only_record, since, world
 
 from canal_trio.errors import Kind, Phase, Side
 from canal_trio.hooks import Outcome
-from canal_trio.settings import Bounds, Model, Target, Upstream
+from canal_trio.settings import Bounds, Deadlines, Model, Target, Upstream
 from canal_trio.testing.simstream import SimLink
 
 GET = request("GET", "/v1/models")
@@ -153,6 +153,24 @@ async def test_a_reload_lets_the_line_in(autojump_clock: Any, handover: bool) ->
             assert (await client.response()).status == 200
         assert since(start) == 9
         assert (await clients[3].response()).status == 200
+
+
+async def test_a_drain_ends_the_line_honestly(autojump_clock: Any, handover: bool) -> None:
+    """Who waits may still be served while the gateway drains, and is told `gateway_draining` when the time is over."""
+    bounds, deadlines = Bounds(exchanges=1), Deadlines(lease=1000)
+    async with world(slow(20), handover=handover, bounds=bounds, deadlines=deadlines) as here:
+        clients = [here.connect() for _ in range(3)]
+        for client in clients:
+            await client.send(GET)
+            await trio.testing.wait_all_tasks_blocked()
+        start = trio.current_time()
+        here.gateway.drain(start + 30)
+        assert (await clients[0].response()).status == 200
+        assert since(start) == 20
+        for client in clients[1:]:
+            await refused(client, "gateway_draining")
+        assert since(start) == 30
+        assert here.gateway.statistics().waiting == 0
 
 
 # -- one upstream ------------------------------------------------------------------------------------------------------
