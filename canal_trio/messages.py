@@ -92,6 +92,11 @@ class RequestHead:
     target: bytes
     headers: Headers = field(default_factory=Headers)
     version: bytes = b"1.1"
+    facts: object = field(default=None, init=False, repr=False, compare=False)  # what `keep` was given
+
+    def keep(self, facts: object) -> None:
+        """Keep what was found out about this head with it. Of the head itself nothing changes."""
+        object.__setattr__(self, "facts", facts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +107,11 @@ class ResponseHead:
     headers: Headers = field(default_factory=Headers)
     reason: bytes = b""
     version: bytes = b"1.1"
+    facts: object = field(default=None, init=False, repr=False, compare=False)  # what `keep` was given
+
+    def keep(self, facts: object) -> None:
+        """Keep what was found out about this head with it. Of the head itself nothing changes."""
+        object.__setattr__(self, "facts", facts)
 
     @property
     def informational(self) -> bool:

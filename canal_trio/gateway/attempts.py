@@ -257,7 +257,9 @@ class Attempts:
             exchange.lease = None
 
         try:
-            answer = await connection.ask(request.head, body, self._delivery.informational, request.block)
+            answer = await connection.ask(
+                request.block, body, self._delivery.informational, method=request.method, chunked=request.chunked
+            )
             if isinstance(answer, Failure):
                 return answer
             if answer is None:

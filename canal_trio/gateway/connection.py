@@ -32,8 +32,9 @@ from canal_trio.gateway.writer import ClientWriter
 from canal_trio.messages import End, RequestHead
 from canal_trio.relay.flow import FlowSender, open_flow
 from canal_trio.relay.streams import handover_end
-from canal_trio.wire.bodies import BodyDecoder, NoBody, content_length, request_decoder
-from canal_trio.wire.headers import client_address, keep_alive
+from canal_trio.wire.bodies import BodyDecoder, NoBody, framed_decoder
+from canal_trio.wire.facts import request_facts
+from canal_trio.wire.headers import client_address
 
 if TYPE_CHECKING:
     from canal_trio.gateway.core import Gateway
@@ -152,17 +153,17 @@ class ClientConnection:
         """The exchange of a head that was just read, with its body's decoder. Registered from here on."""
         gateway = self._gateway
         bounds = gateway.settings.bounds
-        client = client_address(head.headers, self._peer, gateway.trusts)
+        facts = request_facts(head)
+        client = client_address(head.headers, self._peer, gateway.trusts) if gateway.trusts_any else self._peer
         exchange = Exchange(head, client=client, started=started, certificate=self._certificate)
         if gateway.settings.deadlines.exchange != math.inf:
             exchange.scope.deadline = trio.current_time() + gateway.settings.deadlines.exchange
         self.current = exchange
         gateway.begin(exchange)
-        length = content_length(head.headers)
-        verdict = request_decoder(head)
-        decoder: BodyDecoder = NoBody() if isinstance(verdict, Failure) else verdict
-        if isinstance(verdict, Failure):
-            exchange.note(verdict)
+        framing, length = facts.framing, facts.length
+        decoder: BodyDecoder = NoBody() if isinstance(framing, Failure) else framed_decoder(framing)
+        if isinstance(framing, Failure):
+            exchange.note(framing)
         elif isinstance(length, int) and length > bounds.body_bytes:
             detail = f"The limit is {bounds.body_bytes:.0f} bytes."
             exchange.note(Failure(Side.CLIENT, Phase.HEAD, Kind.BODY_TOO_LARGE, detail))
@@ -210,12 +211,12 @@ class ClientConnection:
             exchange.note(Failure(Side.GATEWAY, Phase.ROUTE, Kind.DRAINING))
         if head is None or exchange.failure is not None:
             return await self._conclude(exchange, delivery, keep=False)
-        keep = keep_alive(head.version, head.headers) and not gateway.draining
+        keep = request_facts(head).keep_alive and not gateway.draining
         own = own_answer(head, request_id=exchange.id, close=not keep)
         if own is not None:
             exchange.status = own[0]
             return await self._writer.write([own[1]], exchange.has_answer) and keep and exchange.received
-        trusted = gateway.trusts(self._peer)
+        trusted = gateway.trusts_any and gateway.trusts(self._peer)
         pipeline = Pipeline(exchange, generation, places, self._writer, delivery, self._requests, trusted=trusted)
         pipeline.close = not keep
         try:

@@ -93,6 +93,7 @@ class Gateway:
         self._connections: set[ClientConnection] = set()
         self._exchanges: dict[Exchange, None] = {}
         self._networks = _networks(settings)
+        self.trusts_any = bool(self._networks)
         self._standings = Standings()
         self.reaper = Reaper()
         self.places = Places(settings)
@@ -152,6 +153,7 @@ class Gateway:
         keep = {u: old.pools[u.name] for u in old.settings.upstreams} if unchanged else {}
         self.generation = self._generation(settings, keep, old.balancing.refused())
         self._networks = _networks(settings)
+        self.trusts_any = bool(self._networks)
         self.places.configure(settings)
         current = set(self.generation.pools.values())
         for pool in old.pools.values():

@@ -28,9 +28,9 @@ from canal_trio.relay.flow import Aborted, Ended, FlowReceiver, FlowSender, Mete
 from canal_trio.relay.idle import Reaper
 from canal_trio.settings import Settings
 from canal_trio.upstream.interface import AnswerBody, Outlet
-from canal_trio.wire.bodies import content_length
 from canal_trio.wire.error_bodies import error_event
-from canal_trio.wire.headers import ForClient, is_event_stream
+from canal_trio.wire.facts import response_facts
+from canal_trio.wire.headers import ForClient
 from canal_trio.wire.sse import EventScanner
 
 __all__ = ["Delivery"]
@@ -82,10 +82,9 @@ class Delivery:
         exchange = self._exchange
         request = exchange.head
         assert request is not None
-        streamed = is_event_stream(head.headers)
-        length = content_length(head.headers)
-        bodyless = request.method == b"HEAD" or head.status in (204, 304)
-        known = length if isinstance(length, int) and b"transfer-encoding" not in head.headers else None
+        facts = response_facts(head)
+        streamed, known = facts.event_stream, facts.known
+        bodyless = facts.bodyless or request.method == b"HEAD"
         modern = request.version == b"1.1"
         chunked = modern and not bodyless and (streamed or known is None)
         if streamed and not bodyless:
@@ -294,7 +293,8 @@ class Delivery:
 
     def _terminal(self) -> None:
         """The last event was delivered: the upstream has `after_done` seconds to end its body (gateways.md C28)."""
-        self._reaper.add(self._late_end, trio.current_time() + self._settings.deadlines.after_done)
+        if self._relaying:
+            self._reaper.add(self._late_end, trio.current_time() + self._settings.deadlines.after_done)
 
     def _late_end(self, now: float) -> float:
         exchange = self._exchange

@@ -20,7 +20,8 @@ from canal_trio.hooks import ExchangeRecord, Outcome, Principal, Tried, Usage, U
 from canal_trio.messages import Headers
 from canal_trio.policy.estimate import estimated
 from canal_trio.policy.exchange import outcome_of
-from canal_trio.wire.headers import request_id, upgrade_of
+from canal_trio.wire.facts import request_facts
+from canal_trio.wire.headers import request_id
 from canal_trio.wire.sse import EventScanner
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ class Exchange:
         self.started = started
         self.started_at = time.time()
         self.headed = trio.current_time()  # the request's head was complete
-        self.upgrade = upgrade_of(head) if head is not None else None
+        self.upgrade = request_facts(head).upgrade if head is not None else None
         self.phase = Phase.ROUTE if head is not None else Phase.HEAD
         self.scope = trio.CancelScope()
         self.finished = trio.Event()
@@ -268,7 +269,7 @@ class Exchange:
         return ExchangeView(
             id=self.id,
             client=self.client,
-            method=_text(head.method) if head else "",
+            method=request_facts(head).method if head else "",
             path=_path(head),
             principal=self.principal.name if self.principal else None,
             model=self.model,
@@ -317,7 +318,7 @@ class Exchange:
             started_at=self.started_at,
             client=self.client,
             certificate=self.certificate,
-            method=_text(self.head.method) if self.head else "",
+            method=request_facts(self.head).method if self.head else "",
             path=self.path,
             outcome=self.outcome(),
             phase=self.failure.phase if self.failure else self.phase,
@@ -352,9 +353,5 @@ class Exchange:
         return record
 
 
-def _text(raw: bytes) -> str:
-    return raw.decode("ascii", "backslashreplace")
-
-
 def _path(head: RequestHead | None) -> str:
-    return _text(head.target.partition(b"?")[0]) if head else ""
+    return request_facts(head).path if head is not None else ""

@@ -12,27 +12,25 @@ from typing import Final, final
 import trio
 
 from canal_trio.errors import Failure, Kind, Phase, Side
-from canal_trio.messages import Headers
+from canal_trio.messages import Headers, RequestHead
+from canal_trio.wire.facts import request_facts
 from canal_trio.wire.form_fields import FormFields, form_fields, form_model_edit, is_form
 from canal_trio.wire.json_fields import JsonFields, json_fields, model_edit, usage_edit
 from canal_trio.wire.splice import Edit
 
-__all__ = ["Judged", "is_json", "judge", "names_model"]
+__all__ = ["Judged", "judge", "names_model"]
 
 _IN_A_THREAD: Final = 1024 * 1024  # bytes: up to these it takes a millisecond or two
 # Uploads that have no model in OpenAI's API, and may be far larger than what is held.
 _NAMELESS: Final = ("/v1/files", "/v1/uploads")
 
 
-def is_json(headers: Headers) -> bool:
-    """Is the body JSON, by its content type?"""
-    media = (headers.get(b"content-type") or b"").partition(b";")[0].strip().lower()
-    return media == b"application/json" or media.endswith(b"+json")
-
-
-def names_model(headers: Headers, path: str) -> bool:
+def names_model(head: RequestHead) -> bool:
     """Is the body of a kind that names its model: JSON, or a form that is no upload of files?"""
-    return is_json(headers) or (is_form(headers.get(b"content-type") or b"") and not path.startswith(_NAMELESS))
+    facts = request_facts(head)
+    if facts.json:
+        return True
+    return is_form(head.headers.get(b"content-type") or b"") and not facts.path.startswith(_NAMELESS)
 
 
 @final

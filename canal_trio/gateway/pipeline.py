@@ -15,7 +15,7 @@ from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.gateway.attempts import PEEK_BYTES, Attempts
 from canal_trio.gateway.deliver import Delivery
 from canal_trio.gateway.exchange import Exchange
-from canal_trio.gateway.judged import is_json, judge, names_model
+from canal_trio.gateway.judged import judge, names_model
 from canal_trio.gateway.places import Places
 from canal_trio.gateway.requests import UpstreamRequests
 from canal_trio.gateway.respond import continue_head
@@ -24,9 +24,8 @@ from canal_trio.hooks import Admission, Admitted, Asked, Refused
 from canal_trio.messages import RequestHead
 from canal_trio.policy.routing import Choice, Plan
 from canal_trio.settings import Settings
-from canal_trio.wire.bodies import content_length
+from canal_trio.wire.facts import request_facts
 from canal_trio.wire.form_fields import is_form
-from canal_trio.wire.headers import wants_continue
 from canal_trio.wire.targets import origin_form, plain_path
 
 if TYPE_CHECKING:
@@ -156,7 +155,7 @@ class Pipeline:
 
     async def _continue(self) -> Failure | None:
         """Invite the body of a client that waits for it (RFC 9110 10.1.1)."""
-        wanted = wants_continue(self._head)
+        wanted = request_facts(self._head).wants_continue
         if isinstance(wanted, Failure):
             return wanted
         if wanted and not self._exchange.received and not self._exchange.request_bytes:
@@ -173,7 +172,7 @@ class Pipeline:
                 return plan
         tunnel = exchange.upgrade is not None  # its bytes are no body: there is nothing to wait for
         if body is not None and not tunnel:
-            named = names_model(self._head.headers, exchange.path)
+            named = names_model(self._head)
             if router.needs_model(exchange.principal, named=named) or (named and self._settings.accounting):
                 failure = await self._read(body, strict=named)
                 if failure is not None:
@@ -211,7 +210,7 @@ class Pipeline:
         exchange, body, content = self._exchange, self._exchange.body, None
         headers = self._head.headers
         if admission.wants_body and body is not None and exchange.upgrade is None:
-            form, named = is_form(headers.get(b"content-type") or b""), names_model(headers, exchange.path)
+            form, named = is_form(headers.get(b"content-type") or b""), names_model(self._head)
             if exchange.judged is None and (named or not form):
                 failure = await self._read(body, strict=named)
                 if failure is not None:
@@ -231,7 +230,7 @@ class Pipeline:
 
     def _too_large(self) -> Failure | None:
         limit = self._settings.bounds.held_body_bytes
-        length = content_length(self._head.headers)
+        length = request_facts(self._head).length
         if isinstance(length, int) and length > limit:
             return Failure(Side.CLIENT, Phase.UPLOAD, Kind.BODY_TOO_LARGE, f"The limit is {limit} bytes.")
         return None
@@ -241,7 +240,7 @@ class Pipeline:
         exchange = self._exchange
         if exchange.body is None:
             return
-        if exchange.model is None and exchange.judged is None and is_json(self._head.headers):
+        if exchange.model is None and exchange.judged is None and request_facts(self._head).json:
             content = exchange.body.beginning(PEEK_BYTES)
             with contextlib.suppress(msgspec.DecodeError, RecursionError):
                 model = msgspec.json.decode(content, type=_Named).model if content else None

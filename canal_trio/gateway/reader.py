@@ -12,7 +12,8 @@ deadlines run only while the client's bytes are awaited.
 
 from __future__ import annotations
 
-import enum
+import contextlib
+import functools
 import math
 import select
 from collections.abc import Callable
@@ -23,6 +24,7 @@ import trio
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.gateway.exchange import Exchange
 from canal_trio.gateway.handoff import Handoff
+from canal_trio.gateway.patience import Mode, Patience
 from canal_trio.gateway.writer import BROKEN
 from canal_trio.messages import End, RequestHead
 from canal_trio.relay.flow import FlowSender
@@ -36,13 +38,6 @@ __all__ = ["Admission", "ClientReader"]
 
 Admission = Callable[[RequestHead, float], tuple[Exchange, BodyDecoder]]
 """Makes the exchange of a head that started to arrive at the given time, with its body's decoder."""
-
-
-class _Mode(enum.Enum):
-    IDLE = enum.auto()  # between requests, nothing has arrived
-    HEAD = enum.auto()  # a request head has begun
-    BODY = enum.auto()  # body bytes are awaited
-    WAIT = enum.auto()  # the client has no turn: flow full, response running
 
 
 @final
@@ -72,30 +67,26 @@ class ClientReader:
         self._refuse = refuse
         self._reaper = reaper
         self._bounds = bounds
-        self._deadlines = deadlines
         self._heads = RequestHeadReader(
             head_bytes=bounds.head_bytes, head_fields=bounds.head_fields, target_bytes=bounds.target_bytes
         )
         self._scope = trio.CancelScope()
-        self._mode = _Mode.IDLE
-        self._since = trio.current_time()  # when the mode began, or when a body byte last arrived
-        self._body_bytes = 0
-        self._body_waited = 0.0
+        self._patience = Patience(deadlines)
         self._active: Exchange | None = None
         self._held = b""  # read, not parsed yet
+        self._careful: Exchange | None = None  # accepted in the poller's step, to be put by the task
         self._stopped = False
         self.superfluous = False  # when it was stopped the client had sent more than will be looked at
         self.timed_out: Failure | None = None
 
     async def run(self) -> None:
         """Read until the client leaves, breaks the rules or takes too long, or until cancelled."""
-        period = self._period()
-        watch = self._reaper.add(self._check, trio.current_time() + period)
+        watch = self._reaper.add(self._check, trio.current_time() + self._patience.period)
         try:
             with self._scope:
                 await self._requests()
             if self.timed_out is not None and self._active is None:
-                self._out.put(self._refuse(self.timed_out, self._since))
+                self._out.put(self._refuse(self.timed_out, self._patience.since))
         finally:
             watch.cancel()
             self._out.close()
@@ -113,53 +104,31 @@ class ClientReader:
     def idle_since(self) -> float | None:
         """Since when nothing was asked for, if nothing is now."""
         active = self._active
-        if self._mode is not _Mode.IDLE or (active is not None and not active.finished.is_set()):
+        if self._patience.mode is not Mode.IDLE or (active is not None and not active.finished.is_set()):
             return None
-        return max(self._since, active.finished_at if active is not None else 0.0)
+        return max(self._patience.since, active.finished_at if active is not None else 0.0)
 
     # -- deadlines -----------------------------------------------------------------------------------------------------
 
-    def _period(self) -> float:
-        """How often to look: no deadline is shorter, so none is ever seen late."""
-        return min(self._deadlines.keep_alive, self._deadlines.request_head, self._deadlines.body_idle)
-
     def _check(self, now: float) -> float:
-        deadlines = self._deadlines
-        due = math.inf
-        if self._mode is _Mode.IDLE:
-            idle = self.idle_since()
-            if idle is not None:
-                due = idle + deadlines.keep_alive
-        elif self._mode is _Mode.HEAD:
-            due = self._since + deadlines.request_head
-        elif self._mode is _Mode.BODY:
-            due = self._since + min(deadlines.body_idle, self._credit() - self._body_waited)
+        due = self._patience.due(self.idle_since() if self._patience.mode is Mode.IDLE else None)
         if now < due:
-            return min(due, now + self._period())
+            return min(due, now + self._patience.period)
         self._expire()
         return math.inf
 
-    def _credit(self) -> float:
-        """Seconds that may be spent on waiting for the body bytes that came so far."""
-        rate = self._deadlines.body_rate
-        return max(self._deadlines.body_idle, self._body_bytes / rate if rate else math.inf)
-
     def _expire(self) -> None:
-        if self._mode is _Mode.IDLE:
+        if self._patience.mode is Mode.IDLE:
             self._scope.cancel(reason="keep-alive idle")
             return
-        phase = Phase.HEAD if self._mode is _Mode.HEAD else Phase.UPLOAD
+        phase = Phase.HEAD if self._patience.mode is Mode.HEAD else Phase.UPLOAD
         failure = Failure(Side.CLIENT, phase, Kind.TIMEOUT, f"The request {phase.value} stopped arriving.")
-        if self._mode is _Mode.BODY and self._active is not None:
+        if self._patience.mode is Mode.BODY and self._active is not None:
             self._active.fail(failure)
         else:
             self.timed_out = failure
             self._active = None
         self._scope.cancel(reason=failure.detail)
-
-    def _enter(self, mode: _Mode) -> None:
-        self._mode = mode
-        self._since = trio.current_time()
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -179,38 +148,75 @@ class ClientReader:
             return None
         if self._held and self._active is not None and not await self._pipelined(self._active, self._held):
             return None
-        self._enter(_Mode.IDLE)
+        self._patience.enter(Mode.IDLE)
         data, self._held = self._held, b""
         while not self._stopped:
             if data:
-                if self._mode is _Mode.IDLE:
-                    self._enter(_Mode.HEAD)
+                if self._patience.mode is Mode.IDLE:
+                    self._patience.enter(Mode.HEAD)
                 verdict = self._heads.feed(data)
                 if isinstance(verdict, Failure):
-                    return self._refuse(verdict, self._since)
+                    return self._refuse(verdict, self._patience.since)
                 if isinstance(verdict, RequestHead):
                     return self._accept(verdict)
-            data = await self._receive()
+            if self._direct is not None and self._patience.mode is Mode.IDLE:
+                exchange = await self._serve(self._direct)
+                if exchange is not None:
+                    return exchange
+            data, self._held = self._held, b""
+            data = data or await self._receive()
             if data and self._active is not None and not self._active.finished.is_set():
                 if not await self._pipelined(self._active, data):
                     return None
                 data, self._held = self._held, b""
             if not data:
                 cut = self._heads.close()
-                return self._refuse(cut, self._since) if cut is not None else None
+                return self._refuse(cut, self._patience.since) if cut is not None else None
         return None
 
+    async def _serve(self, direct: HandoverStream) -> Exchange | None:
+        """Put requests that come whole in the poller's step, without this task being woken, until something else comes.
+
+        That is either an exchange that needs more care, or bytes left in `_held`, or what `_receive` will meet again.
+        """
+        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            direct.arm(functools.partial(self._turn, direct))
+            await direct.wait_disarmed()
+        exchange, self._careful = self._careful, None
+        return exchange
+
+    def _turn(self, direct: HandoverStream) -> bool:
+        data = direct.try_receive(self._bounds.piece_bytes)
+        if data is None:
+            return True
+        active = self._active
+        if not data or self._stopped or (active is not None and not active.finished.is_set()):
+            self._held = data
+            return False
+        self._patience.enter(Mode.HEAD)
+        verdict = self._heads.feed(data)
+        if not isinstance(verdict, RequestHead):
+            self._held = data if verdict is not None else b""  # a failure is given again
+            return False
+        exchange = self._accept(verdict)
+        if self._held or exchange.failure is not None or exchange.upgrade is not None or not exchange.received:
+            self._careful = exchange
+            return False
+        self._out.put(exchange)
+        self._patience.enter(Mode.IDLE)
+        return True
+
     def _accept(self, head: RequestHead) -> Exchange:
-        exchange, self._decoder = self._admit(head, self._since)
+        exchange, self._decoder = self._admit(head, self._patience.since)
         self._active = exchange
         self._held = self._heads.rest()
-        self._body_bytes, self._body_waited = 0, 0.0
+        self._patience.begin_body()
         self._begin_body(exchange)
         if self._socket is not None and exchange.failure is None:
             self._socket.watch(self._hung_up)
             if self._socket.hangup:
                 self._hung_up()
-        self._enter(_Mode.WAIT)
+        self._patience.enter(Mode.WAIT)
         return exchange
 
     def _hung_up(self) -> None:
@@ -244,7 +250,7 @@ class ClientReader:
     async def _pipelined(self, active: Exchange, data: bytes) -> bool:
         """Hold `data` until the response before it is done. False: nothing more is to be read."""
         self._held = data
-        self._enter(_Mode.WAIT)
+        self._patience.enter(Mode.WAIT)
         return await self._hold_until(active.finished, active)
 
     async def _hold_until(self, event: trio.Event, active: Exchange) -> bool:
@@ -252,7 +258,7 @@ class ClientReader:
         if self._socket is None:
             return await self._read_ahead(event, active)
         await event.wait()
-        self._enter(_Mode.IDLE)
+        self._patience.enter(Mode.IDLE)
         return True
 
     async def _read_ahead(self, event: trio.Event, active: Exchange) -> bool:
@@ -269,7 +275,7 @@ class ClientReader:
             nursery.start_soon(read)
             await event.wait()
             nursery.cancel_scope.cancel(reason="no longer awaited")
-        self._enter(_Mode.IDLE)
+        self._patience.enter(Mode.IDLE)
         return not active.left
 
     # -- the body ------------------------------------------------------------------------------------------------------
@@ -325,7 +331,7 @@ class ClientReader:
                 self._held = decoder.rest
                 return True
             data = self._at_hand(upload) or await self._awaited()
-            self._body_bytes += len(data)
+            self._patience.body_bytes += len(data)
             if not data:
                 upload.abort(exchange.failure)
                 return False
@@ -341,11 +347,11 @@ class ClientReader:
 
     async def _awaited(self) -> bytes:
         """The next bytes of a body, whose deadlines run while they are awaited."""
-        self._enter(_Mode.BODY)
-        started = self._since
+        self._patience.enter(Mode.BODY)
+        started = self._patience.since
         data = await self._receive()
-        self._enter(_Mode.WAIT)
-        self._body_waited += self._since - started
+        self._patience.enter(Mode.WAIT)
+        self._patience.waited(started)
         return data
 
     def _objection(self, exchange: Exchange, decoder: BodyDecoder) -> Failure | None:

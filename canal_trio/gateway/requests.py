@@ -14,7 +14,7 @@ from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.gateway.exchange import Exchange
 from canal_trio.messages import RequestHead
 from canal_trio.settings import Upstream
-from canal_trio.wire.bodies import content_length
+from canal_trio.wire.facts import request_facts
 from canal_trio.wire.headers import ForUpstream, for_upstream
 from canal_trio.wire.heads import write_request_head
 from canal_trio.wire.splice import grown
@@ -26,14 +26,39 @@ if TYPE_CHECKING:
 __all__ = ["UpstreamRequest", "UpstreamRequests"]
 
 _ID = b"x-request-id"
+_LINE = b"\r\nX-Request-Id: %b\r\n"
 
 
-@dataclass(frozen=True, slots=True)
+@final
 class UpstreamRequest:
-    """A head for an upstream, and the same as bytes."""
+    """A head for an upstream, as bytes and, for who asks for it, as a head. `chunked`: its body is."""
 
-    head: RequestHead
-    block: bytes
+    __slots__ = ("_model", "_request_id", "block", "chunked")
+
+    def __init__(self, model: RequestHead, request_id: bytes, block: bytes, *, chunked: bool) -> None:
+        self._model = model  # the same but for the request's id, perhaps
+        self._request_id = request_id
+        self.block = block
+        self.chunked = chunked
+
+    @property
+    def method(self) -> bytes:
+        """The request's method."""
+        return self._model.method
+
+    @property
+    def head(self) -> RequestHead:
+        """The head that `block` says. Made anew each time."""
+        model = self._model
+        fields = model.headers.replaced(_ID, self._request_id)
+        return RequestHead(model.method, model.target, fields, model.version)
+
+    def again(self, request_id: bytes) -> UpstreamRequest:
+        """The same with another id."""
+        if request_id == self._request_id:
+            return self
+        block = self.block.replace(_LINE % self._request_id, _LINE % request_id, 1)
+        return UpstreamRequest(self._model, request_id, block, chunked=self.chunked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +69,6 @@ class _Last:
     upstream: Upstream
     generation: Generation
     longer: int
-    request_id: bytes
     made: UpstreamRequest
 
 
@@ -75,11 +99,12 @@ class UpstreamRequests:
             and last.generation is generation
             and last.longer == longer
         ):
-            return _again(last, request_id)
+            return last.made.again(request_id)
         made = self._make(head, exchange, upstream, generation, trusted, longer)
         if isinstance(made, RequestHead):
-            request = UpstreamRequest(made, write_request_head(made))
-            self._last = _Last(head, upstream, generation, longer, request_id, request)
+            chunked = b"transfer-encoding" in made.headers
+            request = UpstreamRequest(made, request_id, write_request_head(made), chunked=chunked)
+            self._last = _Last(head, upstream, generation, longer, request)
             return request
         return made
 
@@ -101,7 +126,7 @@ class UpstreamRequests:
         target = upstream_target(base.path, origin[0])
         if isinstance(target, Failure):
             return target
-        length = content_length(head.headers)
+        length = request_facts(head).length
         options = ForUpstream(
             target=target,
             authority=base.authority,
@@ -125,17 +150,3 @@ def _credential(upstream: Upstream) -> tuple[bytes, bytes] | None:
     if upstream.key_header == "authorization":
         return b"Authorization", b"Bearer " + key
     return upstream.key_header.encode("ascii"), key
-
-
-def _again(last: _Last, request_id: bytes) -> UpstreamRequest:
-    """The remembered request, with another id."""
-    made = last.made
-    if request_id == last.request_id:
-        return made
-    head = made.head
-    fields = head.headers.replaced(_ID, request_id)
-    line = b"\r\nX-Request-Id: %b\r\n"
-    return UpstreamRequest(
-        RequestHead(head.method, head.target, fields, head.version),
-        made.block.replace(line % last.request_id, line % request_id, 1),
-    )

@@ -45,8 +45,7 @@ class LineWriter:
         self._fd = fd
         self._most = select.PIPE_BUF if shared else math.inf
         self._note = note or (lambda count: f"{count} log lines were dropped: the log is read too slowly\n".encode())
-        # One more slot than lines: the end mark always finds room.
-        self._queue: queue.Queue[Line | None] = queue.Queue(capacity + 1)
+        self._queue: queue.SimpleQueue[Line | None] = queue.SimpleQueue()  # bounded by `write`; put costs nothing
         self._capacity = capacity
         self._told = 0  # drops already told of
         self.dropped = 0
@@ -60,7 +59,7 @@ class LineWriter:
         if self._closed or self._queue.qsize() >= self._capacity:
             self.dropped += 1
             return False
-        self._queue.put_nowait(line)
+        self._queue.put(line)
         return True
 
     def close(self, timeout: float = 1.0) -> bool:
@@ -72,7 +71,7 @@ class LineWriter:
         if not self._closed:
             self._closed = True
             self._closing.set()
-            self._queue.put_nowait(None)
+            self._queue.put(None)
         self._thread.join(timeout)
         return not self._thread.is_alive()
 

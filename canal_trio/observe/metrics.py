@@ -119,7 +119,9 @@ class Metrics:
         ProcessCollector(registry=registry)
         build = Gauge("canal_build_info", "Always 1; the version is in the label.", ["version"], registry=registry)
         build.labels(__version__).set(1)
-        tallies = Tallies()
+        # What most counters are made of, added up by what their labels are made of; poured in when they are asked.
+        self._rows: dict[tuple[str, str | None, bool, int | None], list[int]] = {}
+        tallies = Tallies(self._pour)
         registry.register(tallies)
         self._exchanges = tallies.count("canal_exchanges", "Exchanges that ended.", ["outcome", "upstream", "streamed"])
         self._responses = tallies.count("canal_responses", "Answers by status; 'none' if there was none.", ["status"])
@@ -187,14 +189,22 @@ class Metrics:
 
     def finished(self, record: ExchangeRecord) -> None:
         """Observe one exchange. A few microseconds in all (see `observe.tally`), not a checkpoint."""
+        key = record.outcome._value_, record.upstream, record.streamed, record.status  # .value is a Python call or two
+        row = self._rows.get(key)
+        if row is None:
+            row = self._rows[key] = [0] * 8
+        row[0] += 1
+        row[1] += record.attempts - len(record.tried)  # those at other upstreams are added below
+        row[2] += record.request_bytes
+        row[3] += record.response_bytes
+        row[4] += record.events
+        row[5] += record.handed_over
+        row[6] += record.queued
+        row[7] += record.waits
         upstream = record.upstream or ""
         streamed = "true" if record.streamed else "false"
-        self._exchanges.add(1, record.outcome.value, upstream, streamed)
-        self._responses.add(1, "none" if record.status is None else str(record.status))
         for before in record.tried:
             self._attempts.add(1, before.upstream)
-        if record.attempts > len(record.tried):
-            self._attempts.add(record.attempts - len(record.tried), upstream)
         if (failure := record.failure) is not None:
             self._failures.add(1, failure.side.value, failure.phase.value, failure.kind.value, upstream)
         for flag in record.flags:
@@ -207,15 +217,26 @@ class Metrics:
             self._mean_gap.observe(record.mean_gap)
         if record.cancel_latency is not None:
             self._cancel.observe(record.cancel_latency)
-        self._request_bytes.add(record.request_bytes)
-        self._response_bytes.add(record.response_bytes)
-        self._events.add(record.events)
-        self._pieces.add(record.handed_over, "handed_over")
-        self._pieces.add(record.queued, "queued")
-        self._waits.add(record.waits)
         if (usage := record.usage) is not None:
             self._tokens.add(usage.prompt, "prompt", record.usage_source.value, upstream)
             self._tokens.add(usage.completion, "completion", record.usage_source.value, upstream)
+
+    def _pour(self) -> None:
+        """Add the rows to the counters they are made of."""
+        rows, self._rows = self._rows, {}
+        for (outcome, name, streamed, status), row in rows.items():
+            exchanges, attempts, request_bytes, response_bytes, events, handed_over, queued, waits = row
+            upstream = name or ""
+            self._exchanges.add(exchanges, outcome, upstream, "true" if streamed else "false")
+            self._responses.add(exchanges, "none" if status is None else str(status))
+            if attempts:
+                self._attempts.add(attempts, upstream)
+            self._request_bytes.add(request_bytes)
+            self._response_bytes.add(response_bytes)
+            self._events.add(events)
+            self._pieces.add(handed_over, "handed_over")
+            self._pieces.add(queued, "queued")
+            self._waits.add(waits)
 
     def watch(self, gateway: Watched) -> None:
         """Read the state of `gateway` at every scrape."""

@@ -8,7 +8,7 @@ Invariant: a family shows the same names, labels and buckets as the library's ow
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import final
 
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
@@ -88,9 +88,10 @@ class Spread:
 
 @final
 class Tallies(Collector):
-    """Some counts and spreads as one collector."""
+    """Some counts and spreads as one collector. `pour` is called before they are shown: what was added up elsewhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, pour: Callable[[], None] = lambda: None) -> None:
+        self._pour = pour
         self._all: list[Count | Spread] = []
 
     def count(self, name: str, text: str, labels: Sequence[str] = ()) -> Count:
@@ -107,5 +108,6 @@ class Tallies(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Every family of now."""
+        self._pour()
         for one in self._all:
             yield one.family()

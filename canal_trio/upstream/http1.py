@@ -36,7 +36,7 @@ from canal_trio.upstream.response_body import ResponseBody
 from canal_trio.upstream.switched import Tunnel
 from canal_trio.upstream.turns import Turn, Turns
 from canal_trio.wire.bodies import encode_chunk, encode_last_chunk, response_decoder
-from canal_trio.wire.headers import keep_alive
+from canal_trio.wire.facts import response_facts
 from canal_trio.wire.heads import ResponseHeadReader, write_request_head
 
 __all__ = ["Http1Connection"]
@@ -101,7 +101,9 @@ class Http1Connection:
         rest, self._unsent = self._unsent, None
         if rest is None:
             self._reset()
-            rest = await self._begin(head, body, write_request_head(head))
+            fields, block = head.headers, write_request_head(head)
+            chunked, upgrading = b"transfer-encoding" in fields, b"upgrade" in fields
+            rest = await self._begin(block, body, chunked=chunked, upgrading=upgrading)
         await self._exchange(head, body, answer, rest)
         failure = self._over()
         if failure is not None:
@@ -120,7 +122,7 @@ class Http1Connection:
             and body is not None
             and body.end is not None
             and not body.rest
-            and keep_alive(final.version, final.headers)
+            and response_facts(final).keep_alive
         )
         return self._failure
 
@@ -154,15 +156,13 @@ class Http1Connection:
             await self._receive(head, body, answer)
             nursery.cancel_scope.cancel(reason="the upstream has answered")
 
-    async def _begin(self, head: RequestHead, body: BodySource | None, block: bytes) -> list[Buffer]:
+    async def _begin(self, block: bytes, body: BodySource | None, *, chunked: bool, upgrading: bool) -> list[Buffer]:
         """Send the head with what is ready of the body. `_sent` afterwards: that was all, and it is gone.
 
         Returns what the upstream did not take at once: it may answer before it takes more (RFC 9110 10.1.1).
         """
         first: list[Buffer] = [block]
-        upgrading = b"upgrade" in head.headers
         if body is not None and not upgrading:
-            chunked = b"transfer-encoding" in head.headers
             first += _frame(body.take_nowait(), chunked)
             if body.ending is not None:
                 first += self._last(body, chunked)
@@ -240,20 +240,20 @@ class Http1Connection:
             self._note(self._broken(str(exc)))
 
     async def _response(self, request: RequestHead, body: BodySource | None, answer: Answer) -> None:
-        head = await self._final_head(request, answer.head)
+        head = await self._final_head(answer.head, upgrading=b"upgrade" in request.headers)
         if head is None:
             return
         if head.status == 101:
             await self._tunnel(self._heads.rest(), head, body, answer)
             return
-        out = self._open(head, request)
+        out = self._open(head, request.method)
         if out is not None:
             await answer.head(head)
             await out.into(answer.body, self._heads.rest())
 
-    def _open(self, head: ResponseHead, request: RequestHead) -> ResponseBody | None:
+    def _open(self, head: ResponseHead, method: bytes) -> ResponseBody | None:
         """The body of the final head that is here. None: its framing is in doubt."""
-        decoder = response_decoder(head, request.method)
+        decoder = response_decoder(head, method)
         if isinstance(decoder, Failure):
             self._note(decoder)
             return None
@@ -265,7 +265,7 @@ class Http1Connection:
         self._turns.begin(Turn.BODY)
         return body
 
-    async def _final_head(self, request: RequestHead, inform: Inform) -> ResponseHead | None:
+    async def _final_head(self, inform: Inform, *, upgrading: bool) -> ResponseHead | None:
         """Read heads, passing the informational ones on, up to the final one; None with a failure noted."""
         informational = 0
         data = b""
@@ -282,7 +282,7 @@ class Http1Connection:
                     return None
                 self._answered = True  # which moves no deadline: a head that comes byte by byte would never be late
                 continue
-            if verdict.status == 101 and b"upgrade" not in request.headers:
+            if verdict.status == 101 and not upgrading:
                 self._note(Failure(Side.UPSTREAM, Phase.FIRST_BYTE, Kind.MALFORMED, "It switched protocols unasked."))
                 return None
             if not verdict.informational or verdict.status == 101:
@@ -304,20 +304,20 @@ class Http1Connection:
         return self if can_hand_over(self._stream) else None
 
     async def ask(
-        self, head: RequestHead, body: BodySource | None, inform: Inform, block: bytes
+        self, block: bytes, body: BodySource | None, inform: Inform, *, method: bytes, chunked: bool
     ) -> Failure | ResponseHead | None:
         """Send a whole request and wait for the final head. See `interface.StraightConnection`; so for what follows."""
         self._reset()
         try:
-            rest = await self._begin(head, body, block)
+            rest = await self._begin(block, body, chunked=chunked, upgrading=False)
             if rest:
                 self._unsent = rest
                 return None
-            final = await self._final_head(head, inform)
+            final = await self._final_head(inform, upgrading=False)
         except _PEER_TROUBLE as exc:
             self._note(self._broken(str(exc)))
         else:
-            if final is not None and self._open(final, head) is not None:
+            if final is not None and self._open(final, method) is not None:
                 return final
         failure = self._over()
         assert failure is not None

@@ -131,12 +131,13 @@ class StraightConnection(AnswerBody, Protocol):
     """
 
     async def ask(
-        self, head: RequestHead, body: BodySource | None, inform: Inform, block: bytes
+        self, block: bytes, body: BodySource | None, inform: Inform, *, method: bytes, chunked: bool
     ) -> Failure | ResponseHead | None:
         """Send a request whose `body` is ready to its end, and wait for the final head. No upgrade. A checkpoint.
 
-        `block` is the head as bytes. None: the upstream does not take all of it at once, so two sides have to be waited
-        for; go on with `run()`, with the same `body`.
+        `block` is the head as bytes; `method` is its method, and `chunked` says whether its body is to be. None: the
+        upstream does not take all of it at once, so two sides have to be waited for; go on with `run()`, with the same
+        `body`.
         """
 
     def conclude(self) -> Failure | None:

@@ -53,7 +53,7 @@ class Lease:
     def __init__(self, pool: Pool, connection: Connection, *, reused: bool) -> None:
         self._pool = pool
         self._over = False
-        self._since = trio.current_time()
+        self._since = pool._clock()
         self.connection = connection
         self.reused = reused
 
@@ -78,9 +78,7 @@ class _Ticket:
     """A place in the queue, and the task that sleeps there."""
 
     __slots__ = ("task",)
-
-    def __init__(self) -> None:
-        self.task = trio.lowlevel.current_task()
+    task: trio.lowlevel.Task
 
 
 @final
@@ -97,10 +95,11 @@ class Pool:
         self._core: PoolCore[Connection, _Ticket] = PoolCore(
             limit=limit, waiters=bounds.waiters, idle_seconds=deadlines.upstream_keep_alive
         )
+        self._clock = trio.lowlevel.current_clock().current_time  # `trio.current_time`, without looking for the run
         self._closed = False
         self._pace = Pace()  # of its leases
         self._dialled = self._reused = self._failed = self._stale = self._timeouts = self._refused = 0
-        self._sweep = reaper.add(self._look, trio.current_time() + deadlines.upstream_keep_alive)
+        self._sweep = reaper.add(self._look, self._clock() + deadlines.upstream_keep_alive)
 
     def __repr__(self) -> str:
         core = self._core
@@ -114,7 +113,7 @@ class Pool:
         """
         while True:
             ticket = _Ticket()
-            verdict, expired = self._core.acquire(ticket, trio.current_time(), fresh=fresh)
+            verdict, expired = self._core.acquire(ticket, self._clock(), fresh=fresh)
             _close(expired)
             if isinstance(verdict, Reuse):
                 if self._quiet(verdict.connection):
@@ -132,6 +131,7 @@ class Pool:
             self._core.abandon(ticket)
             return trio.lowlevel.Abort.SUCCEEDED
 
+        ticket.task = trio.lowlevel.current_task()
         granted = False
         connection: Connection | None = None
         with trio.move_on_after(self._deadlines.lease):
@@ -194,7 +194,7 @@ class Pool:
             connection.abort()
             self._lost()
             return
-        now = trio.current_time()
+        now = self._clock()
         self._pace.ended(now - since)
         grant, superfluous = self._core.release(connection, now)
         _close(superfluous)
@@ -204,7 +204,7 @@ class Pool:
             _wake(grant)
 
     def _aborted(self, since: float) -> None:
-        self._pace.ended(trio.current_time() - since)
+        self._pace.ended(self._clock() - since)
         self._lost()
 
     def _lost(self) -> None:

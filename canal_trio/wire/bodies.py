@@ -28,6 +28,7 @@ __all__ = [
     "content_length",
     "encode_chunk",
     "encode_last_chunk",
+    "framed_decoder",
     "request_decoder",
     "request_framing",
     "response_decoder",
@@ -390,9 +391,7 @@ def request_framing(head: RequestHead) -> int | Failure:
 def request_decoder(head: RequestHead) -> BodyDecoder | Failure:
     """The decoder for the request's body. MALFORMED or UNSUPPORTED_CODING if its framing is in doubt."""
     framing = request_framing(head)
-    if isinstance(framing, Failure):
-        return framing
-    return _decoder(framing)
+    return framing if isinstance(framing, Failure) else framed_decoder(framing)
 
 
 def response_decoder(head: ResponseHead, request_method: bytes) -> BodyDecoder | Failure:
@@ -402,10 +401,11 @@ def response_decoder(head: ResponseHead, request_method: bytes) -> BodyDecoder |
     framing = _framing(head.version, head.headers, Side.UPSTREAM)
     if isinstance(framing, Failure):
         return framing
-    return CloseDecoder() if framing is None else _decoder(framing)
+    return CloseDecoder() if framing is None else framed_decoder(framing)
 
 
-def _decoder(framing: int) -> BodyDecoder:
+def framed_decoder(framing: int) -> BodyDecoder:
+    """The decoder for a body of `framing` bytes; -1: a chunked one."""
     if framing < 0:
         return ChunkedDecoder()
     return LengthDecoder(framing) if framing else NoBody()

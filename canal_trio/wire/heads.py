@@ -65,6 +65,11 @@ class RequestHeadReader:
             self.started = True
         head_bytes, head_fields, target_bytes = self._limits
         if self._scanner is None:
+            last = self._last
+            if last is not None and data.startswith(last[0]):  # which ends as a head does, so this one ends there, too
+                self._rest = data[len(last[0]) :]
+                self._verdict = last[1]
+                return last[1]
             match = REQUEST_HEAD.match(data, 0, head_bytes)
             if match is not None and data.count(b"\r\n", 0, match.end()) - 2 <= head_fields:
                 return self._judge(data, match.end(), plain=True)
@@ -235,6 +240,11 @@ class ResponseHeadReader:
         self.started = True
         head_bytes, head_fields = self._limits
         if self._scanner is None:
+            last = self._last
+            if last is not None and data.startswith(last[0]):
+                self._rest = data[len(last[0]) :]
+                self._verdict = last[1]
+                return last[1]
             match = RESPONSE_HEAD.match(data, 0, head_bytes)
             if match is not None and data.count(b"\r\n", 0, match.end()) - 2 <= head_fields:
                 return self._judge(data, match.end(), plain=True)

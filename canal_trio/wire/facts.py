@@ -1,0 +1,79 @@
+"""What the gateway asks of a head, found out once and kept with it.
+
+Clients and upstreams that stay send the same head again and again, and the readers of `wire.heads` give the very same
+object then; asked one by one, these questions were a tenth of a small exchange. Invariant: a fact depends on nothing
+but the head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from canal_trio.errors import Failure
+from canal_trio.messages import RequestHead, ResponseHead
+from canal_trio.wire.bodies import content_length, request_framing
+from canal_trio.wire.headers import is_event_stream, keep_alive, upgrade_of, wants_continue
+
+__all__ = ["RequestFacts", "ResponseFacts", "request_facts", "response_facts"]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFacts:
+    """Of a client's request. Failures are the client's."""
+
+    framing: int | Failure  # the body's length, -1 if it is chunked
+    length: int | Failure | None  # what Content-Length announces
+    keep_alive: bool  # the client keeps the connection open
+    wants_continue: bool | Failure
+    upgrade: bytes | None  # the protocol it wants to switch to
+    json: bool  # the content type says that the body is JSON
+    method: str  # for people
+    path: str  # the same; without the query, which may hold secrets
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseFacts:
+    """Of an upstream's response."""
+
+    event_stream: bool
+    known: int | None  # the body's length, where it was announced in a way that can be passed on
+    bodyless: bool  # by its status
+    keep_alive: bool  # the upstream keeps the connection open
+
+
+def request_facts(head: RequestHead) -> RequestFacts:
+    """Those of `head`. Not a checkpoint."""
+    kept = head.facts
+    if isinstance(kept, RequestFacts):
+        return kept
+    headers = head.headers
+    media = (headers.get(b"content-type") or b"").partition(b";")[0].strip().lower()
+    facts = RequestFacts(
+        framing=request_framing(head),
+        length=content_length(headers),
+        keep_alive=keep_alive(head.version, headers),
+        wants_continue=wants_continue(head),
+        upgrade=upgrade_of(head),
+        json=media == b"application/json" or media.endswith(b"+json"),
+        method=head.method.decode("ascii", "backslashreplace"),
+        path=head.target.partition(b"?")[0].decode("ascii", "backslashreplace"),
+    )
+    head.keep(facts)
+    return facts
+
+
+def response_facts(head: ResponseHead) -> ResponseFacts:
+    """Those of `head`, which is a final one. Not a checkpoint."""
+    kept = head.facts
+    if isinstance(kept, ResponseFacts):
+        return kept
+    headers = head.headers
+    length = content_length(headers)
+    facts = ResponseFacts(
+        event_stream=is_event_stream(headers),
+        known=length if isinstance(length, int) and b"transfer-encoding" not in headers else None,
+        bodyless=head.status in (204, 304),
+        keep_alive=keep_alive(head.version, headers),
+    )
+    head.keep(facts)
+    return facts
