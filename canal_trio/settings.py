@@ -61,6 +61,7 @@ class Bounds:
     address_connections: float = math.inf  # of one client address (IPv6: /64), but for trusted proxies; beyond: 503
     informational_heads: int = 16  # 1xx heads per response, beyond: malformed
     admin_connections: int = 64
+    model_list_bytes: int = MIB  # of an upstream's own list of models; beyond: it is not listed
     log_lines: int = 4096  # lines that wait for a slow log, beyond: dropped and counted
 
 
@@ -85,6 +86,8 @@ class Deadlines:
     linger: float = 2.0
     after_done: float = 1.0  # the upstream's body has to end this long after its terminal event
     worker_answer: float = 30.0  # a worker that its supervisor hears nothing of for this long is killed and replaced
+    model_list: float = 5.0  # fetching an upstream's own list of models
+    model_list_keep: float = 60.0  # it is fetched again after this
     upstream_keep_alive: float = 60.0  # an idle upstream connection is not reused after this
 
 

@@ -19,10 +19,12 @@ import trio
 
 from canal_trio.errors import Failure, Kind, Side
 from canal_trio.gateway.balancing import Balancing, Standings, UpstreamStatistics
+from canal_trio.gateway.catalogue import Catalogue
 from canal_trio.gateway.connection import ClientConnection
 from canal_trio.gateway.exchange import Exchange, ExchangeView
 from canal_trio.gateway.places import Places
 from canal_trio.hooks import Admission, Bookkeeper, Recorder
+from canal_trio.policy.listing import Listing
 from canal_trio.policy.routing import Router
 from canal_trio.relay.idle import Reaper
 from canal_trio.settings import Settings, Upstream
@@ -59,6 +61,8 @@ class Generation:
     router: Router
     pools: dict[str, Pool]
     balancing: Balancing
+    listing: Listing
+    catalogue: Catalogue
     books: Bookkeeper | None = None  # takes note of each admitted exchange
     admission: Admission | None = None  # None: everything is admitted
 
@@ -122,7 +126,17 @@ class Gateway:
                 )
             )
         balancing = Balancing(settings, self._standings.configure(settings), refused)
-        return Generation(settings, Router(settings), pools, balancing, self._books, self._admissions(settings))
+        router = Router(settings)
+        return Generation(
+            settings,
+            router,
+            pools,
+            balancing,
+            Listing(settings, router),
+            Catalogue(settings, connector),
+            self._books,
+            self._admissions(settings),
+        )
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """The background work: deadlines. Runs until cancelled; idle upstream connections are closed then."""

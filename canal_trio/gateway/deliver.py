@@ -77,6 +77,17 @@ class Delivery:
         if not await self._writer.write([block], self._exchange.has_answer if whole else None):
             self._lost()
 
+    async def own(self, head: ResponseHead, body: bytes, *, close: bool) -> None:
+        """Write a whole answer that the gateway makes itself."""
+        block, bodyless = self._begin(head, close=close)
+        writer = self._body
+        assert writer is not None
+        self._exchange.phase = Phase.DELIVER
+        if await writer.write([] if bodyless else [body], End(), block):
+            self.complete = True
+        else:
+            self._lost()
+
     def _begin(self, head: ResponseHead, *, close: bool) -> tuple[bytes, bool]:
         """The final head, on its way from here on; and is it all there is?"""
         exchange = self._exchange

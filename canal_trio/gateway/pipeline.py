@@ -21,12 +21,13 @@ from canal_trio.gateway.requests import UpstreamRequests
 from canal_trio.gateway.respond import continue_head
 from canal_trio.gateway.writer import ClientWriter
 from canal_trio.hooks import Admission, Admitted, Asked, Refused
-from canal_trio.messages import RequestHead
+from canal_trio.messages import Headers, RequestHead, ResponseHead
 from canal_trio.policy.routing import Choice, Plan
 from canal_trio.settings import Settings
 from canal_trio.wire.facts import request_facts
 from canal_trio.wire.form_fields import is_form
-from canal_trio.wire.targets import origin_form, plain_path
+from canal_trio.wire.model_lists import model_list
+from canal_trio.wire.targets import origin_form, plain_path, wanted_model
 
 if TYPE_CHECKING:
     from canal_trio.gateway.body import HeldBody, WholeBody
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Pipeline"]
 
+_MODELS = "/v1/models"
+_SAFE = (b"GET", b"HEAD", b"OPTIONS")  # what asks for no work and changes nothing
 _MODEL_CHARACTERS = 256  # of a name that no route knows, in the log
 
 
@@ -80,7 +83,7 @@ class Pipeline:
         if refusal is not None:
             return refusal
         plan = await self._route()
-        if isinstance(plan, Failure):
+        if isinstance(plan, Failure) or plan is None:
             return plan
         if not plan.choices:
             return Failure(Side.GATEWAY, Phase.ROUTE, Kind.UNAVAILABLE, "No upstream is configured.")
@@ -164,12 +167,17 @@ class Pipeline:
 
     # -- routing -------------------------------------------------------------------------------------------------------
 
-    async def _route(self) -> Plan | Failure:
+    async def _route(self) -> Plan | Failure | None:
+        """Where it goes, or why it goes nowhere; None: it was answered here."""
         exchange, router, body = self._exchange, self._generation.router, self._exchange.body
         if self._settings.routes:
             plan = self._path_route()
             if plan is not None:
                 return plan
+        if exchange.path.startswith(_MODELS) and self._head.method in (b"GET", b"HEAD"):
+            wanted = wanted_model(exchange.path)
+            if wanted is not None and self._generation.listing.answers(exchange.principal):
+                return await self._list(wanted)
         tunnel = exchange.upgrade is not None  # its bytes are no body: there is nothing to wait for
         if body is not None and not tunnel:
             named = names_model(self._head)
@@ -178,7 +186,24 @@ class Pipeline:
                 if failure is not None:
                     return failure
         exchange.phase = Phase.ROUTE
-        return router.route(exchange.model, exchange.principal, has_body=body is not None)
+        asks = body is not None or self._head.method not in _SAFE
+        return router.route(exchange.model, exchange.principal, has_body=asks)
+
+    async def _list(self, wanted: str) -> Failure | None:
+        """Answer with the models there are for this principal, or with the one that is `wanted`."""
+        exchange, listing = self._exchange, self._generation.listing
+        exchange.routed(eof_leaves=True)
+        lists = await self._generation.catalogue.lists(listing.sources)
+        if wanted:
+            entry = listing.model(wanted, exchange.principal, lists)
+            if isinstance(entry, Failure):
+                return entry
+            content = msgspec.json.encode(entry)
+        else:
+            content = model_list(listing.models(exchange.principal, lists))
+        fields = [(b"Content-Type", b"application/json"), (b"Content-Length", b"%d" % len(content))]
+        await self._delivery.own(ResponseHead(200, Headers(fields), b"OK"), content, close=self.close)
+        return None
 
     async def _read(self, body: HeldBody | WholeBody, *, strict: bool) -> Failure | None:
         """Hold the body and judge it. `strict`: it is of a kind that can be read, so it must be."""

@@ -23,7 +23,7 @@ from canal_trio.wire.targets import origin_form, parse_base_url, upstream_target
 if TYPE_CHECKING:
     from canal_trio.gateway.core import Generation
 
-__all__ = ["UpstreamRequest", "UpstreamRequests"]
+__all__ = ["UpstreamRequest", "UpstreamRequests", "credential_of"]
 
 _ID = b"x-request-id"
 _LINE = b"\r\nX-Request-Id: %b\r\n"
@@ -135,7 +135,7 @@ class UpstreamRequests:
             scheme=self._scheme,
             request_id=exchange.id.encode("ascii"),
             pseudonym=generation.settings.pseudonym,
-            credential=_credential(upstream),
+            credential=credential_of(upstream),
             strip_credentials=generation.router.keyed,
             body=length + longer if isinstance(length, int) else (None if exchange.body is not None else 0),
             upgrade=exchange.upgrade,
@@ -143,7 +143,8 @@ class UpstreamRequests:
         return for_upstream(head, options)
 
 
-def _credential(upstream: Upstream) -> tuple[bytes, bytes] | None:
+def credential_of(upstream: Upstream) -> tuple[bytes, bytes] | None:
+    """The field with the upstream's own key; None if it has none."""
     if upstream.api_key is None:
         return None
     key = upstream.api_key.encode("latin-1")

@@ -22,9 +22,9 @@ from canal_trio.upstream.http1 import Http1Connection
 from canal_trio.upstream.httpcore import Http2Connection
 from canal_trio.upstream.interface import Connection
 from canal_trio.upstream.tunnel import parse_proxy
-from canal_trio.wire.targets import parse_base_url
+from canal_trio.wire.targets import BaseUrl, parse_base_url
 
-__all__ = ["Connector", "Dialer"]
+__all__ = ["Connector", "Dialer", "speaks_http2"]
 
 
 @final
@@ -41,7 +41,7 @@ class Connector:
         base = parse_base_url(upstream.base_url)
         if isinstance(base, str):
             raise CanalError(base)  # the configuration was checked
-        stream = await self._dial(upstream, secure=base.scheme == "https")
+        stream = await self.dial(upstream)
         if isinstance(stream, Failure):
             return stream
         raw = handover_end(stream)
@@ -49,7 +49,7 @@ class Connector:
             raise CanalError(f"the dialer gave {stream!r}, which cannot be closed in one step")
         settings = self._settings
         bounds, deadlines = settings.bounds, settings.deadlines
-        if upstream.http2 and (base.scheme == "http" or _alpn(stream) == "h2"):
+        if speaks_http2(upstream, base, stream):
             return Http2Connection(stream, raw, base, reaper=self._reaper, bounds=bounds, deadlines=deadlines)
         connection = Http1Connection(stream, raw, reaper=self._reaper, bounds=bounds, deadlines=deadlines)
         proxy = parse_proxy(upstream.proxy) if upstream.proxy is not None else None
@@ -57,14 +57,19 @@ class Connector:
             return ForwardedConnection(connection, proxy, base)
         return connection
 
-    async def _dial(self, upstream: Upstream, *, secure: bool) -> Stream | Failure:
+    async def dial(self, upstream: Upstream) -> Stream | Failure:
         """What the dialer gives, whichever it is, within the deadlines of dialling."""
         deadlines = self._settings.deadlines
-        limit = deadlines.connect + (deadlines.connect_tls if secure else 0.0)
+        limit = deadlines.connect + (deadlines.connect_tls if upstream.base_url.startswith("https:") else 0.0)
         with trio.move_on_after(limit):
             return await self._dialer(upstream)
         detail = f"No connection was made within {limit:g} s."
         return Failure(Side.UPSTREAM, Phase.DIAL, Kind.TIMEOUT, detail, Retry.UNSENT)
+
+
+def speaks_http2(upstream: Upstream, base: BaseUrl, stream: Stream) -> bool:
+    """Is HTTP/2 to be spoken on this connection?"""
+    return upstream.http2 and (base.scheme == "http" or _alpn(stream) == "h2")
 
 
 def _alpn(stream: Stream) -> str | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.messages import RequestHead
 
-__all__ = ["BaseUrl", "is_authority", "origin_form", "parse_base_url", "plain_path", "upstream_target"]
+__all__ = ["BaseUrl", "is_authority", "origin_form", "parse_base_url", "plain_path", "upstream_target", "wanted_model"]
 
 # RFC 3986 3.2.2, without the comma: no host has one, and it is how two Host values are joined into one.
 _NAME = rb"(?:[A-Za-z0-9\-._~!$&'()*+;=]|%[0-9A-Fa-f]{2})+"
@@ -129,6 +129,15 @@ def plain_path(target: bytes) -> str | None:
     """The path in an origin-form `target`; None if it is not one that every upstream reads in the same way."""
     path = target.partition(b"?")[0]
     return path.decode("ascii") if _PLAIN.fullmatch(path) else None
+
+
+def wanted_model(path: str) -> str | None:
+    """The model that `/v1/models/{id}` is about, unescaped, `""` for all of them; None for any other path."""
+    if path.rstrip("/") == "/v1/models":
+        return ""
+    if not path.startswith("/v1/models/"):
+        return None
+    return urllib.parse.unquote(path.removeprefix("/v1/models/"), errors="replace")
 
 
 @functools.lru_cache(maxsize=256)
