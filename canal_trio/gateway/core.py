@@ -20,6 +20,7 @@ import trio
 from canal_trio.errors import Failure, Kind, Side
 from canal_trio.gateway.balancing import Balancing, Standings, UpstreamStatistics
 from canal_trio.gateway.catalogue import Catalogue
+from canal_trio.gateway.checks import Checks
 from canal_trio.gateway.connection import ClientConnection
 from canal_trio.gateway.exchange import Exchange, ExchangeView
 from canal_trio.gateway.places import Places
@@ -99,6 +100,7 @@ class Gateway:
         self._networks = _networks(settings)
         self.trusts_any = bool(self._networks)
         self._standings = Standings()
+        self._checks = Checks()
         self.reaper = Reaper()
         self.places = Places(settings)
         self.draining = False
@@ -126,6 +128,7 @@ class Gateway:
                 )
             )
         balancing = Balancing(settings, self._standings.configure(settings), refused)
+        self._checks.configure(settings, connector, balancing.standings)
         router = Router(settings)
         return Generation(
             settings,
@@ -139,9 +142,11 @@ class Gateway:
         )
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """The background work: deadlines. Runs until cancelled; idle upstream connections are closed then."""
+        """The background work: deadlines, active checks. Until cancelled; idle upstream connections are closed then."""
         try:
-            await self.reaper.run(task_status=task_status)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._checks.run)
+                await self.reaper.run(task_status=task_status)
         finally:
             for pool in self.generation.pools.values():
                 pool.close()

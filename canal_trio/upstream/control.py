@@ -7,7 +7,7 @@ and a bound. One connection for each, closed at the end, whatever happens.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, final
+from typing import Any, Self, final
 
 import httpcore
 import trio
@@ -67,7 +67,7 @@ async def _ask(
     url = httpcore.URL(scheme=base.scheme, host=base.host, port=base.port, target=target)
     kind = httpcore.AsyncHTTP2Connection if speaks_http2(upstream, base, stream) else httpcore.AsyncHTTP11Connection
     connection = kind(url.origin, _Network(stream))
-    response = await connection.handle_async_request(httpcore.Request(b"GET", url, headers=fields))
+    response = await connection.handle_async_request(httpcore.Request(b"GET", url, headers=fields, content=_Nothing()))
     body = b""
     try:
         async for piece in response.stream:  # type: ignore[union-attr]  # the async kind, from an async connection
@@ -84,6 +84,17 @@ async def _ask(
 
 def _failure(kind: Kind, detail: str) -> Failure:
     return Failure(Side.UPSTREAM, Phase.FIRST_BYTE, kind, detail)
+
+
+@final
+class _Nothing:
+    """No body. httpcore's own is an async generator, which a failed request leaves to the garbage collector."""
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        raise StopAsyncIteration
 
 
 @final
