@@ -267,7 +267,7 @@ class Pipeline:
             return
         if exchange.model is None and exchange.judged is None and request_facts(self._head).json:
             content = exchange.body.beginning(PEEK_BYTES)
-            with contextlib.suppress(msgspec.DecodeError, RecursionError):
+            with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 model = msgspec.json.decode(content, type=_Named).model if content else None
                 exchange.model = model[:_MODEL_CHARACTERS] if model is not None else None
         exchange.body.stop_holding()

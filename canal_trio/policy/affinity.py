@@ -33,7 +33,7 @@ def prompt_key(body: bytes) -> bytes | None:
         for raw in (found.messages, found.input, found.prompt):
             if bytes(raw) not in (b"", b"null"):
                 return _beginning(bytes(raw))
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
     return None
 

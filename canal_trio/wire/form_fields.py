@@ -104,6 +104,8 @@ def _parts(body: bytes, delimiter: bytes) -> list[_Part] | str:
         end = following - 2
         if following < 0 or end < start or body[end:following] != b"\r\n":
             return "A part of the form has no plain end, or a head that is too large."
+        if body.find(delimiter, at, head_end) >= 0:
+            return "The form's boundary stands in the head of a part."  # where some look for it, and some do not
         part = _part(body[at + 2 : head_end], start, end)
         if isinstance(part, str):
             return part

@@ -79,6 +79,7 @@ class JsonFields:
     include_usage: bool | None = None  # None: it does not say, or says null
     model_at: tuple[int, int] | None = None
     options_at: int | None = None
+    odd_options: bool = False  # `stream_options` may be there in another case, which is not read
 
 
 def json_fields(body: bytes) -> JsonFields | str:
@@ -87,6 +88,8 @@ def json_fields(body: bytes) -> JsonFields | str:
         said = _decode(body)
     except msgspec.DecodeError as exc:
         return f"The body is not the JSON expected: {exc}."
+    except UnicodeDecodeError:  # msgspec's, for a string that it is asked for
+        return "The body is not the JSON expected: the model's name is not UTF-8."
     except RecursionError:
         return "The body is nested too deeply."
     places: dict[str, int] = {}
@@ -134,6 +137,7 @@ def _judged(body: bytes, said: _Body, places: dict[str, int]) -> JsonFields:
         usage,
         None if said.model is msgspec.UNSET else (places["model"], _value_end(body, places["model"])),
         None if options is msgspec.UNSET else places["stream_options"],
+        options is msgspec.UNSET and "stream_options" in places,
     )
 
 
@@ -156,13 +160,15 @@ def model_edit(fields: JsonFields, model: str) -> Edit:
 def usage_edit(body: bytes, fields: JsonFields) -> Edit | None:
     """`stream_options.include_usage` becomes true, where a stream is asked for and the body does not say.
 
-    None where it says (that is respected), where there is no stream, or where `stream_options` is of another kind.
-    `fields` are those of `body`.
+    None where it says (that is respected), where there is no stream, or where `stream_options` is of another kind or in
+    another case: some parsers read it, and would have it twice. `fields` are those of `body`.
     """
     if not fields.stream or fields.include_usage is not None:
         return None
     start = fields.options_at
     if start is None:
+        if fields.odd_options and any(_folded(key[1:-1]) == "stream_options" for key, _, _ in _top_level(body)):
+            return None
         at = body.index(b"{") + 1
         return Edit(at, at, b'"stream_options":{"include_usage":true},')  # never the only one: there is `stream`
     end = _value_end(body, start)

@@ -153,7 +153,7 @@ class BodyUsage:
     def _take(self, value: bytes) -> None:
         try:
             found = usage_of(msgspec.json.decode(value))
-        except (msgspec.DecodeError, RecursionError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return
         if found is not None:
             self.usage = found

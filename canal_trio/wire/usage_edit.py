@@ -92,6 +92,6 @@ def _is_usage(event: bytes) -> bool:
     lines = [line[5:] for line in _LINE_END.split(event) if line.startswith(b"data:")]
     try:
         chunk = msgspec.json.decode(b"\n".join(lines), type=_Chunk)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
     return chunk.choices == [] and chunk.usage is not None

@@ -87,6 +87,7 @@ def refusals() -> dict[str, tuple[bytes, bytes]]:
         "line feeds only": (TYPE, form(one).replace(b"\r\n", b"\n")),
         "a boundary behind a line feed": (TYPE, form((FILE, b"x\n--B0undary\r\n" + MODEL + b"\r\n\r\nb"), one)),
         "the boundary inside a line": (TYPE, form((FILE, b"x --B0undary"), one)),
+        "the boundary in the head of a part": (TYPE, form((FILE + b"\r\n--B0undaryX: y", b"a"), one)),
         "an empty part without its line end": (TYPE, form((MODEL, b"")).replace(b"\r\n\r\n\r\n", b"\r\n\r\n")),
         "no end": (TYPE, form(one)[:-14]),
         "no fields": (TYPE, form((b"", b"a"))),

@@ -231,6 +231,11 @@ def test_what_is_refused(body: bytes, complaint: str):
         ('{"stream":true,"stream_options":{"include_usage":false,"include_usage":null}}', None),
         ('{"stream":true,"stream_options":{"include_usage":1}}', None),
         ('{"stream":true,"stream_options":7}', None),
+        ('{"stream":true,"Stream_Options":{"include_usage":null}}', None),  # some would read it twice
+        (
+            '{"a":{"Stream_Options":1},"stream":true}',
+            '{"stream_options":{"include_usage":true},"a":{"Stream_Options":1},"stream":true}',
+        ),
         ('{"stream":false}', None),
         ('{"model":"x"}', None),
     ],

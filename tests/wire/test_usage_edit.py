@@ -126,3 +126,9 @@ def test_what_is_held_comes_out_at_the_end():
     assert edit.flush() == CHUNK[:-1]
     assert edit.flush() == b""
     assert edit.feed(b"\n") == b"\n"
+
+
+def test_an_event_that_is_not_utf8_passes() -> None:
+    """It raised: the decoder has another error for text than for JSON."""
+    event = b'data: {"choices": ["\xee"], "usage": {"note": "\xee"}}\n\n'
+    assert edited(event + b"data: [DONE]\n\n") == event + b"data: [DONE]\n\n"

@@ -231,7 +231,7 @@ def _manifest(path: str) -> Run | None:
     try:
         with open(os.path.join(path, _MANIFEST), "rb") as file:
             return msgspec.json.decode(file.read(4096), type=Run)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return None
 
 
