@@ -5,9 +5,11 @@ it can be due. A check that finds nothing due answers when to look again, so a s
 per timeout, not one timer per piece.
 
 Invariants: a check is called once per due time, never after `Watch.cancel()`, and never before the time it asked for;
-what a check raises is a bug, is logged, drops that check and disturbs no other. The heap holds at most twice as many
-entries as there are live watches (plus a constant): cancelling only marks, and the marked are swept in bulk. A look
-that is late, because the process was held up, comes after what arrived meanwhile: silence is the peer's, not ours.
+what a check raises is a bug, is logged, drops that check and disturbs no other. Between two turns of everybody else at
+most `BATCH` checks are called: a thousand connections that are due in one moment are ended one after the other, and the
+others' bytes flow meanwhile. The heap holds at most twice as many entries as there are live watches (plus a constant):
+cancelling only marks, and the marked are swept in bulk. A look that is late, because the process was held up, comes
+after what arrived meanwhile: silence is the peer's, not ours.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ __all__ = ["Check", "Reaper", "ReaperStatistics", "Watch"]
 Check: TypeAlias = Callable[[float], float]
 """Gets the time (Trio's clock), acts if something is due, answers the time of the next look; `math.inf`: no more."""
 
+BATCH = 16
 GRAIN = 0.001  # seconds until the next look when a check asks for one at once: rounding must not become a busy loop
 LATE = 0.01  # seconds after its time at which a look is late
 CATCH_UP = 4  # passes of the scheduler that others get before a late look; the poller serves 256 events in each
@@ -127,7 +130,7 @@ class Reaper:
 
     def _look(self, now: float) -> None:
         due: list[Watch] = []  # collected first, so that a check which adds another due one cannot keep us here
-        while self._heap and self._heap[0][0] <= now:
+        while self._heap and self._heap[0][0] <= now and len(due) < BATCH:
             watch = heapq.heappop(self._heap)[2]
             watch._queued = False
             if watch._check is None:

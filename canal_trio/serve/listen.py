@@ -31,7 +31,7 @@ from canal_trio.settings import Bounds, Deadlines, address_text
 __all__ = ["Acceptor", "ListenError", "Slots", "listening_texts", "open_listeners", "reserve", "set_options"]
 
 BACKLOG = 4096  # the kernel cuts it to net.core.somaxconn
-ACCEPTS_PER_WAKE = 64  # before the scheduler gets its turn
+ACCEPTS_PER_WAKE = 16  # before everybody else gets a turn: each of them costs a fraction of a millisecond
 KEEP_IDLE, KEEP_INTERVAL, KEEP_COUNT = 60, 15, 4  # seconds, seconds, probes: a vanished client is seen in 2 minutes
 BACK_OFF_FIRST, BACK_OFF_LAST = 0.05, 1.0  # seconds
 ROOM_EVERY = 1.0  # seconds between two looks for idle connections to close, while somebody knocks at a full door

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from canal_trio.relay.idle import GRAIN, LATE, SWEEP_AT, Reaper, Watch
+from canal_trio.relay.idle import BATCH, GRAIN, LATE, SWEEP_AT, Reaper, Watch
 
 
 def once(seen: list[float]) -> Callable[[float], float]:
@@ -205,6 +205,21 @@ async def test_a_peer_called_silent_by_a_process_that_was_held_up(nursery, attem
         time.sleep(LATE + 0.02)  # noqa: ASYNC251  # the whole process is held up
         await trio.sleep(0.05)
     assert order == ["read", "look"]
+
+
+async def test_a_thousand_deadlines_in_one_moment_held_up_everybody(autojump_clock, nursery):
+    """Between two turns of another task a bounded number of checks is called, and all of them at their time."""
+    reaper, seen = Reaper(), []
+    for _ in range(1000):
+        reaper.add(once(seen), 5)
+    await nursery.start(reaper.run)
+    await trio.sleep_until(5)
+    most, before = 0, len(seen)
+    while len(seen) < 1000:
+        await trio.lowlevel.checkpoint()
+        most, before = max(most, len(seen) - before), len(seen)
+    assert most <= 2 * BATCH  # of two turns, if a coin made the reaper the last one of one and the first of the next
+    assert seen == [5] * 1000
 
 
 async def test_cancelled_watches_do_not_pile_up():
