@@ -12,6 +12,7 @@ from typing import Protocol
 
 from canal_trio.errors import Failure, Phase
 from canal_trio.messages import RequestHead
+from canal_trio.settings import Drain
 
 __all__ = [
     "Admission",
@@ -52,6 +53,7 @@ class Principal:
     name: str
     models: tuple[str, ...] = ("*",)
     key: str = ""
+    on_disconnect: Drain | None = None  # what its key says of clients that leave
 
 
 class UsageSource(enum.Enum):

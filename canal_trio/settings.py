@@ -13,6 +13,7 @@ __all__ = [
     "Balance",
     "Bounds",
     "Deadlines",
+    "Drain",
     "Health",
     "Key",
     "Ledger",
@@ -169,12 +170,25 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
+class Drain:
+    """When a client leaves, its upstream's answer is taken to the end and dropped, within these limits.
+
+    `at_once` 0: it never is, the upstream is cancelled.
+    """
+
+    seconds: float = 60.0
+    tokens: float = math.inf  # events, in fact: what is known while it streams
+    at_once: int = 64  # exchanges, in each worker
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """A model's name and the upstreams that serve it, in order of preference. One `*` in a name stands for any text."""
 
     name: str
     upstreams: tuple[Target, ...]
     balance: Balance | None = None  # instead of Settings.balance
+    on_disconnect: Drain | None = None  # None: the upstream is cancelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +199,7 @@ class Route:
     path: str
     upstreams: tuple[Target, ...]
     balance: Balance | None = None  # instead of Settings.balance
+    on_disconnect: Drain | None = None  # None: the upstream is cancelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +218,7 @@ class Key:
     principal: str | None = None
     expires: float | None = None
     revoked: bool = False
+    on_disconnect: Drain | None = None  # instead of the model's or the route's
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from canal_trio.settings import (
     Balance,
     Bounds,
     Deadlines,
+    Drain,
     Health,
     Key,
     Ledger,
@@ -37,7 +38,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"
 @pytest.mark.parametrize(
     "record",
     [
-        *(Balance, Bounds, Deadlines, Health, Ledger, Limit, LimitStore, Price),
+        *(Balance, Bounds, Deadlines, Drain, Health, Ledger, Limit, LimitStore, Price),
         *(Retries, Upstream, Model, Route, Target, Key),
     ],
     ids=lambda record: record.__name__,

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from canal_trio.config import values
 from canal_trio.config.balance import own_balance
 from canal_trio.config.build import read
+from canal_trio.config.disconnect import on_disconnect_of
 from canal_trio.config.locate import Path
 from canal_trio.config.schema import (
     Complain,
@@ -50,7 +51,8 @@ def models_of(tables: list[dict[str, Any]], known: Known, general: Balance, comp
     def one(table: ModelTable, path: Path) -> Model:
         name = read(table.name, values.pattern, (*path, "name"), complain, "?")
         targets = _targets(table.upstreams, path, known, complain, wild="*" in name)
-        return Model(name, targets, own_balance(table, general, path, complain))
+        leaving = on_disconnect_of(table.on_disconnect, path, complain)
+        return Model(name, targets, own_balance(table, general, path, complain), leaving)
 
     return _each("model", ModelTable, tables, complain, one)
 
@@ -62,7 +64,8 @@ def routes_of(tables: list[dict[str, Any]], known: Known, general: Balance, comp
         name = read(table.name, values.name, (*path, "name"), complain, "?")
         read(table.path, _route_path, (*path, "path"), complain, None)
         targets = _targets(table.upstreams, path, known, complain, wild=None)
-        return Route(name, table.path, targets, own_balance(table, general, path, complain))
+        leaving = on_disconnect_of(table.on_disconnect, path, complain)
+        return Route(name, table.path, targets, own_balance(table, general, path, complain), leaving)
 
     return _each("route", RouteTable, tables, complain, one)
 
@@ -86,7 +89,8 @@ def keys_of(
         expires = None
         if table.expires is not None:
             expires = read(table.expires, _moment, (*path, "expires"), complain, None)
-        return Key(name, digest, chosen, may, principal, expires, table.revoked)
+        leaving = on_disconnect_of(table.on_disconnect, path, complain)
+        return Key(name, digest, chosen, may, principal, expires, table.revoked, leaving)
 
     return _each("key", KeyTable, tables, complain, one)
 

@@ -22,6 +22,7 @@ __all__ = [
     "BoundsTable",
     "Complain",
     "DeadlinesTable",
+    "DrainTable",
     "FileTables",
     "HealthTable",
     "KeyTable",
@@ -167,6 +168,7 @@ class ModelTable(Table):
     strategy: str | None = None
     hash_by: str | None = None
     hold_first_event: bool | None = None
+    on_disconnect: str | dict[str, Any] | None = None
 
 
 class RouteTable(Table):
@@ -178,6 +180,7 @@ class RouteTable(Table):
     strategy: str | None = None
     hash_by: str | None = None
     hold_first_event: bool | None = None
+    on_disconnect: str | dict[str, Any] | None = None
 
 
 class KeyTable(Table):
@@ -190,6 +193,15 @@ class KeyTable(Table):
     principal: str | None = None
     expires: Any = None  # a date, or a date and time: TOML has four kinds of them
     revoked: bool = False
+    on_disconnect: str | dict[str, Any] | None = None
+
+
+class DrainTable(Table):
+    """`on_disconnect = { … }`."""
+
+    seconds: Number | None = None
+    tokens: int | None = None
+    at_once: int | None = None
 
 
 class PriceTable(Table):

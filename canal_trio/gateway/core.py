@@ -22,6 +22,7 @@ from canal_trio.gateway.balancing import Balancing, Standings, UpstreamStatistic
 from canal_trio.gateway.catalogue import Catalogue
 from canal_trio.gateway.checks import Checks
 from canal_trio.gateway.connection import ClientConnection
+from canal_trio.gateway.drain import Drains
 from canal_trio.gateway.exchange import Exchange, ExchangeView
 from canal_trio.gateway.places import Places
 from canal_trio.hooks import Admission, Bookkeeper, Recorder
@@ -66,6 +67,7 @@ class Generation:
     catalogue: Catalogue
     books: Bookkeeper | None = None  # takes note of each admitted exchange
     admission: Admission | None = None  # None: everything is admitted
+    drains: Drains = field(default_factory=Drains)
 
     def crowded(self) -> Failure | None:
         """No upstream has room, not even in its queue: why nothing can be done for any request, whatever it wants."""
@@ -94,6 +96,7 @@ class Gateway:
         self._recorders = tuple(recorders)
         self._books: Bookkeeper | None = None
         self._admissions: Callable[[Settings], Admission | None] = _admit_all
+        self._drains = Drains()
         self._dialer = dialer
         self._connections: set[ClientConnection] = set()
         self._exchanges: dict[Exchange, None] = {}
@@ -139,6 +142,7 @@ class Gateway:
             Catalogue(settings, connector),
             self._books,
             self._admissions(settings),
+            self._drains,
         )
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -274,6 +278,9 @@ class Gateway:
         self._drained_by = deadline
         for connection in list(self._connections):
             connection.drain()
+        for exchange in list(self._exchanges):
+            if exchange.draining and exchange.drain is not None:
+                exchange.drain.stop()
         self.reaper.add(self._expire, deadline)
 
     def _expire(self, _now: float) -> float:

@@ -52,7 +52,7 @@ class Delivery:
         self._exchange = exchange
         self._writer = writer
         self._settings = settings
-        self._reaper = reaper
+        self.reaper = reaper
         self._heads = heads
         self.meter = meter  # of the flows that this answer goes through
         self._body: BodyWriter | None = None
@@ -61,6 +61,12 @@ class Delivery:
         self.begun = False
         self.close = False  # the connection cannot carry another response
         self.complete = False  # the message was ended as its framing demands
+
+    def drop_all(self, swallow: Callable[[bytes], int]) -> None:
+        """The client is gone, and the answer goes on without it: `swallow` gets what is sent. Not a checkpoint."""
+        self._writer.drop_all(swallow)
+        if self._body is not None:
+            self._body.drop_all()
 
     async def informational(self, head: ResponseHead) -> None:
         """Pass a 1xx head on, to those who know them (RFC 9110 15.2). A 100 is ours to send, and was sent."""
@@ -216,7 +222,7 @@ class Delivery:
                 if account is not None:
                     last = account.feed(last)
             exchange.handed_over = exchange.pieces
-            if exchange.left or exchange.failure is not None:
+            if (exchange.left or exchange.failure is not None) and not exchange.draining:
                 return  # noted by whoever saw it
             if connection.end is None and connection.failure is None:
                 await self._rest(connection, settle)
@@ -305,7 +311,7 @@ class Delivery:
     def _terminal(self) -> None:
         """The last event was delivered: the upstream has `after_done` seconds to end its body (gateways.md C28)."""
         if self._relaying:
-            self._reaper.add(self._late_end, trio.current_time() + self._settings.deadlines.after_done)
+            self.reaper.add(self._late_end, trio.current_time() + self._settings.deadlines.after_done)
 
     def _late_end(self, now: float) -> float:
         exchange = self._exchange

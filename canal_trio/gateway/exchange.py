@@ -27,6 +27,7 @@ from canal_trio.wire.sse import EventScanner
 if TYPE_CHECKING:
     from canal_trio.gateway.account import Account
     from canal_trio.gateway.body import HeldBody, WholeBody
+    from canal_trio.gateway.drain import Draining
     from canal_trio.gateway.judged import Judged
     from canal_trio.hooks import Slot
     from canal_trio.messages import RequestHead
@@ -69,6 +70,8 @@ class Exchange:
         "cancel_latency",
         "certificate",
         "client",
+        "drain",
+        "draining",
         "entry",
         "eof",
         "eof_leaves",
@@ -130,6 +133,8 @@ class Exchange:
         self.failure: Failure | None = None
         self.answered = False  # the kernel took the answer's last byte
         self.left = False  # the client went away
+        self.drain: Draining | None = None  # what to do then, where its upstream is not cancelled
+        self.draining = False  # that is being done
         self.eof = False  # the client's side of the connection was shut down
         self.eof_leaves: bool | None = None  # is that leaving? None until the route is known
         self.received = head is None  # the request was read to its end
@@ -202,6 +207,8 @@ class Exchange:
         self.left = True
         if self.answered:
             return
+        if self.drain is not None and self.failure is None and not self.terminal and self.drain.begin(detail):
+            return
         seen = time.perf_counter()
         had_lease = self.lease is not None
         failure = Failure(Side.CLIENT, self.phase, Kind.GONE, detail)
@@ -258,6 +265,8 @@ class Exchange:
 
         Where a write tells only afterwards what was taken (the plain path), it may have left before we knew.
         """
+        if self.draining:
+            return  # nobody has it
         self.answered = True
         if self.left and self.failure is not None and self.failure.kind is Kind.GONE:
             self.failure, self.phase, self.cancel_latency = None, Phase.DELIVER, None
@@ -294,7 +303,8 @@ class Exchange:
         if not self.accounted:
             return None, UsageSource.NONE
         if self.account is not None and self.account.usage is not None:
-            return self.account.usage, UsageSource.UPSTREAM
+            late = self.draining and self.drain is not None and not self.drain.told
+            return self.account.usage, UsageSource.DRAINED if late else UsageSource.UPSTREAM
         events = self.scanner.events - self.scanner.terminal if self.scanner else 0
         guess = estimated(
             request_bytes=self.request_bytes,
@@ -313,6 +323,9 @@ class Exchange:
         if self.failure is None and self.scanner is not None and not self.scanner.terminal:
             self.flags |= {"no_terminal_event"}
         usage, source = self._used()
+        events = self.scanner.events if self.scanner else 0
+        if self.draining and self.drain is not None:
+            events = self.drain.finish()
         record = ExchangeRecord(
             request_id=self.id,
             started_at=self.started_at,
@@ -334,7 +347,7 @@ class Exchange:
             streamed=self.scanner is not None,
             request_bytes=self.request_bytes,
             response_bytes=self.response_bytes,
-            events=self.scanner.events if self.scanner else 0,
+            events=events,
             first_byte=None if self.first_piece is None else self.first_piece - self.headed,
             duration=now - self.started,
             longest_gap=self.longest_gap,

@@ -14,6 +14,7 @@ import trio
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.gateway.attempts import PEEK_BYTES, Attempts
 from canal_trio.gateway.deliver import Delivery
+from canal_trio.gateway.drain import Draining
 from canal_trio.gateway.exchange import Exchange
 from canal_trio.gateway.judged import judge, names_model
 from canal_trio.gateway.places import Places
@@ -97,6 +98,7 @@ class Pipeline:
         refusal = self._book(plan)
         if refusal is not None:
             return refusal
+        exchange.drain = self._drain(plan)
         exchange.routed(eof_leaves=plan.choices[0].upstream.on_client_eof == "abort")
         attempts = Attempts(
             exchange,
@@ -131,6 +133,19 @@ class Pipeline:
             return entry
         exchange.entry = entry
         return None
+
+    def _drain(self, plan: Plan) -> Draining | None:
+        """What is done when the client leaves, if it is not to cancel the upstream: the key's word, or the entry's."""
+        principal, entry = self._exchange.principal, plan.entry
+        if principal is not None and principal.on_disconnect is not None:
+            limits, owner = principal.on_disconnect, f"key {principal.key}"
+        elif entry is not None and entry.on_disconnect is not None:
+            limits, owner = entry.on_disconnect, f"{type(entry).__name__} {entry.name}"
+        else:
+            return None
+        if not limits.at_once:
+            return None
+        return Draining(self._exchange, limits, owner, self._generation.drains, self._delivery)
 
     def _authenticate(self) -> Failure | None:
         verdict = self._generation.router.authenticate(self._head.headers, self._exchange.started_at)

@@ -37,12 +37,34 @@ class ClientWriter:
         self._stall = stall
         self._direct = stream if can_hand_over(stream) else None
         self.trouble: Kind | None = None
+        self._swallow: Callable[[bytes], int] | None = None  # what takes everything, once the client is to get no more
+        self._patience: trio.CancelScope | None = None  # of a write that waits
         self.unsent: list[memoryview] = []  # begun and not finished: nothing may be written after it but itself
 
     @property
     def direct(self) -> HandoverStream | None:
         """The stream, where it takes bytes without waiting."""
         return self._direct
+
+    @property
+    def send(self) -> Callable[[bytes], int] | None:
+        """What takes bytes without waiting, if there is anything."""
+        if self._direct is None:
+            return None
+        return self._swallow or self._direct.try_send
+
+    @property
+    def dropping(self) -> bool:
+        """`drop_all` was called."""
+        return self._swallow is not None
+
+    def drop_all(self, swallow: Callable[[bytes], int]) -> None:
+        """The client is gone: from now on every write succeeds, and `swallow` gets to know of it. Not a checkpoint."""
+        self._swallow = swallow
+        self.trouble = None
+        self.unsent = []
+        if self._patience is not None:
+            self._patience.cancel(reason="nobody is left to wait for")
 
     async def write(self, pieces: Sequence[bytes], taken: Callable[[int], None] | None = None) -> bool:
         """Pass `pieces` to the client's kernel, after what is unsent. False: see `trouble`.
@@ -51,6 +73,12 @@ class ClientWriter:
         that has read them may be seen to leave before the caller runs again. A checkpoint only if it has to wait, or
         where the stream takes the plain path. Cancelled, what was not taken is left in `unsent`.
         """
+        if self._swallow is not None:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            self._swallow(b"")
+            if taken is not None:
+                taken(len(pieces))
+            return True
         if self.trouble is not None:
             return False
         self.unsent += [memoryview(piece) for piece in pieces]
@@ -63,6 +91,9 @@ class ClientWriter:
                 await self._write_plain(report)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self.trouble = Kind.GONE
+        self._patience = None
+        if self.dropping:  # it left meanwhile
+            self.unsent, self.trouble = [], None
         return self.trouble is None
 
     async def send_eof(self) -> bool:
@@ -82,9 +113,9 @@ class ClientWriter:
         self.unsent = stream.try_send_batch(self.unsent)
         report.left(len(self.unsent))
         while self.unsent:
-            with trio.move_on_after(self._stall) as patience:
+            with trio.move_on_after(self._stall) as self._patience:
                 await stream.wait_send_all_might_not_block()
-            if patience.cancelled_caught:
+            if self._patience.cancelled_caught:
                 self.trouble = Kind.STALLED
                 return
             self.unsent = stream.try_send_batch(self.unsent)
@@ -93,9 +124,9 @@ class ClientWriter:
     async def _write_plain(self, report: _Report) -> None:
         while self.unsent:
             count = _group(self.unsent)
-            with trio.move_on_after(self._stall) as patience:
+            with trio.move_on_after(self._stall) as self._patience:
                 await self._stream.send_all(b"".join(self.unsent[:count]))
-            if patience.cancelled_caught:
+            if self._patience.cancelled_caught:
                 self.trouble = Kind.STALLED
                 return
             del self.unsent[:count]
@@ -164,7 +195,7 @@ class BodyWriter:
         self.chunked = chunked
         self._length = length  # announced to the client: with its last byte the answer is whole
         self._on_terminal: Callable[[], None] | None = on_terminal
-        self._send = writer.direct.try_send if writer.direct is not None else None
+        self._send = writer.send
         # What is about to be sent, or whose rest is unsent: `_framed[_start:_stop]` is its payload, read at `_now`.
         self._framed = b""
         self._start = self._stop = 0
@@ -202,8 +233,7 @@ class BodyWriter:
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self._framed = b""
             self._writer.trouble = Kind.GONE
-            self._exchange.leave(BROKEN)
-            return False
+            return self._left()
         if sent < len(framed):
             self._writer.unsent.append(memoryview(framed)[sent:])
             return False
@@ -221,7 +251,7 @@ class BodyWriter:
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self._framed = b""
             self._writer.trouble = Kind.GONE
-            return False
+            return self._left()
         if sent < len(block):
             self._writer.unsent.append(memoryview(block)[sent:])
             return False
@@ -261,7 +291,7 @@ class BodyWriter:
 
     async def flush(self) -> bool:
         """Pass on what the sink kept. False: the client stalled or is gone."""
-        if not await self._writer.write(()):
+        if not await self._writer.write(()) and not self._left():
             return False
         self._now = trio.current_time()
         self._taken()
@@ -293,7 +323,17 @@ class BodyWriter:
         written = await self._writer.write(framed, taken)
         if written and end is not None:
             self._exchange.has_answer()  # there may have been nothing left to write
-        return written
+        return written or self._left()
+
+    def _left(self) -> bool:
+        """A write failed. True: the client is gone, and the answer is taken to its end all the same."""
+        if self._writer.trouble is Kind.GONE:
+            self._exchange.leave(BROKEN)
+        return self._exchange.draining
+
+    def drop_all(self) -> None:
+        """From now on the writer's `send` takes everything. Not a checkpoint."""
+        self._send = self._writer.send
 
     async def inject(self, event: bytes) -> bool:
         """Pass on an event of the gateway's own: an error or a heartbeat. Not counted as the upstream's."""

@@ -164,7 +164,7 @@ def _holder(key: Key, opened: dict[tuple[str, ...], Names[bool]]) -> _Holder:
 
     everything = "*" in key.models
     routes = key.routes if key.routes is not None else (("*",) if everything else ())
-    principal = Principal(key.principal or key.name, key.models, key.name)
+    principal = Principal(key.principal or key.name, key.models, key.name, key.on_disconnect)
     return _Holder(principal, None if everything else names(key.models), names(routes), key.expires, key.revoked)
 
 

@@ -39,6 +39,11 @@ class ForwardedConnection:
         """See `canal_trio.upstream.interface.Connection`; so for all that follows."""
         return self._inner.reusable
 
+    @property
+    def sent(self) -> bool:
+        """As the connection to the proxy."""
+        return self._inner.sent
+
     def usable(self) -> bool:
         """Is the proxy's connection quiet?"""
         return self._inner.usable()

@@ -77,6 +77,11 @@ class Http1Connection:
     def __repr__(self) -> str:
         return f"<Http1Connection {self._stream!r}, {self._turns.turn.name.lower()}>"
 
+    @property
+    def sent(self) -> bool:
+        """See `canal_trio.upstream.interface.Connection`."""
+        return self._sent
+
     def usable(self) -> bool:
         """Nothing has arrived and the peer has not hung up since the last exchange. One system call."""
         return is_quiet(self._raw)

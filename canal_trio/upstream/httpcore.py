@@ -96,6 +96,11 @@ class Http2Connection:
     def __repr__(self) -> str:
         return f"<Http2Connection to {self._base.host}, {self._turns.turn.name.lower()}>"
 
+    @property
+    def sent(self) -> bool:
+        """See `canal_trio.upstream.interface.Connection`. Known when the answer comes: it is not read before."""
+        return self._relaying
+
     def usable(self) -> bool:
         """Nothing has arrived and the peer has not hung up since the last exchange. One system call."""
         return self._http.is_available() and not self._network.frames.going_away and is_quiet(self._raw)

@@ -52,6 +52,10 @@ class Connection(Protocol):
     def reusable(self) -> bool:
         """After `run()`: the response ended cleanly and both sides keep the connection open."""
 
+    @property
+    def sent(self) -> bool:
+        """The request has left whole."""
+
     def usable(self) -> bool:
         """Before a reuse: nothing has arrived and the peer has not hung up. Costs one system call at most."""
 
