@@ -88,10 +88,9 @@ class Pipeline:
             return plan
         if not plan.choices:
             return Failure(Side.GATEWAY, Phase.ROUTE, Kind.UNAVAILABLE, "No upstream is configured.")
-        exchange.accounted = self._settings.accounting
         admission = self._generation.admission
+        self._account(admission)
         if admission is not None:
-            exchange.accounted = exchange.accounted or admission.wants_usage
             refusal = await self._admit(admission, plan.choices[0])
             if refusal is not None:
                 return refusal
@@ -111,6 +110,13 @@ class Pipeline:
             settled=self._settle,
         )
         return await attempts.run(plan)
+
+    def _account(self, admission: Admission | None) -> None:
+        """Whether the answer's usage is read, and asked for where the client did not say whether it wants it."""
+        exchange = self._exchange
+        exchange.accounted = self._settings.accounting or (admission is not None and admission.wants_usage)
+        if exchange.accounted and exchange.judged is not None and exchange.path.endswith("/completions"):
+            exchange.asked_usage = exchange.judged.can_ask_usage  # the Responses API tells it unasked
 
     def _book(self, plan: Plan) -> Failure | None:
         """Have the exchange noted, where books are kept; the failure if that cannot be done."""

@@ -88,9 +88,8 @@ def ended(seq: int, admitted: Admitted, record: ExchangeRecord, prices: Prices) 
     """The whole row of an exchange that has ended."""
     usage = record.usage
     price = None
-    upstream_model = getattr(record, "upstream_model", None)
     if usage is not None:
-        price = prices.find(record.upstream, upstream_model, record.model)
+        price = prices.find(record.upstream, record.upstream_model, record.model)
     return Row(
         seq=seq,
         started_at=record.started_at,
@@ -99,7 +98,7 @@ def ended(seq: int, admitted: Admitted, record: ExchangeRecord, prices: Prices) 
         key_name=_text(admitted.key),
         path=_text(record.path) or "",
         model=_text(record.model),
-        upstream_model=_text(upstream_model),
+        upstream_model=_text(record.upstream_model),
         upstream=_text(record.upstream),
         attempts=record.attempts,
         status=record.status,
