@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import trio
-from kit import chat, request
+from kit import request
 from simkit import SSE, URL, Conversation, only_record, world
 
 from canal_trio.hooks import Outcome, Usage, UsageSource
@@ -19,6 +19,12 @@ CHUNK = b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":3,"
 DONE = b"data: [DONE]\n\n"
 END = b"0\r\n\r\n"
 WAYS = pytest.mark.parametrize("heartbeat", [None, 50.0], ids=["straight", "pair"])
+
+
+def chat(*, stream: bool = True) -> bytes:
+    """A chat request that asks for its usage, so that nothing is edited."""
+    body = {"model": "m", "stream": stream, "stream_options": {"include_usage": True}, "messages": []}
+    return request("POST", "/v1/chat/completions", json.dumps(body).encode(), "Content-Type: application/json")
 
 
 def upstream(heartbeat: float | None) -> Upstream:
