@@ -191,24 +191,24 @@ class Pipeline:
     async def _route(self) -> Plan | Failure | None:
         """Where it goes, or why it goes nowhere; None: it was answered here."""
         exchange, router, body = self._exchange, self._generation.router, self._exchange.body
-        if self._settings.routes:
-            plan = self._path_route()
-            if plan is not None:
-                return plan
-        if exchange.path.startswith(_MODELS) and self._head.method in (b"GET", b"HEAD"):
+        plan = self._path_route() if self._settings.routes else None
+        if isinstance(plan, Failure):
+            return plan
+        if plan is None and exchange.path.startswith(_MODELS) and self._head.method in (b"GET", b"HEAD"):
             wanted = wanted_model(exchange.path)
             if wanted is not None and self._generation.listing.answers(exchange.principal):
                 return await self._list(wanted)
         tunnel = exchange.upgrade is not None  # its bytes are no body: there is nothing to wait for
         if body is not None and not tunnel:
             named = names_model(self._head)
-            if router.needs_model(exchange.principal, named=named) or (named and self._settings.accounting):
-                failure = await self._read(body, strict=named)
+            decides = plan is None and router.needs_model(exchange.principal, named=named)
+            if decides or (named and self._settings.accounting):
+                failure = await self._read(body, strict=named and plan is None)
                 if failure is not None:
                     return failure
         exchange.phase = Phase.ROUTE
         asks = body is not None or self._head.method not in _SAFE
-        return router.route(exchange.model, exchange.principal, has_body=asks)
+        return plan or router.route(exchange.model, exchange.principal, has_body=asks)
 
     async def _list(self, wanted: str) -> Failure | None:
         """Answer with the models there are for this principal, or with the one that is `wanted`."""

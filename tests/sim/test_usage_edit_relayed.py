@@ -11,7 +11,7 @@ from kit import chat, request
 from simkit import SSE, URL, Conversation, only_record, world
 
 from canal_trio.hooks import Outcome, Usage, UsageSource
-from canal_trio.settings import Bounds, Upstream
+from canal_trio.settings import Bounds, Route, Target, Upstream
 from canal_trio.testing.simstream import SimLink
 
 EVENT = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}],"usage":null}\n\n'
@@ -228,3 +228,14 @@ async def test_to_a_client_of_http_1_0(autojump_clock: Any, handover: bool) -> N
         response = await client.response()
         assert response.complete
         assert response.body == EVENT + DONE
+
+
+async def test_behind_a_path_route(autojump_clock: Any, handover: bool) -> None:
+    """A route looks at no model, and its answers are accounted for as any: their usage is asked for, too."""
+    routes = (Route("chat", "/v1/chat/*", (Target("u0"),)),)
+    async with world(Server(EVENT, CHUNK, DONE), handover=handover, **accounting(routes=routes)) as here:
+        client = here.connect()
+        await client.send(asking(None))
+        assert (await client.response()).body == EVENT + DONE
+        record = await here.records.one()
+        assert (record.usage, record.model) == (Usage(7, 3), "m")
