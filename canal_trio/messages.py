@@ -71,6 +71,10 @@ class Headers:
             return []
         return [value for _, lower, value in self._fields if lower == name] if self._repeated else [found]
 
+    def release(self) -> None:
+        """Let go of what looking up has built; it is built again when it is needed. For fields that stay for long."""
+        self._first = None
+
     def replaced(self, name: bytes, value: bytes) -> Headers:
         """The same fields with another value for each `name` (lower case)."""
         changed = Headers()

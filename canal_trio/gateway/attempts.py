@@ -151,13 +151,8 @@ class Attempts:
         exchange.upstream = kept.upstream
         self._settled()
         self._begin_reading()
-        await self._delivery.straight(
-            kept,
-            kept.head,
-            close=self._close or not exchange.received,
-            settle=_nothing,
-            lasts=self._requests.forget,
-        )
+        self._delivery.begin(kept.head, close=self._close or not exchange.received)
+        await self._delivery.straight(kept, settle=_nothing, lasts=self._lasts)
         return None
 
     # -- one attempt ---------------------------------------------------------------------------------------------------
@@ -277,14 +272,25 @@ class Attempts:
                     return another
                 body_of = held
             self._settled()
-            await self._delivery.straight(
-                body_of, answer, close=self._close, settle=settle, lasts=self._requests.forget
-            )
+            self._delivery.begin(answer, close=self._close)
+            del answer  # a stream goes on for long
+
+            def lasts() -> None:
+                request.release()
+                self._lasts()
+
+            await self._delivery.straight(body_of, settle=settle, lasts=lasts)
             return None
         finally:
             lease.abort()  # of no effect once it was settled
             if exchange.lease is lease:
                 exchange.lease = None
+
+    def _lasts(self) -> None:
+        """The answer goes on for long, and there are thousands: keep nothing that is not needed."""
+        self._requests.forget()
+        if self._exchange.head is not None:
+            self._exchange.head.headers.release()
 
     def _dialling(self) -> None:
         self._exchange.phase = Phase.DIAL

@@ -58,6 +58,7 @@ class Delivery:
         self._body: BodyWriter | None = None
         self._sender: FlowSender | None = None  # what the body comes through, if it is a flow
         self._relaying = False
+        self._block = b""  # the final head, begun and not written
         self.begun = False
         self.close = False  # the connection cannot carry another response
         self.complete = False  # the message was ended as its framing demands
@@ -93,6 +94,10 @@ class Delivery:
             self.complete = True
         else:
             self._lost()
+
+    def begin(self, head: ResponseHead, *, close: bool) -> None:
+        """For `straight`: the final head, which is on its way from here on. Not a checkpoint."""
+        self._block, _ = self._begin(head, close=close)
 
     def _begin(self, head: ResponseHead, *, close: bool) -> tuple[bytes, bool]:
         """The final head, on its way from here on; and is it all there is?"""
@@ -191,20 +196,18 @@ class Delivery:
     async def straight(
         self,
         connection: AnswerBody,
-        head: ResponseHead,
         *,
-        close: bool,
         settle: Callable[[], None],
         lasts: Callable[[], None],
     ) -> None:
         """Relay the whole answer without an upstream task, as long as the client takes what comes.
 
-        `settle` gives the connection back; it is called once the upstream has nothing more to say. `lasts` is called
-        when the answer did not come with its head. A client's trouble is noted in the exchange.
+        `begin` comes first. `settle` gives the connection back; it is called once the upstream has nothing more to say.
+        `lasts` is called when the answer did not come with its head. A client's trouble is noted in the exchange.
         """
         exchange = self._exchange
-        block, _ = self._begin(head, close=close)
-        writer = self._body
+        writer, block = self._body, self._block
+        self._block = b""
         assert writer is not None
         account = exchange.account
         outlet: Outlet = writer

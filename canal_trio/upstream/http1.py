@@ -71,7 +71,7 @@ class Http1Connection:
         self._sent = False  # the request left whole
         self._relaying = False  # the final head was passed on
         self._failure: Failure | None = None
-        self._final: ResponseHead | None = None
+        self._keeps = False  # the final head is here, and says that the connection stays
         self._body: ResponseBody | None = None  # from the final head on
 
     def __repr__(self) -> str:
@@ -119,15 +119,14 @@ class Http1Connection:
         """The attempt is over: what became of it, and of the connection."""
         self._used = True
         self._turns.turn = Turn.NOBODY
-        final, body = self._final, self._body
+        body = self._body
         self.reusable = (
             self._failure is None
             and self._sent
-            and final is not None
             and body is not None
             and body.end is not None
             and not body.rest
-            and response_facts(final).keep_alive
+            and self._keeps
         )
         return self._failure
 
@@ -265,7 +264,7 @@ class Http1Connection:
         self._body = body = ResponseBody(
             self._stream, decoder, self._turns, self._note_weakly, piece_bytes=self._bounds.piece_bytes
         )
-        self._final = head
+        self._keeps = response_facts(head).keep_alive
         self._relaying = True
         self._turns.begin(Turn.BODY)
         return body
@@ -346,6 +345,7 @@ class Http1Connection:
     async def pass_on(self, outlet: Outlet, most: int) -> bytes:
         """Hand the body over to `outlet`, until it refuses or the body is over; the payload that came with the end."""
         assert self._body is not None
+        self._heads.forget()
         return await self._body.pass_on(outlet, most)
 
     async def pass_rest(self, sender: FlowSender) -> Failure | None:

@@ -256,6 +256,10 @@ class ResponseHeadReader:
             return self._judge(bytes(self._scanner.data), self._scanner.size, plain=False)
         return None
 
+    def forget(self) -> None:
+        """Remember no head: the next one comes after a long while, if at all."""
+        self._last = None
+
     def _judge(self, data: bytes, size: int, *, plain: bool) -> ResponseHead | Failure:
         self._rest = data[size:]
         block = data[:size]

@@ -174,6 +174,7 @@ class EventScanner:
             self._bom = begin
             return b""
         self._bom = None
+        self._plain = True
         return begin.removeprefix(_BOM)
 
     def _lines(self, piece: bytes, start: int, size: int) -> None:
