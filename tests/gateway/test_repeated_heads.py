@@ -7,19 +7,29 @@ from hypothesis import strategies as st
 
 from canal_trio.gateway.answers import ClientHeads, _way
 from canal_trio.gateway.balancing import Balancing
+from canal_trio.gateway.catalogue import Catalogue
 from canal_trio.gateway.core import Generation
 from canal_trio.gateway.exchange import Exchange
 from canal_trio.gateway.requests import UpstreamRequest, UpstreamRequests
 from canal_trio.messages import Headers, RequestHead, ResponseHead
+from canal_trio.policy.listing import Listing
 from canal_trio.policy.routing import Router
+from canal_trio.relay.idle import Reaper
 from canal_trio.settings import Settings, Upstream
+from canal_trio.upstream.connect import Connector
 from canal_trio.wire.headers import ForClient
 
 UPSTREAMS = (Upstream("a", "http://a.test/v1"), Upstream("b", "http://b.test", api_key="sk-b"))
-GENERATIONS = [
-    Generation(settings, Router(settings), {}, Balancing(settings, {}))
-    for settings in (Settings(), Settings(pseudonym="other"))
-]
+
+
+def generation(settings: Settings) -> Generation:
+    """One that nothing is asked of but its settings."""
+    router = Router(settings)
+    catalogue = Catalogue(settings, Connector(settings, Reaper()))
+    return Generation(settings, router, {}, Balancing(settings, {}), Listing(settings, router), catalogue)
+
+
+GENERATIONS = [generation(settings) for settings in (Settings(), Settings(pseudonym="other"))]
 HEADS = [
     RequestHead(b"POST", b"/v1/chat/completions", Headers([(b"Host", b"gw"), (b"Content-Length", b"5"), *more]))
     for more in ([], [(b"X-A", b"1")], [(b"X-Request-Id", b"mine")], [(b"X-A", b"X-Request-Id: req_1")])
