@@ -149,6 +149,7 @@ class Upstream:
     retry_sent: bool = False
     on_client_eof: str = "abort"  # or "finish"
     connections: float | None = None  # instead of Bounds.upstream_connections
+    early_head_after: float | None = None  # seconds after which a stream's head is sent, whatever may come of it
     heartbeat: float | None = None  # seconds of silence after which ": ping\n" is sent
     weight: float = 1.0  # its part of the load, against the others'
     tier: int = 0  # an upstream is asked only when none of a lower tier can be

@@ -114,6 +114,10 @@ def _deadline(raw: Any, name: str, default: Any) -> Any:
     return within(number, 0, math.inf if default == math.inf else YEAR, " seconds")
 
 
+def _interval(raw: Any) -> float | None:
+    return None if raw is None else float(_deadline(raw, "", 0))
+
+
 def bounds_of(table: Table, path: Path, complain: Complain) -> Bounds:
     """`[bounds]`."""
     bounds = _numbers(table, Bounds, path, complain, _bound)
@@ -161,9 +165,8 @@ def upstream_of(table: UpstreamTable, path: Path, around: Surroundings, complain
     connections = table.connections
     if connections is not None:
         connections = read(connections, _connections, at("connections"), complain, None)
-    heartbeat = None
-    if table.heartbeat is not None:
-        heartbeat = read(table.heartbeat, lambda raw: _deadline(raw, "heartbeat", 0), at("heartbeat"), complain, None)
+    early = read(table.early_head_after, _interval, at("early_head_after"), complain, None)
+    heartbeat = read(table.heartbeat, _interval, at("heartbeat"), complain, None)
     return Upstream(
         name,
         table.base_url,
@@ -176,6 +179,7 @@ def upstream_of(table: UpstreamTable, path: Path, around: Surroundings, complain
         retry_sent=table.retry_sent,
         on_client_eof=table.on_client_eof,
         connections=connections,
+        early_head_after=early,
         heartbeat=heartbeat,
         weight=1.0 if table.weight is None else read(table.weight, values.weight, at("weight"), complain, 1.0),
         tier=0 if table.tier is None else read(table.tier, values.tier, at("tier"), complain, 0),

@@ -136,6 +136,7 @@ class UpstreamTable(Table):
     retry_sent: bool = False
     on_client_eof: str = "abort"
     connections: int | float | None = None
+    early_head_after: Number | None = None
     heartbeat: Number | None = None
     weight: int | float | None = None
     tier: int | None = None

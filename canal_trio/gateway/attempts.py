@@ -104,7 +104,7 @@ class Attempts:
             upstream = choices[index].upstream
             exchange.rewrite(choices[index].model)
             failure = await self._attempt(upstream, index, fresh=fresh)
-            if failure is None or self._delivery.begun or exchange.failure is not None:
+            if failure is None or self._delivery.bound or exchange.failure is not None:
                 return failure
             step = next_step(
                 failure,
@@ -149,6 +149,9 @@ class Attempts:
         exchange = self._exchange
         exchange.tried += (Tried(exchange.upstream or "", failure.kind.value),)
         exchange.upstream = kept.upstream
+        if await self._delivery.no_longer_early():
+            self._delivery.refusal = kept.early()
+            return failure
         self._settled()
         self._begin_reading()
         self._delivery.begin(kept.head, close=self._close or not exchange.received)
@@ -232,6 +235,7 @@ class Attempts:
             and (exchange.body is None or isinstance(exchange.body.ending, Ended))
             and self._writer.direct is not None
             and upstream.heartbeat is None
+            and self._delivery.early is None
         )
 
     async def _straight(
@@ -319,6 +323,11 @@ class Attempts:
         if another is not None:
             self._kept = await keep_from_flow(port.flow, head, upstream.name) or self._kept
             return another
+        if await delivery.no_longer_early() and not (head.status == 200 and is_event_stream(head.headers)):
+            refused = await keep_from_flow(port.flow, head, upstream.name)
+            delivery.refusal = None if refused is None else refused.early()
+            detail = f"It answered {head.status}, without a stream, when a stream had been begun."
+            return Failure(Side.UPSTREAM, Phase.FIRST_BYTE, Kind.REFUSED, detail)
         flow: FlowReceiver | HeldFlow = port.flow
         if self._group.options.hold_first_event and self._holds(head):
             flow = held = await hold_event_of_flow(port.flow)

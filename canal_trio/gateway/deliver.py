@@ -18,27 +18,34 @@ import trio
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.gateway.account import account_for
 from canal_trio.gateway.answers import ClientHeads, with_fields, without_fields
+from canal_trio.gateway.early import EarlyHead
 from canal_trio.gateway.exchange import Exchange
 from canal_trio.gateway.kept import HeldFlow
 from canal_trio.gateway.respond import http_date
 from canal_trio.gateway.writer import BROKEN, BodyWriter, ClientWriter
-from canal_trio.messages import End, ResponseHead
+from canal_trio.messages import End, Headers, ResponseHead
 from canal_trio.policy.exchange import answer_for
 from canal_trio.relay.flow import Aborted, Ended, FlowReceiver, FlowSender, Meter, Sink, open_flow
 from canal_trio.relay.idle import Reaper
 from canal_trio.settings import Settings
 from canal_trio.upstream.interface import AnswerBody, Outlet
-from canal_trio.wire.error_bodies import error_event
+from canal_trio.wire.error_bodies import error_event, event_of_error
 from canal_trio.wire.facts import response_facts
 from canal_trio.wire.headers import ForClient
 from canal_trio.wire.sse import EventScanner
 
 __all__ = ["Delivery"]
 
+_PING = b": ping\n"  # one newline: two break openai-python (openai-python 2722)
+_EARLY = ResponseHead(200, Headers([(b"Content-Type", b"text/event-stream; charset=utf-8")]), b"OK")
+
 
 @final
 class Delivery:
-    """One exchange's answer on its way to the client. `begun`: the final head was written, there is no other answer."""
+    """One exchange's answer on its way to the client.
+
+    `begun`: the final head was written, the status is told. `bound`: and it is the one of the answer that is relayed.
+    """
 
     def __init__(
         self,
@@ -59,7 +66,9 @@ class Delivery:
         self._sender: FlowSender | None = None  # what the body comes through, if it is a flow
         self._relaying = False
         self._block = b""  # the final head, begun and not written
-        self.begun = False
+        self.begun = self.bound = False
+        self.early: EarlyHead | None = None  # what writes a head when an answer takes too long
+        self.refusal: bytes | None = None  # the upstream's error, where the head was too early to tell its status
         self.close = False  # the connection cannot carry another response
         self.complete = False  # the message was ended as its framing demands
 
@@ -73,14 +82,48 @@ class Delivery:
         """Pass a 1xx head on, to those who know them (RFC 9110 15.2). A 100 is ours to send, and was sent."""
         request = self._exchange.head
         assert request is not None
-        if request.version == b"1.0" or head.status == 100:
+        if request.version == b"1.0" or head.status == 100 or await self.no_longer_early():
             return
         if not await self._writer.write([self._head(head, body=0, close=False)]):
             self._lost()
 
+    # -- a head before its time ----------------------------------------------------------------------------------------
+
+    async def early_head(self) -> bool:
+        """Write the head of an event stream of which nothing is known yet. False: the client is gone, or stalled."""
+        exchange = self._exchange
+        phase = exchange.phase
+        block, _ = self._begin(_EARLY, close=self.close)
+        self.bound = False
+        exchange.phase = phase
+        written = await self._writer.write([block])
+        if not written:
+            self._lost()
+        return written
+
+    async def ping(self) -> bool:
+        """A comment behind such a head. False: as above."""
+        writer = self._body
+        assert writer is not None
+        written = await writer.inject(_PING)
+        if not written:
+            self._lost()
+        return written
+
+    async def no_longer_early(self) -> bool:
+        """An answer is here, or will not come. True: its status can no longer be told. A checkpoint if it waits."""
+        if self.early is not None:
+            await self.early.stop()
+        return self.begun
+
+    # -- the head ------------------------------------------------------------------------------------------------------
+
     async def final(self, head: ResponseHead, *, close: bool) -> None:
-        """Write the final head and fix the framing of the body."""
+        """Write the final head and fix the framing of the body. Behind an early one only the latter."""
+        written = self.begun
         block, whole = self._begin(head, close=close)
+        if written:
+            return
         if not await self._writer.write([block], self._exchange.has_answer if whole else None):
             self._lost()
 
@@ -119,14 +162,14 @@ class Delivery:
         self.close = close or (not modern and known is None and not bodyless)
         self._body = BodyWriter(self._writer, exchange, chunked=chunked, length=known, on_terminal=self._terminal)
         exchange.phase = Phase.FIRST_EVENT
-        self.begun = True
+        self.begun = self.bound = True
         exchange.status = head.status
         return self._head(head, body=known, close=self.close), bodyless or known == 0
 
     async def upgraded(self, head: ResponseHead) -> None:
         """Write the 101; from here on bytes are raw."""
         exchange = self._exchange
-        self.begun = self.close = True
+        self.begun = self.bound = self.close = True
         exchange.status = head.status
         exchange.phase = Phase.STREAM
         self._body = BodyWriter(self._writer, exchange, chunked=False, on_terminal=self._terminal)
@@ -294,7 +337,7 @@ class Delivery:
             return due
         scanner = exchange.scanner
         if scanner is not None and scanner.at_boundary and not scanner.terminal:
-            await writer.inject(b": ping\n")
+            await writer.inject(_PING)
         return trio.current_time() + interval
 
     def _ended(self, ending: Ended | Aborted) -> None:
@@ -346,8 +389,12 @@ class Delivery:
         request = exchange.head
         if request is None or request.version == b"1.0":
             return  # a close-delimited body cannot tell a failure but by a reset
-        answer = answer_for(failure)
         responses_api = request.target.partition(b"?")[0].endswith(b"/responses")
+        refusal = None if self.refusal is None else event_of_error(self.refusal, responses_api=responses_api)
+        if refusal is not None:
+            await writer.inject(refusal)
+            return
+        answer = answer_for(failure)
         await writer.inject(error_event(answer.message, answer.type, answer.code, responses_api=responses_api))
 
     def _lost(self) -> None:

@@ -309,7 +309,7 @@ class Exchange:
         guess = estimated(
             request_bytes=self.request_bytes,
             events=max(events, 0),
-            streamed=self.scanner is not None,
+            streamed=self.scanner is not None and self.first_piece is not None,
             generates=self.model is not None or self.path.endswith(_GENERATING),
             whole=self.failure is None,
             phase=self.failure.phase if self.failure else self.phase,

@@ -46,6 +46,11 @@ class Judged:
         self._usage = usage_edit(body, fields) if isinstance(fields, JsonFields) else None
         self.can_ask_usage = self._usage is not None
 
+    @property
+    def stream(self) -> bool:
+        """A stream is asked for."""
+        return isinstance(self._fields, JsonFields) and self._fields.stream
+
     def edits(self, model: str | None, *, usage: bool) -> tuple[Edit, ...]:
         """For an upstream that calls the model `model` (None: as the client does), and is asked for usage or not."""
         edits = (self._usage,) if usage and self._usage is not None else ()

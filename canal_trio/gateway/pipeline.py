@@ -15,6 +15,7 @@ from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.gateway.attempts import PEEK_BYTES, Attempts
 from canal_trio.gateway.deliver import Delivery
 from canal_trio.gateway.drain import Draining
+from canal_trio.gateway.early import EarlyHead
 from canal_trio.gateway.exchange import Exchange
 from canal_trio.gateway.judged import judge, names_model
 from canal_trio.gateway.places import Places
@@ -109,7 +110,23 @@ class Pipeline:
             close=self.close,
             settled=self._settle,
         )
-        return await attempts.run(plan)
+        early = self._delivery.early = self._early(plan)
+        if early is None:
+            return await attempts.run(plan)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(early.run)
+            failure = await attempts.run(plan)
+            await early.stop()
+        return failure
+
+    def _early(self, plan: Plan) -> EarlyHead | None:
+        """What writes a stream's head when its upstreams take too long, if the first of them has it so."""
+        exchange, first = self._exchange, plan.choices[0].upstream
+        streams = exchange.judged is not None and exchange.judged.stream and self._head.version == b"1.1"
+        if first.early_head_after is None or not streams:
+            return None
+        self._delivery.close = self.close
+        return EarlyHead(self._delivery, exchange.headed + first.early_head_after, first.heartbeat)
 
     def _account(self, admission: Admission | None) -> None:
         """Whether the answer's usage is read, and asked for where the client did not say whether it wants it."""
@@ -202,7 +219,7 @@ class Pipeline:
         if body is not None and not tunnel:
             named = names_model(self._head)
             decides = plan is None and router.needs_model(exchange.principal, named=named)
-            if decides or (named and self._settings.accounting):
+            if decides or (named and (self._settings.accounting or router.early_heads)):
                 failure = await self._read(body, strict=named and plan is None)
                 if failure is not None:
                     return failure

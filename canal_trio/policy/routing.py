@@ -69,6 +69,7 @@ class Router:
         self._all = Plan(tuple(Choice(upstream) for upstream in settings.upstreams))
         self._models = Names((model.name, self._plan(model)) for model in settings.models)
         self._routes = Names((route.path, self._plan(route)) for route in settings.routes)
+        self.early_heads = any(upstream.early_head_after is not None for upstream in settings.upstreams)
         self._has_models = bool(settings.models)
         self._has_routes = bool(settings.routes)
         # Looked up by digest: the time it takes says nothing about any key.

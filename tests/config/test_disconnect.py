@@ -64,3 +64,12 @@ def test_complaints(config: Callable[[str], Settings], text: str, complaint: str
     with pytest.raises(ConfigError) as caught:
         config(f"[[model]]\nname = 'm'\nupstreams = ['a']\non_disconnect = {text}\n")
     assert complaint in str(caught.value)
+
+
+def test_an_early_head(config: Callable[[str], Settings]) -> None:
+    """`early_head_after` is a time, as `heartbeat` is, and off unless it is said."""
+    assert config("").upstreams[0].early_head_after is None
+    upstream = config("early_head_after = '20s'\nheartbeat = 15\n").upstreams[0]
+    assert (upstream.early_head_after, upstream.heartbeat) == (20.0, 15.0)
+    with pytest.raises(ConfigError, match=r"early_head_after: expected more than 0 seconds, got 0"):
+        config("early_head_after = 0\n")
