@@ -79,10 +79,13 @@ class Delivery:
             self._body.drop_all()
 
     async def informational(self, head: ResponseHead) -> None:
-        """Pass a 1xx head on, to those who know them (RFC 9110 15.2). A 100 is ours to send, and was sent."""
+        """Pass a 1xx head on, to those who know them (RFC 9110 15.2). A 100 is ours to send, and was sent.
+
+        Not where a head may be sent early: there the driver is not the only one to write.
+        """
         request = self._exchange.head
         assert request is not None
-        if request.version == b"1.0" or head.status == 100 or await self.no_longer_early():
+        if request.version == b"1.0" or head.status == 100 or self.early is not None:
             return
         if not await self._writer.write([self._head(head, body=0, close=False)]):
             self._lost()

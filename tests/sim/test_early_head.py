@@ -206,3 +206,19 @@ async def test_the_gateway_stops(autojump_clock: Any, handover: bool) -> None:
         response = await client.response()
         assert b'"gateway_draining"' in response.body
         assert not response.complete
+
+
+async def test_hints_do_not_hinder_it(autojump_clock: Any, handover: bool) -> None:
+    """An upstream that says 103 and thinks on gets its early head all the same."""
+
+    async def play(peer: Conversation) -> None:
+        await peer.say(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n")
+        await thinking(60)(peer)
+
+    async with world(play, handover=handover, upstream=EARLY) as here:
+        client, start = here.connect(), trio.current_time()
+        await client.send(chat())
+        head = await client.final_head()
+        assert since(start) == 20
+        await client.body(head)
+        assert head.complete
