@@ -34,6 +34,7 @@ __all__ = ["VICTIMS", "kill"]
 VICTIMS = ("upstream", "worker", "client")
 PAUSE = (0.05, 1.0)  # seconds between two kills
 HABITS = Habits(leavers=0.05, slow=0.02, tokens=(5, 40), interval=(0.02, 0.1))
+CALM = Habits(leavers=0, slow=0, tokens=(3, 10), interval=(0.02, 0.05), kept=0.0)
 # Seconds that an exchange may last beyond its own length: every deadline once, and a machine that is busy.
 BEYOND = sum(DEADLINES[name] for name in ("lease", "connect", "first_byte", "upstream_idle", "body_idle")) + 10
 _CLIENT = """
@@ -139,7 +140,7 @@ def kill(
     try:
         with trial(upstream.port, say, workers=workers) as gateway:
             target = target_of(gateway.gateway.url)
-            _calm(target, "warm", streams, say)
+            _calm(target, "warm", say)
             before = gateway.quiet()
             for victim in victims:
                 killer = Killer(gateway, upstream, target, f"{seed}.{victim}")
@@ -148,8 +149,8 @@ def kill(
                 load(customers, streams, during, partial(_tell, say, victim, killer))
                 with suppress(TimeoutError):
                     _wait_for_workers(gateway, workers)
+                later = _calm(target, f"{seed}.{victim}.later", say)  # before the look: a new worker has served, too
                 after = gateway.quiet()
-                later = _calm(target, f"{seed}.{victim}.later", min(streams, 20), say)
                 outcomes[victim] = dict(customers.outcomes.most_common())
                 verdicts += _verdicts(victim, killer, customers.visits, later, gateway, compared(before, after))
                 before = _remembered(before, after)
@@ -169,9 +170,10 @@ def _during(killer: Killer, victim: str, times: int) -> Callable[[], Awaitable[N
     return lambda: killer.run(victim, times)
 
 
-def _calm(target: Target, seed: str, streams: int, say: Callable[[str], None]) -> list[Visit]:
-    customers = Customers(target, HABITS, seed)
-    load(customers, streams, lasting(2.0), say)
+def _calm(target: Target, seed: str, say: Callable[[str], None]) -> list[Visit]:
+    """Enough clients for every worker to get some: what a worker makes for its first one is no leak."""
+    customers = Customers(target, CALM, seed)
+    load(customers, 40, lasting(1.0), say)
     return customers.visits
 
 
