@@ -1,9 +1,9 @@
 """Clients that account for every request they send: exactly one outcome each, and whether a finish can be believed.
 
 One Trio task per client, in a closed loop. Invariants: every request that is begun leaves one `Visit` with one outcome,
-whatever happens to its connection; a wait never lasts longer than `PATIENCE`, beyond which the outcome is `hung`; a
-message counts as complete only if its framing says so, and as honest only if everything is in it that the upstream says
-for such a request, in its order.
+whatever happens to its connection; no wait for a byte lasts longer than `SILENCE`, beyond which the outcome is `hung`;
+a message counts as complete only if its framing says so, and as honest only if everything is in it that the upstream
+says for such a request, in its order.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from loadtest.wire import Malformed, Response
 
 __all__ = ["Customers", "Habits", "Visit"]
 
-PATIENCE = 60.0  # seconds: more than all of the gateway's deadlines in these trials together
+SILENCE = 40.0  # seconds without a byte: more than all of the gateway's deadlines in these trials together
 AFTER_FAILURE = 0.05  # seconds, so that a dead gateway is not dialled as fast as we can
 _TOKEN = re.compile(rb" token(\d+)x*\"")
 _DONE = b"data: [DONE]\n\n"
@@ -147,12 +147,13 @@ class _Exchange:
         self.reused = stream is not None
         self.response = Response()
         self.payload = bytearray()
+        self.silence = trio.CancelScope()
 
     async def run(self) -> None:
         visit = self.visit
-        with trio.move_on_after(PATIENCE) as scope:
+        with trio.move_on_after(SILENCE) as self.silence:
             visit.outcome = await self._outcome()
-        if scope.cancelled_caught:
+        if self.silence.cancelled_caught:
             visit.outcome = "hung"
             visit.note = f"after {len(self.payload)} bytes"
         visit.status = self.response.status
@@ -201,6 +202,7 @@ class _Exchange:
                 self.response.eof()
                 return
             self.visit.answered = True
+            self.silence.deadline = trio.current_time() + SILENCE
             self.payload += self.response.feed(bytes(data))
             if slow:
                 await trio.sleep(self.chance.uniform(0, 0.2))

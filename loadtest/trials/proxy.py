@@ -196,7 +196,7 @@ class _Connection:
     async def _sliced(self, passing: Passing, data: bytes) -> None:
         size, delay = passing.fault.size, passing.fault.delay
         for at in range(0, len(data), size):
-            if self.slices > 300:  # enough of it: a large body must not take for ever
+            if self.slices > 100:  # enough of it: a large body must not take for ever
                 await self._to_gateway(passing, data[at:])
                 return
             self.slices += 1
