@@ -28,7 +28,6 @@ from loadtest.wire import Malformed, Response
 __all__ = ["Customers", "Habits", "Visit"]
 
 SILENCE = 40.0  # seconds without a byte: more than all of the gateway's deadlines in these trials together
-AFTER_FAILURE = 0.05  # seconds, so that a dead gateway is not dialled as fast as we can
 _TOKEN = re.compile(rb" token(\d+)x*\"")
 _DONE = b"data: [DONE]\n\n"
 _ERROR = b'data: {"error"'
@@ -65,6 +64,7 @@ class Habits:
     tokens: tuple[int, int] = (5, 60)
     interval: tuple[float, float] = (0.02, 0.1)
     kept: float = 0.7  # share of exchanges after which the connection is used again
+    pause: float = 0.05  # seconds after a failure, so that what is down is not asked as fast as we can
 
 
 @final
@@ -113,7 +113,7 @@ class Customers:
                 self.outcomes[visit.outcome] += 1
                 stream = exchange.kept(chance.random() < self.habits.kept)
                 if visit.outcome not in ("complete", "left"):
-                    await trio.sleep(AFTER_FAILURE)
+                    await trio.sleep(self.habits.pause)
         finally:
             if stream is not None:
                 stream.socket.close()

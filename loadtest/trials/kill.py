@@ -33,7 +33,7 @@ __all__ = ["VICTIMS", "kill"]
 
 VICTIMS = ("upstream", "worker", "client")
 PAUSE = (0.05, 1.0)  # seconds between two kills
-HABITS = Habits(leavers=0.05, slow=0.02, tokens=(5, 40), interval=(0.02, 0.1))
+HABITS = Habits(leavers=0.05, slow=0.02, tokens=(5, 40), interval=(0.02, 0.1), pause=0.5)
 CALM = Habits(leavers=0, slow=0, tokens=(3, 10), interval=(0.02, 0.05), kept=0.0)
 # Seconds that an exchange may last beyond its own length: every deadline once, and a machine that is busy.
 BEYOND = sum(DEADLINES[name] for name in ("lease", "connect", "first_byte", "upstream_idle", "body_idle")) + 10
