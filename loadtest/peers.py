@@ -76,6 +76,7 @@ PEERS: dict[str, Peer] = {
             (sys.executable, "-m", "canal_trio", "serve", "--config", "$config"),
             config="canal.toml",
             tls="canal-tls.toml",
+            seconds=90,  # trials start it on machines that are busy
         ),
         Peer(
             "nginx",

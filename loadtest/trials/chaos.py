@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,12 @@ def _verdicts(
 
 
 def chaos(
-    minutes: float, streams: int, seed: str, say: Callable[[str], None], workers: int = 1
+    minutes: float,
+    streams: int,
+    seed: str,
+    say: Callable[[str], None],
+    workers: int = 1,
+    deadlines: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """The whole trial; a fifth of the time is warm-up."""
     seconds = minutes * 60
@@ -79,7 +84,7 @@ def chaos(
         tempfile.TemporaryDirectory(prefix="loadtest-chaos-") as folder,
         upstream_process() as upstream,
         link_process(upstream.port, seed, Path(folder)) as link,
-        trial(link.port, say, workers=workers) as gateway,
+        trial(link.port, say, workers=workers, deadlines=deadlines) as gateway,
     ):
         target = target_of(gateway.gateway.url)
         visits: list[Visit] = []

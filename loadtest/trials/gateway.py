@@ -18,13 +18,15 @@ from typing import Any
 from loadtest.peers import Gateway, running
 from loadtest.processes import descendants, get, resident
 
-__all__ = ["DEADLINES", "State", "Trial", "trial"]
+__all__ = ["DEADLINES", "QUICK", "State", "Trial", "compared", "tables", "trial"]
 
 # Short, so that a trial meets all of them. Seconds.
 DEADLINES = {
     "first_byte": 4.0, "upstream_idle": 3.0, "connect": 2.0, "lease": 5.0, "upstream_keep_alive": 2.0,
     "body_idle": 5.0, "client_write": 10.0, "drain": 10.0, "keep_alive": 20.0,
 }  # fmt: skip
+# For a slice of a trial in the tests.
+QUICK = {"first_byte": 1.5, "upstream_idle": 1.0, "upstream_keep_alive": 0.3, "body_idle": 1.5, "drain": 3.0}
 IDLE_GAUGES = ("canal_exchanges_in_flight", "canal_connections", "canal_pool_used", "canal_pool_waiters",
                "canal_pool_idle", "canal_held_bytes")  # fmt: skip
 _SAMPLE = re.compile(r"^(\w+)(?:\{[^}]*\})? (\S+)$", re.MULTILINE)

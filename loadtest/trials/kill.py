@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any, final
@@ -129,7 +129,13 @@ class Killer:
 
 
 def kill(
-    times: int, streams: int, workers: int, victims: tuple[str, ...], seed: str, say: Callable[[str], None]
+    times: int,
+    streams: int,
+    workers: int,
+    victims: tuple[str, ...],
+    seed: str,
+    say: Callable[[str], None],
+    deadlines: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """The trial: one victim after the other, `times` each."""
     began = time.monotonic()
@@ -138,7 +144,7 @@ def kill(
     upstream = Upstream()
     upstream.start()
     try:
-        with trial(upstream.port, say, workers=workers) as gateway:
+        with trial(upstream.port, say, workers=workers, deadlines=deadlines) as gateway:
             target = target_of(gateway.gateway.url)
             _calm(target, "warm", say)
             before = gateway.quiet()

@@ -11,7 +11,7 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import trio
@@ -32,12 +32,24 @@ PATIENCE = 30.0  # seconds for one
 HABITS = Habits(documents=0.1, uploads=0.02, leavers=0, slow=0, tokens=(20, 60), interval=(0.1, 0.3))
 
 
-def reload(reloads: int, streams: int, workers: int, seed: str, say: Callable[[str], None]) -> dict[str, Any]:
+def reload(
+    reloads: int,
+    streams: int,
+    workers: int,
+    seed: str,
+    say: Callable[[str], None],
+    deadlines: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
     """The trial."""
     began = time.monotonic()
+    times = {**DEADLINES, **(deadlines or {})}
     chance = random.Random(seed)
     took: list[float] = []
-    with upstream_process() as one, upstream_process() as two, trial(one.port, say, workers=workers) as gateway:
+    with (
+        upstream_process() as one,
+        upstream_process() as two,
+        trial(one.port, say, workers=workers, deadlines=times) as gateway,
+    ):
         server = gateway.config.read_text().partition("[[upstream]]")[0]
         target = target_of(gateway.gateway.url)
         load(Customers(target, HABITS, f"w{seed}"), 20, lasting(0.5), say)
@@ -46,7 +58,7 @@ def reload(reloads: int, streams: int, workers: int, seed: str, say: Callable[[s
         async def during() -> None:
             await trio.sleep(1.5)
             for number in range(1, reloads + 1):
-                await _reload(gateway, _file(server, number, one.port, two.port), "reloaded the config", took)
+                await _reload(gateway, _file(server, number, one.port, two.port, times), "reloaded the config", took)
                 if number % BAD_EVERY == 0:
                     await _reload(gateway, server + '[[upstream]]\nname = "x"\n', "refused, the old one stays", [])
                 await trio.sleep(chance.uniform(*PAUSE))
@@ -81,7 +93,7 @@ def reload(reloads: int, streams: int, workers: int, seed: str, say: Callable[[s
     }  # fmt: skip
 
 
-def _file(server: str, number: int, one: int, two: int) -> str:
+def _file(server: str, number: int, one: int, two: int, times: Mapping[str, float]) -> str:
     """The configuration of the reload `number`."""
     port = (one, two)[number % 2]
     names = ["sk-test", f"sk-other-{number}"]
@@ -92,7 +104,7 @@ def _file(server: str, number: int, one: int, two: int) -> str:
     bounds = f"[bounds]\nbody_bytes = {10_000_000 + number}\nwaiters = {500 + number % 2}\n"
     upstream = f'[[upstream]]\nname = "up{number % 2}"\nbase_url = "http://127.0.0.1:{port}"\n'
     model = f'[[model]]\nname = "{("m", "*")[number % 2]}"\nupstreams = ["up{number % 2}"]\n'
-    return server + bounds + upstream + model + keys + tables({**DEADLINES, "first_byte": 4.0 + number % 2})
+    return server + bounds + upstream + model + keys + tables({**times, "first_byte": times["first_byte"] + number % 2})
 
 
 async def _reload(gateway: Trial, text: str, answer: str, took: list[float]) -> None:
