@@ -75,14 +75,15 @@ def keys_of(
 ) -> tuple[Key, ...]:
     """Every `[[key]]`. `models` and `routes` are the names there are."""
     served, paths = frozenset(models), frozenset(routes)
+    open_ended = not served or any("*" in name for name in served)  # so any model may be there
 
     def one(table: KeyTable, path: Path) -> Key:
         name = read(table.name, values.name, (*path, "name"), complain, "?")
         digest = read(table.sha256, values.sha256, (*path, "sha256"), complain, "0" * 64)
         chosen = ("*",) if table.models is None else tuple(table.models)
         may = None if table.routes is None else tuple(table.routes)
-        _opens("model", chosen, served, path, complain, any_is_there=not served)
-        _opens("route", may or (), paths, path, complain, any_is_there=False)
+        _opens("model", chosen, None if open_ended else served, path, complain)
+        _opens("route", may or (), paths, path, complain)
         principal = table.principal
         if principal is not None:
             principal = read(principal, values.name, (*path, "principal"), complain, None)
@@ -144,15 +145,14 @@ def _fits(model: str, wild: bool | None, path: Path, complain: Complain) -> None
         complain(path, f"expected a name, got {shown(model)}: its '*' has none in the model's name to stand for")
 
 
-def _opens(
-    kind: str, names: tuple[str, ...], known: frozenset[str], path: Path, complain: Complain, *, any_is_there: bool
-) -> None:
-    """Is there what the key opens? With patterns anything may be."""
-    wild = any("*" in name for name in known)
+def _opens(kind: str, names: tuple[str, ...], known: frozenset[str] | None, path: Path, complain: Complain) -> None:
+    """Is there what the key opens? `known` None: anything may be."""
     for number, name in enumerate(names):
+        if known is not None and name in known:
+            continue
         where = (*path, f"{kind}s", number)
         read(name, values.pattern, where, complain, None)
-        if not any_is_there and not wild and "*" not in name and name not in known:
+        if known is not None and "*" not in name:
             complain(where, f"there is no {kind} named {shown(name)}{nearest(name, known)}")
 
 

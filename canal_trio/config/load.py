@@ -84,8 +84,8 @@ def strange_variables(environ: Mapping[str, str]) -> list[str]:
     return remarks
 
 
-def _parsed(name: str) -> tuple[dict[str, Any], dict[Path, int]]:
-    """The document in the file `name`, and the line of each path in it."""
+def _parsed(name: str) -> tuple[dict[str, Any], str]:
+    """The document in the file `name`, and its text."""
     try:
         with open(name, "rb") as file:
             data = file.read(FILE_BYTES + 1)
@@ -100,7 +100,7 @@ def _parsed(name: str) -> tuple[dict[str, Any], dict[Path, int]]:
         line = data[: exc.start].count(b"\n") + 1
         raise ConfigError(f"{name}:{line}: not UTF-8: expected a configuration in TOML") from None
     try:
-        return tomllib.loads(text), locate(text)
+        return tomllib.loads(text), text
     except tomllib.TOMLDecodeError as exc:
         message = str(exc)
         found = re.search(r" \(at (?:line (\d+), column (\d+)|end of document)\)$", message)
@@ -132,8 +132,16 @@ class _Layers:
             elif variable:
                 self.said[name] = (f"CANAL_{name.upper()}", variable)
         self.file = self.said.get("config", ("", ""))[1]
-        self.raw, self.lines = _parsed(self.file) if self.file else ({}, {})
+        self.raw, self._text = _parsed(self.file) if self.file else ({}, "")
+        self._lines: dict[Path, int] | None = None
         self.around = Surroundings(environ, os.path.dirname(self.file))
+
+    @property
+    def lines(self) -> dict[Path, int]:
+        """The line of each path in the file. Found when the first complaint is made: most files give no cause."""
+        if self._lines is None:
+            self._lines = locate(self._text)
+        return self._lines
 
     def complain(self, path: Path, text: str) -> None:
         """About the file."""

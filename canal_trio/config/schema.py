@@ -7,7 +7,9 @@ and tell no line. `[bounds]` and `[deadlines]` take their keys from `settings`: 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import re
 from typing import Any, Protocol, TypeVar, cast
 
@@ -271,7 +273,9 @@ _KINDS = {
 
 def decode(kind: type[T], raw: dict[str, Any], path: Path, complain: Complain) -> T | None:
     """`raw` as a `kind`, after every complaint about it was made: without its faulty keys, None if it needs one."""
-    fields = {field.name: field for field in msgspec.structs.fields(kind)}
+    with contextlib.suppress(msgspec.ValidationError):  # nearly always: nothing is wrong with it
+        return msgspec.convert(raw, kind)
+    fields = _fields(kind)
     values: dict[str, Any] = {}
     for key, value in raw.items():
         if key not in fields:
@@ -288,6 +292,11 @@ def decode(kind: type[T], raw: dict[str, Any], path: Path, complain: Complain) -
         if name not in raw:
             complain(path, f"the key '{name}' is missing")
     return kind(**values) if values.keys() >= set(required) else None
+
+
+@functools.lru_cache
+def _fields(kind: type[Table]) -> dict[str, msgspec.structs.FieldInfo]:
+    return {field.name: field for field in msgspec.structs.fields(kind)}
 
 
 def _located(text: str, path: Path) -> tuple[Path, str]:
