@@ -7,9 +7,11 @@ file counts. What a running process cannot change keeps its old value, and that 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
+import sys
 from collections.abc import Awaitable, Callable
-from typing import final
+from typing import ParamSpec, TypeVar, final
 
 import trio
 
@@ -18,12 +20,36 @@ from canal_trio.observe.log import describe
 from canal_trio.serve.systemd import Notifier
 from canal_trio.settings import Settings
 
-__all__ = ["Reloader"]
+__all__ = ["Reloader", "in_a_thread"]
 
 # What a running process cannot change: it needs new sockets, another process or another log.
 _NEEDS_RESTART = ("listen", "admin", "workers", "log", "ledger", "limit_store")
 
+_SWITCH = 0.0005  # seconds
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
 _log = logging.getLogger("canal_trio.serve")
+
+
+async def in_a_thread(job: Callable[P, T], *arguments: P.args, **_none: P.kwargs) -> T:
+    """What `job` returns, after long work that must not hold up the loop. Cancelled, the thread ends by itself.
+
+    A thread keeps the interpreter's lock for an interval at a time, and the loop gives it away with each system call:
+    at Python's 5 ms a burst of events would take seconds. So it is made short meanwhile. The garbage collector would
+    hold everything up while it looks through what is made here, which is no garbage: it rests, and is spared the sight.
+    """
+    before, collects = sys.getswitchinterval(), gc.isenabled()
+    sys.setswitchinterval(_SWITCH)
+    gc.disable()
+    try:
+        return await trio.to_thread.run_sync(job, *arguments, abandon_on_cancel=True)
+    finally:
+        sys.setswitchinterval(before)
+        if collects:
+            gc.freeze()
+            gc.enable()
 
 
 @final
@@ -82,7 +108,7 @@ class Reloader:
         if self._load is None or self._stopped():
             _log.warning("not reloaded: draining")
             return
-        new = await trio.to_thread.run_sync(self._load, abandon_on_cancel=True)
+        new = await in_a_thread(self._load)
         old = self.settings
         fixed = {name: getattr(old, name) for name in _NEEDS_RESTART}
         if (new.tls is None) is not (old.tls is None):

@@ -38,7 +38,7 @@ from canal_trio.serve.crowd import Crowd, Partings, refusal
 from canal_trio.serve.greeting import greet
 from canal_trio.serve.limits import Capacity, capacity_of, freeze_garbage, raise_descriptor_limit, with_ceiling
 from canal_trio.serve.listen import Acceptor, ListenError, Slots, open_listeners, set_options
-from canal_trio.serve.reload import Reloader
+from canal_trio.serve.reload import Reloader, in_a_thread
 from canal_trio.serve.systemd import Handed, handed_over
 from canal_trio.serve.tls import Certificates, Terminator
 from canal_trio.settings import Settings
@@ -76,6 +76,9 @@ class ServedGateway(Protocol):
         self, stream: trio.abc.Stream, *, peer: str = "", scheme: str = "http", certificate: str | None = None
     ) -> None:
         """Serve one client connection and close it."""
+
+    def prepare(self, settings: Settings) -> None:
+        """In any thread: do what a reload with them would take long for."""
 
     def reload(self, settings: Settings) -> None:
         """Use `settings` for the next requests."""
@@ -383,8 +386,7 @@ class Server:
         if self.terminator is not None:
             self.terminator.hurry(deadlines.linger)  # who has not said a word by now must not hold up the end
         self.stopped.deadline = trio.current_time() + longest_stop(self.settings)
-        count = self.gateway.statistics().in_flight
-        what = "1 exchange has" if count == 1 else f"{count} exchanges have"
+        what = "1 exchange has" if (count := self.gateway.statistics().in_flight) == 1 else f"{count} exchanges have"
         _log.info("draining: %s %g seconds to finish; signal again to stop now", what, deadlines.drain)
 
     def status(self) -> str:
@@ -400,9 +402,8 @@ class Server:
     async def apply(self, new: Settings) -> None:
         """Swap settings and certificates, touching no stream. Raises `ConfigError`, with nothing changed."""
         new = with_ceiling(new)
-        certificates: Certificates | None = None
-        if new.tls is not None:  # the same names may be other files by now
-            certificates = await trio.to_thread.run_sync(Certificates, new.tls, abandon_on_cancel=True)
+        certificates = None if new.tls is None else await in_a_thread(Certificates, new.tls)  # other files, perhaps
+        await in_a_thread(self.gateway.prepare, new)
         self.gateway.reload(new)
         if self.ledger is not None:
             self.ledger.reprice(new.prices)

@@ -92,6 +92,9 @@ class FakeGateway:
         await stream.send_all(b"drained\n")
         nursery.cancel_scope.cancel()
 
+    def prepare(self, settings: Settings) -> None:
+        """There is nothing to prepare."""
+
     def reload(self, settings: Settings) -> None:
         """Noted."""
         self.reloads.append(settings)
