@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from canal_trio.errors import Failure, Phase
 from canal_trio.messages import RequestHead
@@ -83,9 +83,10 @@ class Tried:
     result: str  # the status it answered, or the kind of its failure
 
 
-@dataclass(frozen=True, slots=True)
-class ExchangeRecord:
+class ExchangeRecord(NamedTuple):
     """What an exchange leaves behind: exactly one per request whose first byte was read.
+
+    A named tuple, because there is one for each exchange: making it costs a fifth of what a frozen dataclass does.
 
     Times are seconds on Trio's clock except `started_at` (Unix time). `first_byte` counts from the end of the request
     head to the first response body byte accepted by the client's kernel. `cancel_latency` is from the client's FIN or

@@ -52,16 +52,17 @@ def _word(text: str) -> str:
 
 def text_line(record: ExchangeRecord) -> bytes:
     """The line for people: when, who, what, how it ended, then numbers, then names."""
+    client, method, path = record.client or "-", record.method or "-", record.path or "-"
+    id_, model, upstream = record.request_id, record.model, record.upstream
+    # Nearly always no word needs quotes, and one look at all of them tells.
+    if not _PLAIN(f"{client}{method}{path}{id_}{model}{upstream}") or id_ == "" or model == "":
+        client, method, path, id_ = _word(client), _word(method), _word(path), _word(id_)
+        model = None if model is None else _word(model)
+        upstream = None if upstream is None else _word(upstream)
     parts = [
-        timestamp(record.started_at + record.duration),
-        _word(record.client or "-"),
-        _word(record.method or "-"),
-        _word(record.path or "-"),
-        str(record.status or "-"),
-        record.outcome.value,
-        f"phase={record.phase.value}",
-        f"in={_size(record.request_bytes)}",
-        f"out={_size(record.response_bytes)}",
+        f"{timestamp(record.started_at + record.duration)} {client} {method} {path} {record.status or '-'} "
+        f"{record.outcome._value_} phase={record.phase._value_} "  # .value is a Python call or two
+        f"in={_size(record.request_bytes)} out={_size(record.response_bytes)}"
     ]
     if record.streamed:
         parts.append(f"events={record.events}")
@@ -76,21 +77,22 @@ def text_line(record: ExchangeRecord) -> bytes:
         parts.append(f"attempts={record.attempts}")
     if record.tried:
         parts.append(f"tried={_word(','.join(f'{one.upstream}:{one.result}' for one in record.tried))}")
-    names = (
-        ("cert", record.certificate),
-        ("key", record.principal),
-        ("key_name", record.key if record.key != record.principal else None),
-        ("model", record.model),
-        ("upstream", record.upstream),
-        ("as", record.upstream_model if record.upstream_model != record.model else None),
-    )
-    for name, value in names:
-        if value is not None:
-            parts.append(f"{name}={_word(value)}")
+    if record.certificate is not None:
+        parts.append(f"cert={_word(record.certificate)}")
+    if record.principal is not None:
+        parts.append(f"key={_word(record.principal)}")
+        if record.key is not None and record.key != record.principal:
+            parts.append(f"key_name={_word(record.key)}")
+    if model is not None:
+        parts.append(f"model={model}")
+    if upstream is not None:
+        parts.append(f"upstream={upstream}")
+        if record.upstream_model is not None and record.upstream_model != record.model:
+            parts.append(f"as={_word(record.upstream_model)}")
     if record.usage is not None:
         guess = "~" if record.usage_source is UsageSource.ESTIMATED else ""
         parts.append(f"tokens={guess}{record.usage.prompt}+{record.usage.completion}")
-    parts.append(f"id={_word(record.request_id)}")
+    parts.append(f"id={id_}")
     if record.flags:
         parts.append(f"flags={','.join(record.flags)}")
     if record.failure is not None:

@@ -106,7 +106,7 @@ def _decided_by(order: int) -> Iterator[None]:
     core._r.seed(order)
     random.seed(order)
     with (
-        mock.patch.object(headers, "os", SimpleNamespace(urandom=chance.randbytes)),
+        mock.patch.object(headers, "_random_bits", chance.getrandbits),
         mock.patch.object(respond, "time", SimpleNamespace(time=lambda: 1_000_000_000.0)),
     ):
         try:

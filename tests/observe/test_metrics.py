@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from dataclasses import fields as fields_of
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -80,7 +80,7 @@ def _value(samples, name: str, **labels: str) -> float:
 def test_attempts_are_counted_where_they_were_made() -> None:
     """Those that another one followed at their own upstreams, the last one at its."""
     metrics = Metrics()
-    metrics.finished(replace(RECORD, attempts=3, tried=(Tried("a", "429"), Tried("b", "refused"))))
+    metrics.finished(RECORD._replace(attempts=3, tried=(Tried("a", "429"), Tried("b", "refused"))))
     samples = _scrape(metrics)
     for upstream in ("a", "b", "local"):
         assert _value(samples, "canal_attempts_total", upstream=upstream) == 1
@@ -122,7 +122,7 @@ def test_one_exchange() -> None:
 def test_a_client_that_left() -> None:
     """A cancelled exchange shows its cancel latency, its failure and its flags."""
     metrics = Metrics()
-    metrics.finished(replace(GONE, handed_over=7, queued=2, waits=3))
+    metrics.finished(GONE._replace(handed_over=7, queued=2, waits=3))
     samples = _scrape(metrics)
     labels = {"side": "client", "phase": "stream", "kind": "gone", "upstream": "local"}
     assert _value(samples, "canal_failures_total", **labels) == 1
@@ -137,8 +137,8 @@ def test_a_client_that_left() -> None:
 def test_tokens_by_where_the_number_comes_from() -> None:
     """Said and estimated tokens are never in one number."""
     metrics = Metrics()
-    metrics.finished(replace(RECORD, usage=Usage(12, 34), usage_source=UsageSource.UPSTREAM))
-    metrics.finished(replace(GONE, usage=Usage(1, 2), usage_source=UsageSource.ESTIMATED))
+    metrics.finished(RECORD._replace(usage=Usage(12, 34), usage_source=UsageSource.UPSTREAM))
+    metrics.finished(GONE._replace(usage=Usage(1, 2), usage_source=UsageSource.ESTIMATED))
     samples = _scrape(metrics)
     said = {"source": "upstream", "upstream": "local"}
     assert _value(samples, "canal_tokens_total", type="prompt", **said) == 12
@@ -152,14 +152,14 @@ def test_no_label_comes_from_a_client() -> None:
     metrics.finished(RECORD)
     before = len(_scrape(metrics))
     for number in range(50):
-        metrics.finished(replace(RECORD, model=f"m{number}", path=f"/{number}", method=f"M{number}", request_id="x"))
+        metrics.finished(RECORD._replace(model=f"m{number}", path=f"/{number}", method=f"M{number}", request_id="x"))
     assert len(_scrape(metrics)) == before
 
 
 def test_an_exchange_without_an_answer() -> None:
     """Where nothing was told to the client the status is 'none'; a stream of one event has no gap."""
     metrics = Metrics()
-    metrics.finished(replace(RECORD, status=None, events=1))
+    metrics.finished(RECORD._replace(status=None, events=1))
     samples = _scrape(metrics)
     assert _value(samples, "canal_responses_total", status="none") == 1
     assert _value(samples, "canal_event_gap_longest_seconds_count") == 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -248,7 +248,9 @@ async def _running(
 def comparable(record: ExchangeRecord) -> ExchangeRecord:
     """The record without what may differ from run to run, and between hand-over and the plain path."""
     latency = None if record.cancel_latency is None else 0.0
-    return replace(record, started_at=0.0, request_id="", cancel_latency=latency, handed_over=0, queued=0, waits=0)
+    return record._replace(
+        started_at=0.0, request_id="", cancel_latency=latency, handed_over=0, queued=0, waits=0
+    )
 
 
 # -- small helpers of the tests ---------------------------------------------------------------------------------------
