@@ -44,7 +44,9 @@ _CLIENT: dict[Kind, Answer] = {
     Kind.UNAUTHENTICATED: Answer(401, _INVALID, "invalid_api_key", "Incorrect API key provided.", should_retry=False),
     Kind.FORBIDDEN: Answer(403, "permission_error", "model_not_allowed", "This key may not use that.", "model"),
     Kind.LIMITED: Answer(429, "rate_limit_error", "rate_limit_exceeded", "Over the limit.", retry_after=1),
-    Kind.QUOTA: Answer(429, "insufficient_quota", "insufficient_quota", "The budget is spent.", should_retry=False),
+    Kind.QUOTA: Answer(
+        429, "insufficient_quota", "insufficient_quota", "The budget is spent.", retry_after=3600, should_retry=False
+    ),
     Kind.NOT_FOUND: Answer(404, _INVALID, "model_not_found", "There is no such model here.", "model"),
     Kind.TIMEOUT: Answer(408, _INVALID, "request_timeout", "The request took too long to arrive."),
 }
