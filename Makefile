@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ONCE ?=
 
-.PHONY: demo test promises bench check lint types clean
+.PHONY: demo test soak promises bench check lint types clean
 
 $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }  # half of one would be taken for a whole one next time
@@ -39,6 +39,12 @@ test: $(VENV)/.tests lint types
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest
 	$(BIN)/coverage report --fail-under=100 --include='canal_trio/errors.py,canal_trio/messages.py,canal_trio/settings.py,canal_trio/hooks.py,canal_trio/wire/*,canal_trio/policy/*,canal_trio/relay/*,canal_trio/upstream/*'
+
+# For MINUTES: the whole gateway simulated from seeds, on all cores (docs/simulation.md). Fails if a promise breaks.
+MINUTES ?= 10
+soak: $(VENV)/.tests
+	$(BIN)/python -m canal_trio.testing.simulate --minutes $(MINUTES)
+# The chaos part (real sockets, `python -m loadtest chaos`) goes here, as a second line of this recipe.
 
 # A minute: what the README promises, measured on this machine. Fails if a promise breaks.
 promises: $(VENV)/.bench

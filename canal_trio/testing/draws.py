@@ -19,6 +19,7 @@ __all__ = ["draw_plan", "plan_of"]
 
 _FINE: Final = "ok"
 _KINDS: Final = tuple(FaultKind)
+_LAZY: Final = {7: 0.05, 100: 0.3, 4_096: 0.4}  # seconds between two reads, by what a read can get at the most
 
 
 def plan_of(seed: int) -> Plan:
@@ -39,7 +40,7 @@ def draw_plan(rng: random.Random) -> Plan:
             Model(f"m{number}", tuple(map(Target, order))) for number, order in enumerate(dict.fromkeys(orders))
         )
     clients = tuple(
-        _client(rng, number, trouble, models, slow=slow, heartbeat=any(u.heartbeat for u in upstreams))
+        _client(rng, number, trouble, models, slow=slow)
         for number in range(rng.choice((1, 2, 2, 3, 4)))
     )
     drain = rng.uniform(0.0, 6.0) if rng.random() < trouble / 2 else None
@@ -96,7 +97,7 @@ def _upstream(rng: random.Random, number: int) -> Upstream:
         retry_sent=rng.random() < 0.2,
         on_client_eof=rng.choice(("abort", "abort", "finish")),
         connections=rng.choice((None, None, None, 1, 2)),
-        heartbeat=rng.choice((None, None, None, rng.uniform(0.3, 2.0))),
+        heartbeat=rng.choice((None, None, None, rng.uniform(0.3, 2.0), rng.uniform(0.05, 0.4))),
     )
 
 
@@ -116,7 +117,7 @@ def _fault(rng: random.Random, *, most: int) -> Fault:
 
 
 def _client(
-    rng: random.Random, number: int, trouble: float, models: tuple[Model, ...], *, slow: bool, heartbeat: bool
+    rng: random.Random, number: int, trouble: float, models: tuple[Model, ...], *, slow: bool
 ) -> Client:
     count = rng.choice((1, 1, 2, 3, 4))
     asks = [_ask(rng, f"{number}.{index}", trouble, models, slow=slow) for index in range(count)]
@@ -125,7 +126,7 @@ def _client(
     to_client = _link(rng, slow=slow)
     if rng.random() < trouble / 2:
         to_client = replace(to_client, faults=(_fault(rng, most=4_000),))
-    lazy = rng.random() < 0.3
+    lazy = rng.random() < (0.5 if slow else 0.3)
     spaced = rng.random() < 0.2
     small = slow or lazy
     return Client(
@@ -137,8 +138,8 @@ def _client(
         send=rng.choice((40, 200)) if spaced else 0,
         spacing=rng.uniform(0.001, 0.05) if spaced else 0.0,
         read=rng.choice((300, 4_096)) if small else rng.choice((4_096, 65_536)),
-        pause=rng.uniform(0.01, 0.4) if lazy and to_client.buffer >= 4_096 else 0.0,
-        out=_fault(rng, most=1_500) if rng.random() < trouble / 2 else None,
+        pause=rng.uniform(0.0, _LAZY[min(to_client.buffer, 4_096)]) if lazy else 0.0,
+        out=_fault(rng, most=rng.choice((400, 400, 3_000))) if rng.random() < trouble / 2 else None,
         leave=_leave(rng) if rng.random() < trouble else None,
         raises=rng.randint(0, 3_000) if rng.random() < trouble / 6 else None,
         waits=rng.random() < 0.1,

@@ -7,6 +7,7 @@ check knows how the gateway works, only what its peers said, what they got, and 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -25,6 +26,7 @@ GRAIN = 0.05  # virtual seconds: the reaper's grain, and what a latency does to 
 _ALIKE = (
     "outcome", "failure", "status", "attempts", "upstream", "request_bytes", "response_bytes", "events", "flags"
 )  # fmt: skip
+_PINGS = re.compile(rb"(?:^|(?<=\n\n))(?:: ping\n)+")  # between two events, and nowhere else
 _FAULTY = {"stops reading", "pipelines", "leave", "raises", "drain", "limit"}
 
 
@@ -176,7 +178,7 @@ def _body(
 ) -> Iterator[str]:
     said, body = attempt.said, bytes(answer.body)
     ended = attempt.raw >= said.whole
-    pure = body.replace(b": ping\n", b"")
+    pure = _PINGS.sub(b"", body)
     told = pure.find(b'data: {"error":{"message":') if answer.framing == "chunked" else -1
     if told >= 0 and not said.payload.startswith(pure[: told + 60]):
         if record.outcome not in (Outcome.UPSTREAM_FAILED, Outcome.DRAINED, Outcome.INTERNAL_ERROR):
@@ -184,6 +186,8 @@ def _body(
         if answer.complete:
             yield "a complete message with an error event of the gateway's own"
         pure = pure[:told]
+        if pure and not pure.endswith(b"\n\n"):
+            yield "an error event of the gateway's own inside of another event"
     if not said.payload.startswith(pure):
         at = next((i for i, (a, b) in enumerate(zip(pure, said.payload, strict=False)) if a != b), len(said.payload))
         yield f"not what the upstream said, from byte {at} on: {pure[max(0, at - 20) : at + 40]!r}"
@@ -314,4 +318,4 @@ def _same_bytes(peer: ClientPeer, twin: ClientPeer, index: int) -> Iterator[str]
 
 
 def _told(message: Message) -> bytes:
-    return bytes(message.body).replace(b": ping\n", b"")
+    return _PINGS.sub(b"", bytes(message.body))

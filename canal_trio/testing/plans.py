@@ -180,6 +180,7 @@ class Said:
     payload: bytes
     marks: tuple[tuple[int, int], ...]
     whole: int  # bytes from which on the message is complete
+    status: int = 0
 
     def payload_at(self, raw: int) -> int:
         """The payload bytes in the first `raw` bytes, at the least."""
@@ -215,7 +216,7 @@ def reply_bytes(ask: Ask, attempt: int) -> Said:
     early = b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" * reply.informational
     head = early + "\r\n".join([*lines, "", ""]).encode()
     if bodyless:
-        return Said((head,), b"", ((len(head), 0),), len(head))
+        return Said((head,), b"", ((len(head), 0),), len(head), reply.status)
     return _said(head, pieces, reply, framing)
 
 
@@ -237,7 +238,7 @@ def _said(head: bytes, pieces: Sequence[bytes], reply: Reply, framing: str) -> S
     if reply.cut:
         data = b"".join(sends)
         sends = [data[at : at + reply.cut] for at in range(0, len(data), reply.cut)]
-    return Said(tuple(sends), b"".join(pieces), tuple(marks), whole)
+    return Said(tuple(sends), b"".join(pieces), tuple(marks), whole, reply.status)
 
 
 def _pieces(label: str, reply: Reply) -> list[bytes]:

@@ -293,8 +293,8 @@ class ClientPeer:
                     nursery.cancel_scope.cancel()
             if patience.cancelled_caught and not self._cut_off:
                 self._network.complaints.append(f"c{self.number} waited {_PATIENCE:g} s for an answer or an end")
-        except Unfit as exc:
-            self._network.complaints.append(f"c{self.number} got what no gateway may send: {exc}")
+        except* Unfit as group:
+            self._network.complaints.append(f"c{self.number} got what no gateway may send: {group.exceptions[0]}")
         finally:
             self.over = True
             self._network.note(f"client {self.number}", f"is done; the gateway ended by {self.ended_by}")

@@ -22,7 +22,7 @@ import trio.testing
 
 from canal_trio.errors import Failure, Kind, Phase, Retry, Side
 from canal_trio.gateway import Gateway, respond
-from canal_trio.hooks import ExchangeRecord
+from canal_trio.hooks import ExchangeRecord, Outcome
 from canal_trio.settings import Bounds, Upstream
 from canal_trio.testing.plans import Ask, Client, Plan, settings_of
 from canal_trio.testing.simlink import SimLink
@@ -32,6 +32,7 @@ from canal_trio.wire import headers
 
 __all__ = ["BUDGET", "Noted", "Seen", "simulate"]
 
+KEPT_BYTES = 64 * 1024  # of a refusal that may have to be relayed after all
 BUDGET = 400_000  # steps of the scheduler in one run: more is a busy loop
 HORIZON = 20_000.0  # virtual seconds: more is a hang
 SETTLE = 5.0  # virtual seconds for what is under way when all have left
@@ -180,6 +181,8 @@ class _World:
                 await self.nursery.start(self._gateway.run)
                 async with trio.open_nursery() as players:
                     for number, client in enumerate(self._plan.clients):
+                        if not client.asks:  # a plan that was made smaller
+                            continue
                         players.start_soon(self._client, number, client)
                     self.nursery.start_soon(self._drain)
                     self.nursery.start_soon(self._reload)
@@ -251,7 +254,7 @@ class _World:
         if self._gateway.draining:
             return
         for upstream in self._plan.upstreams:
-            number = len(self._seen.clients)
+            number = len(self._plan.clients)
             models = [model.name for model in self._plan.models if model.upstreams[0].name == upstream.name]
             if self._plan.models and not models:
                 continue
@@ -332,7 +335,10 @@ class _World:
         network.uploaded[client] = 0
         self._read_before[client] = self._seen.client_ends[client].received
         network.note(f"c{client}", f"record: {record.outcome.value} {record.failure or ''} {record.flags or ''}")
-        if now.time > self._drained_by + self._plan.deadlines.client_write + 1:
+        if record.outcome is Outcome.DRAINED and now.time < self._drained_by - 0.01:
+            self._seen.complaints.append(f"{record.request_id} was drained before the time to finish was over")
+        since = max(self._drained_by, now.time - noted.idle)  # a slow client that still takes bytes has its time
+        if now.time - since > self._plan.deadlines.client_write + 1:
             self._seen.complaints.append(f"{record.request_id} ended {now.time - self._drained_by:g} s after the drain")
 
     # -- bounds --------------------------------------------------------------------------------------------------------
@@ -348,7 +354,8 @@ class _World:
             answering = self._answering[end] = attempt, peer.said_before, client.sent
         _, raw_before, sent_before = answering
         held = attempt.said.payload_at(end.received - raw_before) - (client.sent - sent_before)
-        if held > self._bound:
+        refused = attempt.said.status == 429 or attempt.said.status >= 500  # kept while another upstream is asked
+        if held > self._bound + (2 * KEPT_BYTES if refused else 0):
             self._seen.complaints.append(f"{attempt.tag}: {held} bytes of an answer are held, of {self._bound}")
 
     def _measure_upload(self, end: GatewayEnd) -> None:
