@@ -99,6 +99,8 @@ class Attempts:
         if index:
             exchange.routed(eof_leaves=choices[index].upstream.on_client_eof == "abort")
         while True:
+            if exchange.left:  # while its route was looked for: from a pool to the first byte nothing else would notice
+                await trio.lowlevel.checkpoint_if_cancelled()
             if not fresh:
                 self._tried.append(index)
             upstream = choices[index].upstream

@@ -98,6 +98,8 @@ def _time(seen: Seen, plan: Client, noted: Noted, *, patient: bool) -> Iterator[
     longest = longest_idle(failure, deadlines)
     if seen.plan.reload is not None:
         longest = max(longest, longest_idle(failure, _reloaded(seen)))
+    if failure is not None and failure.kind is Kind.GONE and "finish" in _eof_rules(seen):
+        return  # an EOF becomes leaving when an upstream is tried that has it so
     if patient:  # what is still to be said has its time, too
         longest += deadlines.client_write
     latency = 2 * (plan.to_client.latency + plan.to_gateway.latency)
@@ -243,7 +245,9 @@ def _retries(seen: Seen, tag: str, ask: Ask, attempts: list[Attempt]) -> Iterato
                 yield f"{tag}: sent again twice because of a stale connection"
             if following.reused:
                 yield f"{tag}: sent again on a connection that was used before"
-        elif attempt.upstream == following.upstream:
+            continue
+        stale = 0  # each upstream has a stale connection of its own
+        if attempt.upstream == following.upstream:
             yield f"{tag}: sent twice to {attempt.upstream}"
         elif reply.status in (429, 503) or allowed[attempt.upstream]:
             continue

@@ -228,12 +228,12 @@ def retry_after_relayed_bytes() -> Replaced:
     """An upstream that fails in the middle of its answer is asked again."""
     attempt = Attempts._attempt
 
-    async def stubborn(self: Attempts, upstream: Any, *, fresh: bool) -> Failure | None:
-        result = await attempt(self, upstream, fresh=fresh)
+    async def stubborn(self: Attempts, upstream: Any, index: int, *, fresh: bool) -> Failure | None:
+        result = await attempt(self, upstream, index, fresh=fresh)
         failure = self._exchange.failure
         if result is None and failure is not None and failure.side is Side.UPSTREAM:
             self._exchange.failure, self._delivery.begun = None, False
-            return await attempt(self, upstream, fresh=True)
+            return await attempt(self, upstream, index, fresh=True)
         return result
 
     yield Attempts, "_attempt", stubborn

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from kit import chat, request
 from simkit import SSE, Conversation, answer_ok, only_record, read_request, world
 
@@ -118,3 +119,18 @@ async def test_http10_a_cut_after_the_last_event_looks_like_an_end(autojump_cloc
         assert (record.outcome, record.flags) == (Outcome.COMPLETED, ("cut_after_terminal",))
 
 
+
+
+async def test_a_client_that_left_with_its_request_costs_a_generation(autojump_clock: Any) -> None:
+    """Request and FIN come as one: an idle upstream connection is there at once, and must not be used for it."""
+    async with world(answer_ok, handover=True) as here:
+        first = here.connect()
+        await first.send(chat())
+        assert (await first.response("POST")).status == 200
+        client = here.connect()
+        await client.send(chat())
+        client.stream.close()  # type: ignore[attr-defined]  # a simulated stream
+        records = await here.records.wait(2)
+        await trio.testing.wait_all_tasks_blocked()
+        assert records[1].outcome is Outcome.CLIENT_GONE
+        assert [len(upstream.requests) for upstream in here.conversations] == [1]
