@@ -148,4 +148,25 @@ def reload(reloads: int, streams: int, workers: int, seed: str, json_to: str | N
     return _done(result, json_to)
 
 
-COMMANDS = (chaos, attack, kill, reload, link, slowheads)
+@click.command()
+@click.option("--only", default="rate,kills,away,splits", show_default=True, help="Which parts.")
+@click.option("--rate", default=1000, show_default=True, type=click.IntRange(10, 100_000), help="Exchanges per second.")
+@click.option("--seconds", default=20, show_default=True, type=click.IntRange(1, 3600), help="At that rate.")
+@click.option("--kills", default=50, show_default=True, type=click.IntRange(1, 10_000))
+@click.option("--times", default=10, show_default=True, type=click.IntRange(1, 1000), help="The store is away.")
+@click.option("--away", default=30.0, show_default=True, type=click.FloatRange(0.1, 3600), help="Seconds of each.")
+@_JSON
+def ledger(only: str, rate: int, seconds: int, kills: int, times: int, away: float, json_to: str | None) -> int:
+    """One row for each admitted exchange: at a rate, under SIGKILL, with the store away; usage at every cut."""
+    from loadtest.__main__ import some_of
+    from loadtest.trials.ledger import PARTS
+    from loadtest.trials.ledger import ledger as run
+
+    parts = tuple(some_of(only, PARTS, "--only"))
+    progress = _progress()
+    result = run(parts, rate, seconds, kills, times, away, progress)
+    progress.end()
+    return _done(result, json_to)
+
+
+COMMANDS = (chaos, attack, kill, ledger, reload, link, slowheads)

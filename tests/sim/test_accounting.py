@@ -211,3 +211,44 @@ async def test_a_slow_client_is_accounted_as_any(autojump_clock: Any, handover: 
         assert head.body == b"".join(events) + CHUNK + DONE
         record = await here.records.one()
         assert (record.usage, record.usage_source) == (Usage(7, 3), UsageSource.UPSTREAM)
+
+
+@WAYS
+async def test_closing_after_the_terminal_event_logged_as_cancelled(
+    autojump_clock: Any, handover: bool, heartbeat: float | None
+) -> None:
+    """new-api 6649, 7062: a client that closes at [DONE], before the upstream has ended, completed, with its usage."""
+
+    async def play(peer: Conversation) -> None:
+        await peer.say(SSE)
+        await peer.chunk(EVENT, CHUNK, DONE)
+        await trio.sleep(0.25)
+        await peer.say(END)
+
+    async with world(play, handover=handover, upstream=upstream(heartbeat), count_tokens=True) as here:
+        client = here.connect()
+        await client.send(chat())
+        await client.until(DONE)
+        client.stream.close()  # type: ignore[attr-defined]
+        record = await only_record(here)
+        assert record.outcome is Outcome.COMPLETED
+        assert (record.usage, record.usage_source) == (Usage(7, 3), UsageSource.UPSTREAM)
+
+
+async def test_utf_8_character_cut_between_chunks(autojump_clock: Any, handover: bool) -> None:
+    """litellm 18842: a character in two pieces is neither lost nor replaced, and what follows is counted."""
+    event = 'data: {"choices":[{"delta":{"content":"🚢é"}}]}\n\n'.encode()
+
+    async def play(peer: Conversation) -> None:
+        await peer.say(SSE)
+        for at in range(0, len(event), 1):
+            await peer.chunk(event[at : at + 1])
+            await trio.sleep(0.1)
+        await peer.chunk(CHUNK, DONE)
+        await peer.say(END)
+
+    async with world(play, handover=handover, count_tokens=True) as here:
+        client = here.connect()
+        await client.send(chat())
+        assert (await client.response()).body == event + CHUNK + DONE
+        assert (await here.records.one()).usage == Usage(7, 3)
