@@ -6,10 +6,10 @@ nobody expected is one line with the way to see more. Nothing else in the packag
 
 from __future__ import annotations
 
-import hashlib
+import datetime
+import json
 import math
 import os
-import secrets
 import sys
 import time
 import traceback
@@ -21,7 +21,7 @@ import click
 import trio
 
 from canal_trio import __version__
-from canal_trio.config import Flags, load, strange_variables
+from canal_trio.config import Flags, load, load_keys, read_file, strange_variables
 from canal_trio.config.values import name as checked_name
 from canal_trio.errors import CanalError, ConfigError
 from canal_trio.observe.log import TRACEBACK_VARIABLE, describe, leaves
@@ -143,9 +143,11 @@ def demo(once: bool) -> int:
 @cli.command(short_help="Validate a configuration file.")
 @click.argument("file", metavar="FILE")
 def check(file: str) -> None:
-    """Validate a configuration: would `serve --config FILE` start here and now?"""
+    """Validate a configuration: would `serve --config FILE` start here and now? Warns of what is legal but unwise."""
     settings = load(Flags(config=file), os.environ)
-    for remark in strange_variables(os.environ):
+    from canal_trio.config.advice import advice  # late: only this command needs it
+
+    for remark in (*strange_variables(os.environ), *advice(settings, read_file(file)[0], file, time.time())):
         _tell(f"warning: {remark}")
     counts = (("upstream", settings.upstreams), ("model", settings.models), ("key", settings.keys))
     words = [f"{len(items)} {word}{'' if len(items) == 1 else 's'}" for word, items in counts]
@@ -186,22 +188,94 @@ def usage(config: str | None, by: str, since: str | None, until: str | None, sty
         store.close()
 
 
+@cli.command(short_help="A JSON Schema of the configuration, for editors.")
+def schema() -> None:
+    """Print a JSON Schema of the configuration file: editors complete and check with it as one types."""
+    from canal_trio.config.json_schema import json_schema  # late: only this command needs it
+
+    click.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+
+
 @cli.group()
 def keys() -> None:
-    """Make keys for clients."""
+    """Make, list and revoke clients' keys."""
+
+
+_CONFIG = click.option("--config", "-c", metavar="FILE", envvar="CANAL_CONFIG", help="The configuration with the keys.")
+
+
+def _named(name: str, parameter: str = "NAME") -> str:
+    try:
+        return checked_name(name)
+    except ValueError as exc:
+        raise click.BadParameter(str(exc), param_hint=parameter) from None
+
+
+def _needed(config: str | None) -> str:
+    if not config:
+        raise click.UsageError("which keys? Give --config FILE, or set CANAL_CONFIG")
+    return config
 
 
 @keys.command("new", short_help="Make a key, and the TOML to keep.")
 @click.argument("name", metavar="NAME")
-def new_key(name: str) -> None:
+@click.option("--principal", metavar="WHO", help="Whose key it is, if it is not the only one.  [default: NAME]")
+@click.option("--model", "models", multiple=True, metavar="MODEL", help="What it may ask for; repeatable. [default: *]")
+@click.option("--route", "routes", multiple=True, metavar="ROUTE", help="A [[route]] that it may use; repeatable.")
+@click.option("--expires", metavar="DATE", type=click.DateTime(["%Y-%m-%d"]), help="The first day without it (UTC).")
+@click.option("--into", metavar="FILE", help="Put the TOML at the end of this configuration.")
+def new_key(
+    name: str,
+    principal: str | None,
+    models: tuple[str, ...],
+    routes: tuple[str, ...],
+    expires: datetime.datetime | None,
+    into: str | None,
+) -> None:
     """Make a key for NAME: print it once, and the TOML to keep, which holds only its SHA-256."""
-    try:
-        checked_name(name)
-    except ValueError as exc:
-        raise click.BadParameter(str(exc), param_hint="NAME") from None
-    key = f"sk-canal-{secrets.token_urlsafe(32)}"
-    quoted = name.replace("\\", "\\\\").replace('"', '\\"')
+    from canal_trio.config.keyfile import append_key, key_table, make_key  # late: as above
+
+    key, digest = make_key()
+    table = key_table(
+        _named(name),
+        digest,
+        principal=None if principal is None else _named(principal, "--principal"),
+        models=models or ("*",),
+        routes=routes,
+        expires=None if expires is None else expires.date(),
+    )
+    if into is not None:
+        append_key(into, table, name)
     click.echo("The key, shown only this once:", err=True)
     click.echo(key)
-    click.echo("Keep this in the configuration file:", err=True)
-    click.echo(f'\n[[key]]\nname = "{quoted}"\nsha256 = "{hashlib.sha256(key.encode()).hexdigest()}"\nmodels = ["*"]')
+    if into is None:
+        click.echo("Keep this in the configuration file:", err=True)
+        click.echo(f"\n{table}", nl=False)
+    else:
+        click.echo(f"Its SHA-256 is in {into}. SIGHUP makes a running gateway read it.", err=True)
+
+
+@keys.command("list", short_help="Which keys there are.")
+@_CONFIG
+def list_keys(config: str | None) -> None:
+    """Which keys the configuration has, whose they are, what they open and for how long."""
+    from canal_trio.config.keyfile import key_rows  # late: as above
+
+    rows = key_rows(load_keys(Flags(config=_needed(config))), time.time())
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+
+
+@keys.command("revoke", short_help="Let nobody in with a key any more.")
+@click.argument("name", metavar="NAME")
+@_CONFIG
+def revoke(name: str, config: str | None) -> None:
+    """Mark the key NAME as revoked in the configuration; everything else in the file stays as it is."""
+    from canal_trio.config.keyfile import revoke_key  # late: as above
+
+    file = _needed(config)
+    done = revoke_key(file, name)
+    click.echo(f"{file}: the key '{name}' is revoked{'' if done else ' already'}")
+    if done:
+        click.echo("SIGHUP makes a running gateway read it.", err=True)

@@ -35,9 +35,9 @@ from canal_trio.config.schema import (
 from canal_trio.config.tls import server_tls_of
 from canal_trio.config.values import shown
 from canal_trio.errors import ConfigError
-from canal_trio.settings import Settings, Upstream, address_text
+from canal_trio.settings import Key, Settings, Upstream, address_text
 
-__all__ = ["VARIABLES", "Flags", "load", "strange_variables"]
+__all__ = ["VARIABLES", "Flags", "load", "load_keys", "read_file", "strange_variables"]
 
 FILE_BYTES = 4 * 1024 * 1024
 MOST_COMPLAINTS = 20
@@ -65,12 +65,17 @@ def load(flags: Flags | None = None, environ: Mapping[str, str] = os.environ) ->
     """The settings that flags, environment and file give. Reads files; raises `ConfigError`, with every fault found."""
     layers = _Layers(flags or Flags(), environ)
     settings = layers.settings()
-    if layers.complaints:
-        lines = [text for _, text in sorted(layers.complaints, key=lambda complaint: complaint[0])]
-        if len(lines) > MOST_COMPLAINTS:
-            lines[MOST_COMPLAINTS:] = [f"… and {len(lines) - MOST_COMPLAINTS} more"]
-        raise ConfigError("\n".join(lines))
+    layers.refuse()
     return settings
+
+
+def load_keys(flags: Flags, environ: Mapping[str, str] = os.environ) -> tuple[Key, ...]:
+    """The clients' keys in the file, whatever else is in it. Raises `ConfigError`, with every fault in them."""
+    layers = _Layers(flags, environ)
+    tables = decode(FileTables, layers.raw, (), layers.complain) or FileTables()
+    keys = layers.keys(tables)
+    layers.refuse()
+    return keys
 
 
 def strange_variables(environ: Mapping[str, str]) -> list[str]:
@@ -84,7 +89,7 @@ def strange_variables(environ: Mapping[str, str]) -> list[str]:
     return remarks
 
 
-def _parsed(name: str) -> tuple[dict[str, Any], str]:
+def read_file(name: str) -> tuple[dict[str, Any], str]:
     """The document in the file `name`, and its text."""
     try:
         with open(name, "rb") as file:
@@ -132,7 +137,7 @@ class _Layers:
             elif variable:
                 self.said[name] = (f"CANAL_{name.upper()}", variable)
         self.file = self.said.get("config", ("", ""))[1]
-        self.raw, self._text = _parsed(self.file) if self.file else ({}, "")
+        self.raw, self._text = read_file(self.file) if self.file else ({}, "")
         self._lines: dict[Path, int] | None = None
         self.around = Surroundings(environ, os.path.dirname(self.file))
 
@@ -171,8 +176,8 @@ class _Layers:
         balance = balance_of(general, ("balance",), self.complain)
         models = models_of(tables.model, known, balance, self.complain)
         routes = routes_of(tables.route, known, balance, self.complain)
-        keys = keys_of(tables.key, _names(tables.model), _names(tables.route), self.complain)
-        for kind, key in (("model", "name"), ("route", "name"), ("route", "path"), ("key", "name"), ("key", "sha256")):
+        keys = self.keys(tables)
+        for kind, key in (("model", "name"), ("route", "name"), ("route", "path")):
             self._no_twins(kind, key, getattr(tables, kind))
         prices = prices_of(tables.price, known.upstreams | frozenset(_names(tables.upstream)), self.complain)
         store = limit_store_of(tables.limits, self.around, self.complain)
@@ -208,6 +213,21 @@ class _Layers:
             health=health_of(health, ("health",), self.complain),
             retries=retries_of(retries, ("retries",), self.complain),
         )
+
+    def keys(self, tables: FileTables) -> tuple[Key, ...]:
+        """`[[key]]`."""
+        found = keys_of(tables.key, _names(tables.model), _names(tables.route), self.complain)
+        self._no_twins("key", "name", tables.key)
+        self._no_twins("key", "sha256", tables.key)
+        return found
+
+    def refuse(self) -> None:
+        """Raise what was complained about, if anything was."""
+        if self.complaints:
+            lines = [text for _, text in sorted(self.complaints, key=lambda complaint: complaint[0])]
+            if len(lines) > MOST_COMPLAINTS:
+                lines[MOST_COMPLAINTS:] = [f"… and {len(lines) - MOST_COMPLAINTS} more"]
+            raise ConfigError("\n".join(lines))
 
     # -- [[upstream]] --------------------------------------------------------------------------------------------------
 
