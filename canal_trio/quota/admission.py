@@ -7,7 +7,8 @@ rules under which it was let in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, final
 
 import trio
@@ -21,12 +22,26 @@ from canal_trio.policy.ratelimit import Ask, Refusal, State, What
 from canal_trio.policy.scopes import Scope, Scopes
 from canal_trio.settings import Price, Settings
 
-__all__ = ["Limits", "Store", "Verdict"]
-
-Verdict = tuple[Sequence[tuple[Scope, State]], tuple[Scope, Refusal] | None]
+__all__ = ["Keeper", "Limits", "Store", "Verdict"]
 
 _GENERATES = ("/completions", "/responses", "/messages")
 _NOT_SENT = frozenset({Phase.HEAD, Phase.ROUTE, Phase.UPLOAD, Phase.LEASE, Phase.DIAL})
+
+
+class Keeper(Protocol):
+    """Who has counted an exchange, and settles it."""
+
+    def settle(self, scopes: Sequence[Scope], ask: Ask, used: Ask) -> None:
+        """What was let in has ended. Not a checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What each scope has counted (with this exchange, if it was let in), why it was not, and who keeps it."""
+
+    counted: Sequence[tuple[Scope, State]]
+    why: tuple[Scope, Refusal] | None
+    keeper: Keeper
 
 
 class Store(Protocol):
@@ -43,8 +58,8 @@ class Store(Protocol):
     async def admit(self, scopes: Sequence[Scope], ask: Ask) -> Verdict | None:
         """Let it in everywhere or nowhere, or why not; None: nobody can tell. Cancelling it leaves nothing counted."""
 
-    def settle(self, scopes: Sequence[Scope], ask: Ask, used: Ask) -> None:
-        """What was let in has ended. Not a checkpoint."""
+    async def flush(self) -> None:
+        """Wait, but not for long, until what was settled is known where it is counted."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """What it has to do in the background, until cancelled."""
@@ -62,10 +77,6 @@ class Limits:
         """The hook for `settings`; None if they limit nothing."""
         scopes = Scopes(settings.limits)
         return _Admission(self, settings, scopes) if scopes else None
-
-    def state(self) -> Mapping[tuple[str, ...], float]:
-        """For metrics: is the store away, and how often it did not answer."""
-        return {("away",): float(self.store.away), ("errors",): self.store.errors}
 
     def refuse(self, scope: Scope, refusal: Refusal) -> Failure:
         """Count it, and say it."""
@@ -100,34 +111,30 @@ class _Admission:
             expected = estimate(asked.body, generates=generates, output_tokens=self._output_tokens)
             price = self._prices.find(asked.upstream, asked.upstream_model, asked.model)
             ask = Ask(expected.tokens, _cost(price, expected))
-        verdict = await self._limits.store.admit(scopes, ask) if scopes else _NO_LIMIT
+        if not scopes:
+            return _Slot(self, None, scopes, asked, expected, ask, ())
+        verdict = await self._limits.store.admit(scopes, ask)
         if verdict is None:
             if self._fail_open:
-                return _Slot(self, (), asked, expected, ask, ())
+                return _Slot(self, None, scopes, asked, expected, ask, ())
             return Refused(Failure(Side.GATEWAY, Phase.ROUTE, Kind.UNCOUNTED, retry_after=1.0))
-        counted, why = verdict
-        fields = limit_fields(counted)
-        if why is not None:
-            return Refused(self._limits.refuse(*why), fields)
-        return _Slot(self, scopes, asked, expected, ask, fields)
+        fields = limit_fields(verdict.counted)
+        if verdict.why is not None:
+            return Refused(self._limits.refuse(*verdict.why), fields)
+        return _Slot(self, verdict.keeper, scopes, asked, expected, ask, fields)
 
-    def settle(
-        self, scopes: Sequence[Scope], asked: Asked, expected: Estimate, ask: Ask, record: ExchangeRecord
-    ) -> None:
-        """The exchange of a slot has ended."""
-        used = ask
-        if self._counts:
-            tokens = used_by(record, expected)
-            price = self._prices.find(record.upstream, asked.upstream_model, asked.model)
-            usage = record.usage
-            cached, reasoning = (usage.cached, usage.reasoning) if usage is not None else (0, 0)
-            used = Ask(tokens.tokens, _cost(price, tokens, cached, reasoning))
-        self._limits.store.settle(scopes, ask, used)
+    def used(self, asked: Asked, expected: Estimate, record: ExchangeRecord) -> Ask:
+        """What the exchange of a slot has used."""
+        if not self._counts:
+            return _ONE
+        tokens, usage = used_by(record, expected), record.usage
+        price = self._prices.find(record.upstream, record.upstream_model or asked.upstream_model, asked.model)
+        cached, reasoning = (usage.cached, usage.reasoning) if usage is not None else (0, 0)
+        return Ask(tokens.tokens, _cost(price, tokens, cached, reasoning))
 
 
 _NOTHING = Estimate()
 _ONE = Ask()
-_NO_LIMIT: Verdict = ((), None)
 
 
 def _cost(price: Price | None, used: Estimate, cached: int = 0, reasoning: int = 0) -> int:
@@ -140,11 +147,12 @@ def _cost(price: Price | None, used: Estimate, cached: int = 0, reasoning: int =
 class _Slot:
     """`hooks.Slot`: settled once, whatever happens."""
 
-    __slots__ = ("_admission", "_ask", "_asked", "_expected", "_scopes", "fields")
+    __slots__ = ("_admission", "_ask", "_asked", "_expected", "_keeper", "_scopes", "fields")
 
     def __init__(
         self,
         admission: _Admission,
+        keeper: Keeper | None,
         scopes: Sequence[Scope],
         asked: Asked,
         expected: Estimate,
@@ -152,6 +160,7 @@ class _Slot:
         fields: tuple[tuple[bytes, bytes], ...],
     ) -> None:
         self._admission = admission
+        self._keeper = keeper  # None: nobody counts it
         self._scopes = scopes
         self._asked = asked
         self._expected = expected
@@ -160,9 +169,9 @@ class _Slot:
 
     def release(self, record: ExchangeRecord) -> None:
         """The exchange has ended."""
-        scopes, self._scopes = self._scopes, ()
-        if scopes:
-            self._admission.settle(scopes, self._asked, self._expected, self._ask, record)
+        keeper, self._keeper = self._keeper, None
+        if keeper is not None:
+            keeper.settle(self._scopes, self._ask, self._admission.used(self._asked, self._expected, record))
 
 
 def used_by(record: ExchangeRecord, expected: Estimate) -> Estimate:

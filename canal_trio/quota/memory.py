@@ -19,18 +19,17 @@ from typing import final
 import trio
 
 from canal_trio.policy.calendar import Calendar
-from canal_trio.policy.ratelimit import Ask, Refusal, State
+from canal_trio.policy.ratelimit import Ask
 from canal_trio.policy.scopes import Scope
+from canal_trio.quota.admission import Verdict
 from canal_trio.quota.table import WAYS, Table, table_bytes
 from canal_trio.settings import Settings
 
-__all__ = ["Busy", "MemoryStore", "SharedMemory", "Verdict", "memory_for"]
+__all__ = ["Busy", "MemoryStore", "SharedMemory", "memory_for"]
 
 PATIENCE = 0.05  # seconds
 _PAUSE = 50e-6
 _LEAST_RECORDS = 16_384
-
-Verdict = tuple[list[tuple[Scope, State]], tuple[Scope, Refusal] | None]
 
 _log = logging.getLogger("canal_trio.quota")
 
@@ -126,7 +125,7 @@ class MemoryStore:
         try:
             if self._unsettled:
                 self._catch_up()
-            return self.table.admit(scopes, ask, moment)
+            return Verdict(*self.table.admit(scopes, ask, moment), self)
         except Busy:
             self.errors += 1
             return None
@@ -144,6 +143,9 @@ class MemoryStore:
         while self._unsettled:
             self.table.settle(*self._unsettled[0], self._calendar.moment(self._clock()))
             self._unsettled.popleft()
+
+    async def flush(self) -> None:
+        """It is."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Nothing to do in the background."""

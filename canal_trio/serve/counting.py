@@ -28,7 +28,12 @@ _log = logging.getLogger("canal_trio.serve")
 
 
 def _store(settings: Settings, table: Table, clock: Callable[[], float]) -> Store:
-    return MemoryStore(table, clock=clock)
+    memory = MemoryStore(table, clock=clock)
+    if settings.limit_store.redis is None:
+        return memory
+    from canal_trio.quota.redis import RedisStore  # late: an extra, and slow to import
+
+    return RedisStore(settings.limit_store, memory)
 
 
 def limits_of_worker(settings: Settings, descriptor: int | None, column: int, columns: int) -> Limits:

@@ -327,6 +327,7 @@ class Server:
                         door.close()
             if self.ledger is not None:
                 await self.ledger.finish()
+            await self._limits.store.flush()
             services.cancel_scope.cancel(reason="served")
         if self.stopped.cancelled_caught:
             _log.warning("stopped: %s", "told twice" if self.forced else "some streams did not end in time")

@@ -310,9 +310,8 @@ class Away:
         """Nobody can tell."""
         return None
 
-    def settle(self, scopes: Sequence[Scope], ask: Ask, used: Ask) -> None:
-        """Nothing was let in."""
-        raise AssertionError
+    async def flush(self) -> None:
+        """Nothing is settled."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Nothing to do."""
