@@ -15,6 +15,7 @@ from typing import final
 
 import trio
 
+from canal_trio.observe.metrics import Metrics
 from canal_trio.policy.calendar import Calendar
 from canal_trio.quota.admission import Limits, Store
 from canal_trio.quota.memory import Busy, MemoryStore, SharedMemory, memory_for
@@ -22,7 +23,7 @@ from canal_trio.quota.spending import Spending
 from canal_trio.quota.table import Table
 from canal_trio.settings import Settings
 
-__all__ = ["Counting", "limits_of_worker"]
+__all__ = ["Counting", "limits_of_worker", "show_limits"]
 
 _log = logging.getLogger("canal_trio.serve")
 
@@ -41,6 +42,14 @@ def limits_of_worker(settings: Settings, descriptor: int | None, column: int, co
     if descriptor is None:
         return Limits(_store(settings, SharedMemory.make(memory_for(settings), 1).table(0), time.monotonic))
     return Limits(_store(settings, SharedMemory.attach(descriptor, columns).table(column), time.monotonic))
+
+
+def show_limits(metrics: Metrics, limits: Limits) -> None:
+    """Have a scrape read how limits fare."""
+    store, text = limits.store, "Times that what counts the limits did not answer."
+    limits.rejections = metrics.limit_rejections.values
+    metrics.gauge("canal_limit_store_away", "Workers that cannot reach what counts the limits.", lambda: store.away)
+    metrics.gauge("canal_limit_store_errors", text, lambda: store.errors)
 
 
 @final

@@ -33,7 +33,7 @@ from canal_trio.quota.admission import Limits
 from canal_trio.relay.streams import TcpStream
 from canal_trio.serve.authority import subject_of
 from canal_trio.serve.books import open_ledger, show_ledger
-from canal_trio.serve.counting import Counting
+from canal_trio.serve.counting import Counting, show_limits
 from canal_trio.serve.crowd import Crowd, Partings, refusal
 from canal_trio.serve.greeting import greet
 from canal_trio.serve.limits import Capacity, capacity_of, freeze_garbage, raise_descriptor_limit, with_ceiling
@@ -260,11 +260,7 @@ class Server:
         metrics.watch(self.gateway)
         self._limits = limits
         self.gateway.limit_by(limits.admission)
-        limits.rejections = metrics.limit_rejections.values
-        metrics.gauge("canal_limit_store_away", "Workers that cannot reach what counts the limits.",
-                      lambda: float(limits.store.away))  # fmt: skip
-        metrics.gauge("canal_limit_store_errors", "Times that what counts the limits did not answer.",
-                      lambda: limits.store.errors)  # fmt: skip
+        show_limits(metrics, limits)
         self.slots = Slots(capacity.connections)
         self.listener_slots: list[Slots] = []  # of each listener
         shed = metrics.shed.labels
