@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ONCE ?=
 
-.PHONY: demo test soak promises bench check lint types clean
+.PHONY: demo test soak fuzz promises bench check lint types clean
 
 $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }  # half of one would be taken for a whole one next time
@@ -17,6 +17,11 @@ $(VENV)/.product: pyproject.toml | $(VENV)/bin/python
 # The product with the runner, the real clients and the real servers it is tested against.
 $(VENV)/.tests: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary xllamacpp,pycurl --editable '.[test]'
+	@touch $@ $(VENV)/.product
+
+# The product with what fuzzing needs.
+$(VENV)/.fuzz: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary atheris --editable '.[fuzz]'
 	@touch $@ $(VENV)/.product
 
 # The product with what the load tests need.
@@ -41,10 +46,17 @@ test: $(VENV)/.tests lint types
 	$(BIN)/coverage report --fail-under=100 --include='canal_trio/errors.py,canal_trio/messages.py,canal_trio/settings.py,canal_trio/hooks.py,canal_trio/wire/*,canal_trio/policy/*,canal_trio/relay/*,canal_trio/upstream/*'
 
 # For MINUTES: the whole gateway simulated from seeds, on all cores (docs/simulation.md). Fails if a promise breaks.
-MINUTES ?= 10
+soak: MINUTES ?= 10
 soak: $(VENV)/.tests
 	$(BIN)/python -m canal_trio.testing.simulate --minutes $(MINUTES)
 # The chaos part (real sockets, `python -m loadtest chaos`) goes here, as a second line of this recipe.
+
+# What nobody thought of: coverage-guided fuzzing of everything that reads a stranger's bytes, for MINUTES in all. Fails
+# if it finds something. KEEP=1 merges what is new into the corpus (docs/fuzzing.md).
+fuzz: MINUTES ?= 5
+KEEP ?=
+fuzz: $(VENV)/.fuzz
+	$(BIN)/python tests/fuzz/fuzz_run.py --minutes $(MINUTES) $(if $(KEEP),--keep)
 
 # A minute: what the README promises, measured on this machine. Fails if a promise breaks.
 promises: $(VENV)/.bench
