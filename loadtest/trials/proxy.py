@@ -52,6 +52,7 @@ class Passing:
     terminal: bool = False  # `[DONE]` has passed whole
     tail: bytes = b""
     broke: bool = False  # the fault has happened
+    moved: float = 0.0  # when the last byte passed
 
 
 @final
@@ -86,6 +87,7 @@ class FaultProxy:
         line = {
             "ident": passing.ident, "attempt": passing.attempt, "fault": passing.fault.kind, "broke": passing.broke,
             "up": passing.up, "down": passing.down, "whole": passing.response.done, "terminal": passing.terminal,
+            "silent": trio.current_time() - passing.moved if passing.moved else 0.0,
         }  # fmt: skip
         self.book.write(json.dumps(line) + "\n")
 
@@ -210,6 +212,7 @@ class _Connection:
         passing.tail = (passing.tail + passing.response.feed(data))[-len(_DONE) :]
         passing.terminal = passing.terminal or passing.tail.endswith(_DONE)
         await self.near.send_all(data)
+        passing.moved = trio.current_time()
 
     # -- the break -----------------------------------------------------------------------------------------------------
 

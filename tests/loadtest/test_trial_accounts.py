@@ -32,9 +32,9 @@ def record(outcome: str = "completed", ident: str = "a") -> dict[str, Any]:
     return {"request_id": ident, "outcome": outcome, "failure": None, "flags": []}
 
 
-def attempt(ident: str = "a", fault: str = "none", *, whole: bool = True, terminal: bool = True) -> dict[str, Any]:
+def attempt(ident: str = "a", silent: float = 0.0, *, whole: bool = True, terminal: bool = True) -> dict[str, Any]:
     """What the link let pass."""
-    return {"ident": ident, "attempt": 1, "fault": fault, "whole": whole, "terminal": terminal}
+    return {"ident": ident, "attempt": 1, "fault": "cut", "whole": whole, "terminal": terminal, "silent": silent}
 
 
 @pytest.mark.parametrize(
@@ -47,9 +47,9 @@ def attempt(ident: str = "a", fault: str = "none", *, whole: bool = True, termin
         ([visit()], [record(), record()], [attempt()], {"too many records"}),
         ([visit(), visit()], [record()], [attempt()], {"too many records", "no record"}),
         ([], [record()], [], {"records of nobody"}),
-        ([visit()], [record()], [attempt(whole=False, fault="cut")], {"finished, but its upstream did not"}),
-        ([visit()], [record()], [attempt(whole=False, fault="stall")], set()),
-        ([visit()], [record()], [attempt(whole=False, terminal=False, fault="stall")],
+        ([visit()], [record()], [attempt(whole=False)], {"finished, but its upstream did not"}),
+        ([visit()], [record()], [attempt(whole=False, silent=1.1)], set()),
+        ([visit()], [record()], [attempt(whole=False, terminal=False, silent=1.1)],
          {"finished, but its upstream did not"}),
         ([visit()], [record()], [], {"finished, but its upstream did not"}),
         ([visit()], [record("client_gone")], [attempt()], {"record does not fit"}),
