@@ -5,8 +5,8 @@ Pure. The rules, each of which gives its own list of faults:
 - every request that was sent has exactly one record; one that never got through (refused, or its client left before
   anything came back, when the kernel may have thrown its bytes away) has at most one; nobody has a record without a
   request;
-- who got a complete 200 had an attempt whose response passed the link whole, or whose terminal event did before a silence
-  that lasted `after_done`, whereupon the gateway ends the message (the link notes how long it was silent before it
+- who got a complete 200 had an attempt whose response passed the link whole, or whose terminal event did before a
+  silence of `after_done`, whereupon the gateway ends the message (the link notes how long it was silent before it
   closed: on a busy machine a cut may come late); a cut or a reset in time is no such end;
 - a record's outcome fits what its client saw.
 """
