@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from typing import Any
+from weakref import WeakMethod
 
 import pytest
 import trio
@@ -21,7 +22,7 @@ from canal_trio.settings import Bounds, Deadlines, Settings, Upstream
 from canal_trio.testing.simstream import SimStream, sim_stream_pair
 from canal_trio.upstream.connect import Connector
 from canal_trio.upstream.forward import ForwardedConnection
-from canal_trio.upstream.http1 import Http1Connection
+from canal_trio.upstream.http1 import Http1Connection, _weakly
 from canal_trio.upstream.tunnel import parse_proxy
 from canal_trio.wire.targets import BaseUrl
 
@@ -129,9 +130,14 @@ class Heads:
 
     def __init__(self) -> None:
         self.seen: list[ResponseHead] = []
+        self.expired: list[Failure] = []
         self.body: FlowSender
         self.flow: FlowReceiver
         self.body, self.flow = open_flow(2)
+
+    def expire(self, failure: Failure) -> None:
+        """Keep that, too."""
+        self.expired.append(failure)
 
     async def head(self, head: ResponseHead) -> None:
         """Keep it."""
@@ -213,3 +219,12 @@ async def test_what_a_log_shows_of_a_connection(autojump_clock: trio.testing.Moc
         assert "hidden" not in text
         connection.abort()
         nursery.cancel_scope.cancel()
+
+
+async def test_a_deadline_of_a_connection_that_is_gone(autojump_clock: trio.testing.MockClock) -> None:
+    """The reaper does not keep it alive, and what it still looks at is nobody's: nothing happens."""
+    call = _weakly(WeakMethod(Heads().expire))
+    call(Failure(Side.UPSTREAM, Phase.STREAM, Kind.STALLED))
+    heads = Heads()
+    _weakly(WeakMethod(heads.expire))(Failure(Side.UPSTREAM, Phase.STREAM, Kind.STALLED))
+    assert [failure.kind for failure in heads.expired] == [Kind.STALLED]
