@@ -14,8 +14,8 @@ from proxies import PASSWORD, USER, SocksProxy, forward_proxy, socks_proxy
 
 from canal_trio.errors import Phase
 from canal_trio.hooks import Outcome
-from canal_trio.settings import Upstream
-from canal_trio.testing.scripts import Forever, Script, Send, chat_stream, cut_after, reply, stream
+from canal_trio.settings import Drain, Model, Target, Upstream
+from canal_trio.testing.scripts import Forever, Pause, Script, Send, chat_stream, cut_after, reply, stream
 from canal_trio.testing.upstreams import ScriptedUpstream
 
 TOKEN = b'data: {"t":1}\n\n'
@@ -277,3 +277,21 @@ async def test_a_socks_proxy_refuses(
             assert f"The proxy socks5://127.0.0.1:{proxy.port}: {says}." in response.error["message"]
             assert "wrong" not in response.body.decode()
         await eventually(lambda: proxy.open == 0, "the proxy's connection is still open")
+
+
+@real
+async def test_an_answer_is_drained_through_a_proxy(proxy_port: int, certificates: Certificates) -> None:
+    """A client that leaves, where the model drains: the answer is taken to its end behind a proxy as well."""
+    whole = chat_stream(3)
+    script = Script((*whole.steps[:3], Pause(0.3), *whole.steps[3:]))
+    models = (Model("*", (Target("u0"),), on_disconnect=Drain(seconds=20)),)
+    async with upstream_for("http", certificates, script) as upstream:
+        through = behind(upstream.base_url, f"http://127.0.0.1:{proxy_port}", certificates)
+        settings = settings_for(through, models=models)
+        async with running_gateway(settings) as gateway:
+            client = await gateway.connect()
+            await client.send(chat())
+            await client.until(b"word0")
+            client.fin()
+            record = await gateway.records.one()
+            assert (record.outcome, record.flags) == (Outcome.CLIENT_GONE, ("drained",))

@@ -12,7 +12,7 @@ from kit import RunningGateway, ask, eventually, request, running_gateway, setti
 from peers import Certificates, Http2Upstream, http2_upstream, token
 
 from canal_trio.hooks import Outcome
-from canal_trio.settings import Upstream
+from canal_trio.settings import Drain, Model, Target, Upstream
 
 pytestmark = pytest.mark.real
 
@@ -189,3 +189,19 @@ async def test_a_certificate_one_does_not_trust(certificates: Certificates) -> N
         assert (response.status, response.error["code"]) == (502, "upstream_tls")
         assert response.header("x-should-retry") == "true"
         assert upstream.requests == []
+
+
+@TLS
+async def test_an_answer_is_drained_when_its_client_leaves(stage: Any, tls: bool) -> None:
+    """Over HTTP/2 as over HTTP/1.1: once the answer has begun, it is taken to its end, and the connection serves on."""
+    models = (Model("*", (Target("u0"),), on_disconnect=Drain(seconds=20)),)
+    async with stage(tls=tls, models=models) as (_upstream, gateway):
+        client = await gateway.connect()
+        await client.send(ask(model="m", tokens=30, gap=0.01))
+        await client.until(b"t1")
+        client.fin()
+        record = await gateway.records.one()
+        assert (record.outcome, record.flags) == (Outcome.CLIENT_GONE, ("drained",))
+        assert record.events < 30
+        assert (await gateway.ask(ask(model="m", tokens=1))).complete
+        assert gateway.gateway.statistics().pools["u0"].dialled == 1
