@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ledger_kit import admitted, record
 
@@ -180,6 +180,7 @@ def test_cut_in_the_middle_of_a_line(journal: Journal) -> None:
     assert reader.consumed == 2 * len(data) - 5
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_rubbish_in_a_segment(tmp_path_factory: pytest.TempPathFactory, rubbish: bytes) -> None:
     """Whatever is in a file, the reader reads through to its end and raises nothing."""

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from canal_trio.hooks import Usage
@@ -58,6 +58,7 @@ def test_usage_lost_when_an_event_straddles_reads(name: str):
     assert wrong == []
 
 
+@settings(deadline=None)
 @given(st.sampled_from(sorted(EXPECTED)), st.lists(st.integers(0, 5000), max_size=12))
 def test_cut_anywhere_any_number_of_times(name: str, where: list[int]):
     """The result does not depend on how the bytes are split."""
@@ -76,6 +77,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(JSON, st.integers(1, 7), st.booleans())
 def test_the_skimmer_agrees_with_a_json_reader(value: object, size: int, spaced: bool):
     """Whatever the JSON holds, the tap finds the `usage` at the top or in `response`, and nothing else."""

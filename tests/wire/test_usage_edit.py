@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from canal_trio.wire.usage_edit import UsageEdit
@@ -57,6 +57,7 @@ LINES = st.sampled_from(
 ENDS = st.sampled_from([b"\n", b"\r", b"\r\n"])
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(LINES, ENDS), max_size=20), st.lists(st.integers(0, 300), max_size=9), st.integers(8, 40))
 def test_nothing_else_is_ever_changed(lines: list[tuple[bytes, bytes]], cuts: list[int], most: int):
     """A stream without the chunk comes out as it went in, and never more than one bounded event is held."""
