@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from canal_trio.messages import RequestHead
     from canal_trio.upstream.pool import Lease
 
-__all__ = ["Exchange", "ExchangeView"]
+__all__ = ["GENERATING", "Exchange", "ExchangeView"]
 
-_GENERATING = ("/completions", "/responses", "/embeddings")  # what names a model, although nobody had to read it
+GENERATING = ("/completions", "/responses", "/embeddings")  # what names a model, although nobody had to read it
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +310,7 @@ class Exchange:
             request_bytes=self.request_bytes,
             events=max(events, 0),
             streamed=self.scanner is not None and self.first_piece is not None,
-            generates=self.model is not None or self.path.endswith(_GENERATING),
+            generates=self.model is not None or self.path.endswith(GENERATING),
             whole=self.failure is None,
             phase=self.failure.phase if self.failure else self.phase,
             status=self.status,

@@ -16,7 +16,7 @@ from canal_trio.gateway.attempts import PEEK_BYTES, Attempts
 from canal_trio.gateway.deliver import Delivery
 from canal_trio.gateway.drain import Draining
 from canal_trio.gateway.early import EarlyHead
-from canal_trio.gateway.exchange import Exchange
+from canal_trio.gateway.exchange import GENERATING, Exchange
 from canal_trio.gateway.judged import judge, names_model
 from canal_trio.gateway.places import Places
 from canal_trio.gateway.requests import UpstreamRequests
@@ -219,7 +219,8 @@ class Pipeline:
         if body is not None and not tunnel:
             named = names_model(self._head)
             decides = plan is None and router.needs_model(exchange.principal, named=named)
-            if decides or (named and (self._settings.accounting or router.early_heads)):
+            useful = named and (self._settings.accounting or router.early_heads)
+            if decides or (useful and (plan is None or self._generates())):
                 failure = await self._read(body, strict=named and plan is None)
                 if failure is not None:
                     return failure
@@ -242,6 +243,12 @@ class Pipeline:
         fields = [(b"Content-Type", b"application/json"), (b"Content-Length", b"%d" % len(content))]
         await self._delivery.own(ResponseHead(200, Headers(fields), b"OK"), content, close=self.close)
         return None
+
+    def _generates(self) -> bool:
+        """Behind a path route, whose bodies may be of any size: one of a generation, no larger than may be held."""
+        length = request_facts(self._head).length
+        short = isinstance(length, int) and length <= self._settings.bounds.held_body_bytes
+        return short and self._exchange.path.endswith(GENERATING)
 
     async def _read(self, body: HeldBody | WholeBody, *, strict: bool) -> Failure | None:
         """Hold the body and judge it. `strict`: it is of a kind that can be read, so it must be."""

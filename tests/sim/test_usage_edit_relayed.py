@@ -239,3 +239,17 @@ async def test_behind_a_path_route(autojump_clock: Any, handover: bool) -> None:
         assert (await client.response()).body == EVENT + DONE
         record = await here.records.one()
         assert (record.usage, record.model) == (Usage(7, 3), "m")
+
+
+async def test_a_body_of_any_size_behind_a_path_route(autojump_clock: Any, handover: bool) -> None:
+    """What is larger than may be held passes a route as before: its usage is not asked for, that is all."""
+    routes = (Route("chat", "/v1/chat/*", (Target("u0"),)),)
+    bounds = Bounds(held_body_bytes=100)
+    async with world(Server(EVENT, DONE), handover=handover, **accounting(routes=routes, bounds=bounds)) as here:
+        client = here.connect()
+        body = json.dumps({"stream": True, "messages": ["x" * 500]}).encode()
+        await client.send(request("POST", "/v1/chat/completions", body, "Content-Type: application/json"))
+        response = await client.response()
+        assert (response.status, response.body) == (200, EVENT + DONE)
+        assert here.conversations[0].requests[0].endswith(body)
+        assert (await here.records.one()).usage_source is UsageSource.ESTIMATED
