@@ -204,6 +204,22 @@ def edge(quick: bool, json_to: str | None) -> int:
 
 
 @cli.command()
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1, 50))
+@click.option("--streams", default=10_000, show_default=True, type=click.IntRange(100, 15_000))
+@click.option("--quick", is_flag=True, help="Short windows: to see that it works.")
+@_JSON
+def workers(rounds: int, streams: int, quick: bool, json_to: str | None) -> int:
+    """Measure two workers of canal-trio against one, and ten thousand streams in two."""
+    from loadtest import workers as measuring
+
+    progress = Progress()
+    result = measuring.workers(progress, rounds=rounds, many=streams, shorter=0.2 if quick else 1.0)
+    progress.end()
+    give(result, measuring.shown(result), json_to)
+    return 0
+
+
+@cli.command()
 @click.argument("results", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--page", default=OUT / "report.html", show_default=True, type=click.Path(path_type=Path))
 @click.option("--png", default=OUT / "report.png", show_default=True, type=click.Path(path_type=Path))
