@@ -19,7 +19,7 @@ __all__ = ["draw_plan", "plan_of"]
 
 _FINE: Final = "ok"
 _KINDS: Final = tuple(FaultKind)
-_LAZY: Final = {7: 0.05, 100: 0.3, 4_096: 0.4}  # seconds between two reads, by what a read can get at the most
+_LAZY: Final = {5: 0.05, 100: 0.3, 4_096: 0.4}  # seconds between two reads, by what a read can get at the most
 
 
 def plan_of(seed: int) -> Plan:
@@ -104,7 +104,7 @@ def _upstream(rng: random.Random, number: int) -> Upstream:
 def _link(rng: random.Random, *, slow: bool) -> SimLink:
     if not slow:
         return SimLink(rng.choice((4_096, 65_536, 1_000_000)), 0.0)
-    buffer = rng.choice((7, 100, 4_096, 65_536))
+    buffer = rng.choice((5, 100, 4_096, 65_536))
     return SimLink(buffer, rng.uniform(0.01, 0.3) if buffer >= 4_096 else 0.0)
 
 

@@ -1,8 +1,8 @@
 """Planted bugs: the simulation is worth as much as what it finds, and these it must find.
 
 Each mutant is a small change of the product, made for the time of a block, as somebody might make it by mistake. `seed`
-is where a hunt begins: not far before a seed that kills it, so that a test is quick; when the product or the generator
-changes, the hunt merely takes longer. A new mutant is a function that yields what to replace.
+is where a hunt begins: the first one that killed it, counted from 0, so that a test is quick; when the product or the
+generator changes, the hunt merely takes longer. A new mutant is a function that yields what to replace.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def flow_drops_a_piece() -> Replaced:
     yield FlowReceiver, "_drain", lossy
 
 
-@_mutant(0)
+@_mutant(55)
 def flow_without_a_bound() -> Replaced:
     """A flow takes as much as it is given."""
     init = _State.__init__
@@ -99,7 +99,7 @@ def flow_without_a_bound() -> Replaced:
     yield _State, "__init__", roomy
 
 
-@_mutant(0)
+@_mutant(1955)
 def sink_armed_after_cancel() -> Replaced:
     """A task that was cancelled while it was parked leaves its sink behind."""
 
@@ -122,7 +122,7 @@ def sink_armed_after_cancel() -> Replaced:
     yield FlowReceiver, "take", take
 
 
-@_mutant(0)
+@_mutant(1)
 def lost_remainder() -> Replaced:
     """What the client's kernel did not take of a piece is forgotten."""
     passed = BodyWriter._pass_framed
@@ -136,7 +136,7 @@ def lost_remainder() -> Replaced:
     yield BodyWriter, "_pass_framed", forgetful
 
 
-@_mutant(0)
+@_mutant(3)
 def eof_lost_behind_a_short_read() -> Replaced:
     """An end that comes with the last bytes, in one edge, is not looked at again."""
     on_ready = SimStream.on_ready
@@ -154,7 +154,7 @@ def eof_lost_behind_a_short_read() -> Replaced:
 # -- endings -----------------------------------------------------------------------------------------------------------
 
 
-@_mutant(0)
+@_mutant(9)
 def close_taken_as_an_end() -> Replaced:
     """A body whose connection closes is complete, whatever its framing promised."""
 
@@ -166,7 +166,7 @@ def close_taken_as_an_end() -> Replaced:
     yield ResponseBody, "_eof", lenient
 
 
-@_mutant(0)
+@_mutant(7)
 def made_up_done() -> Replaced:
     """A stream that breaks off is closed with a `[DONE]` of our own."""
     broken_off = Delivery.broken_off
@@ -179,7 +179,7 @@ def made_up_done() -> Replaced:
     yield Delivery, "broken_off", polite
 
 
-@_mutant(0)
+@_mutant(7)
 def terminated_after_a_cut() -> Replaced:
     """A chunked body that breaks off gets its last chunk all the same."""
     broken_off = Delivery.broken_off
@@ -192,13 +192,13 @@ def terminated_after_a_cut() -> Replaced:
     yield Delivery, "broken_off", tidy
 
 
-@_mutant(0)
+@_mutant(7)
 def abort_passed_on_as_an_end() -> Replaced:
     """A flow that stops short is a flow that has ended."""
     yield FlowSender, "abort", lambda self, _failure=None: self.end(End())
 
 
-@_mutant(0)
+@_mutant(6)
 def cut_upload_completed() -> Replaced:
     """A client that ends its side in the middle of an upload has said all it wanted to."""
 
@@ -209,7 +209,7 @@ def cut_upload_completed() -> Replaced:
     yield Http1Connection, "_last", last
 
 
-@_mutant(0)
+@_mutant(7)
 def comment_inside_an_event() -> Replaced:
     """Heartbeats do not wait for the end of an event."""
 
@@ -223,7 +223,7 @@ def comment_inside_an_event() -> Replaced:
 # -- attempts ----------------------------------------------------------------------------------------------------------
 
 
-@_mutant(0)
+@_mutant(7)
 def retry_after_relayed_bytes() -> Replaced:
     """An upstream that fails in the middle of its answer is asked again."""
     attempt = Attempts._attempt
@@ -239,7 +239,7 @@ def retry_after_relayed_bytes() -> Replaced:
     yield Attempts, "_attempt", stubborn
 
 
-@_mutant(0)
+@_mutant(48)
 def sent_twice() -> Replaced:
     """What may have been generated once already is sent to another upstream."""
     next_step = exchange_policy.next_step
@@ -250,7 +250,7 @@ def sent_twice() -> Replaced:
     yield sys.modules[Attempts.__module__], "next_step", eager
 
 
-@_mutant(0)
+@_mutant(114)
 def dirty_connection_reused() -> Replaced:
     """A connection goes back to the pool with a part of the last exchange still on it."""
     over = Http1Connection._over
@@ -276,7 +276,7 @@ def lease_returned_twice() -> Replaced:
     yield Lease, "release", release
 
 
-@_mutant(0)
+@_mutant(6)
 def slot_lost_by_a_failed_dial() -> Replaced:
     """A dial that comes to nothing keeps its slot."""
     dial = Pool._dial
@@ -328,7 +328,7 @@ def no_record_of_who_left() -> Replaced:
 # -- time --------------------------------------------------------------------------------------------------------------
 
 
-@_mutant(0)
+@_mutant(5)
 def shield_without_deadline() -> Replaced:
     """The lingering close waits for the client's end for as long as it takes."""
 
@@ -340,7 +340,7 @@ def shield_without_deadline() -> Replaced:
     yield ClientConnection, "_linger", linger
 
 
-@_mutant(0)
+@_mutant(5)
 def upstream_closed_a_pass_later() -> Replaced:
     """A client that leaves has its exchange cancelled, and the upstream is closed when that unwinds."""
 
@@ -352,13 +352,13 @@ def upstream_closed_a_pass_later() -> Replaced:
     yield Exchange, "fail", fail
 
 
-@_mutant(0)
+@_mutant(13)
 def upstream_deadline_never_looked_at() -> Replaced:
     """Nobody notices that an upstream says nothing more."""
     yield Turns, "_check", lambda self, now: now + self._period
 
 
-@_mutant(0)
+@_mutant(5)
 def drain_cuts_at_once() -> Replaced:
     """A drain ends what runs instead of waiting for it."""
     drain = Gateway.drain
