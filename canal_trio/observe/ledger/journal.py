@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from typing import Final, final
@@ -28,6 +29,7 @@ SEGMENT_BYTES: Final = 1024 * 1024
 ENDING_BYTES: Final = 1024  # set aside for the ending of each open row; a usual one has half of it
 _MANIFEST: Final = "run.json"
 _ENCODER: Final = msgspec.json.Encoder()
+_BEGUN: Final = re.compile(rb'\+\{"seq":(\d{1,18}),').match  # an open row: its number comes first
 
 
 class JournalError(CanalError):
@@ -152,7 +154,7 @@ class JournalReader:
 
     def read(self, most: int) -> tuple[list[Row], list[Row]]:
         """The next rows, open ones and whole ones, from up to `most` bytes (but at least a line). Raises OSError."""
-        started: list[Row] = []
+        begun: dict[int, bytes] = {}
         finished: list[Row] = []
         number, offset, taken = self._number, self._offset, 0
         while taken < most:
@@ -161,7 +163,7 @@ class JournalReader:
             data = self._data(number, offset, max(most - taken, 2 * LINE_BYTES))
             end = data.rfind(b"\n") + 1
             for line in data[:end].split(b"\n")[:-1]:
-                self._line(line, started, finished)
+                self._line(line, begun, finished)
             offset += end
             taken += end
             if end == 0:
@@ -171,9 +173,12 @@ class JournalReader:
                 taken += len(data)
                 number, offset = later, 0
         self._next = (number, offset, taken)
-        # A row that has ended meanwhile needs to be written once only.
-        whole = {row.seq for row in finished}
-        return [row for row in started if row.seq not in whole], finished
+        # A row that has ended meanwhile needs to be written once only, and so read once only: it is most of them.
+        for row in finished:
+            begun.pop(row.seq, None)
+        started = [row for row in map(decode, begun.values()) if row is not None]
+        self.broken += len(begun) - len(started)
+        return started, finished
 
     def commit(self) -> None:
         """What was read last is in the store. Raises OSError."""
@@ -185,10 +190,11 @@ class JournalReader:
         self.consumed += taken
         self._next = (number, offset, 0)
 
-    def _line(self, line: bytes, started: list[Row], finished: list[Row]) -> None:
-        row = decode(line[1:]) if line[:1] in (b"+", b"=") else None
-        if row is not None:
-            (started if line[:1] == b"+" else finished).append(row)
+    def _line(self, line: bytes, begun: dict[int, bytes], finished: list[Row]) -> None:
+        if match := _BEGUN(line):
+            begun[int(match[1])] = line[1:]
+        elif line.startswith(b"=") and (row := decode(line[1:])) is not None:
+            finished.append(row)
         elif line:
             self.broken += 1
 
