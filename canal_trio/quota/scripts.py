@@ -54,7 +54,7 @@ local function alive(worker)
 end
 
 local function load(key, request_rate, token_rate)
-  local got, s = redis.call('HGETALL', key), {streams = 0, reserved = 0, dead = {}}
+  local got, s = redis.call('HGETALL', key), {streams = 0, reserved = 0, my_streams = 0, my_reserved = 0, gone = {}}
   local raw = {}
   local costs = 0
   for i = 1, #got, 2 do
@@ -62,14 +62,19 @@ local function load(key, request_rate, token_rate)
     local kind, worker = string.sub(name, 1, 2), string.sub(name, 3)
     if kind == 's:' or kind == 'c:' then
       if alive(worker) then
-        if kind == 's:' then s.streams = s.streams + tonumber(value) else s.reserved = s.reserved + tonumber(value) end
+        local number = tonumber(value)
+        if kind == 's:' then s.streams = s.streams + number else s.reserved = s.reserved + number end
+        if worker == me then
+          if kind == 's:' then s.my_streams = number else s.my_reserved = number end
+        end
       else
-        s.dead[#s.dead + 1] = name
+        s.gone[#s.gone + 1] = name
         if kind == 'c:' then costs = costs + tonumber(value) end
       end
     else raw[name] = tonumber(value) end
   end
   s.r, s.t, s.a = raw.r or 0, raw.t or 0, raw.a or 0
+  s.kept = now - s.a < 3600000000  -- it was told to be kept not long ago
   s.d, s.sd, s.m, s.sm = raw.d or 0, (raw.sd or 0) + costs, raw.m or 0, (raw.sm or 0) + costs
   if now > s.a then
     local passed = (now - s.a) / 1000000
@@ -82,17 +87,19 @@ local function load(key, request_rate, token_rate)
   return s
 end
 
-local function save(key, s)
-  redis.call('HSET', key, 'r', exact(s.r), 't', exact(s.t), 'a', exact(s.a), 'd', exact(s.d), 'sd', exact(s.sd),
-    'm', exact(s.m), 'sm', exact(s.sm))
-  if #s.dead > 0 then redis.call('HDEL', key, unpack(s.dead)) end
-  redis.call('EXPIRE', key, KEEP)
-end
-
-local function add(key, name, amount)
-  if amount ~= 0 and redis.call('HINCRBY', key, name, string.format('%.0f', amount)) <= 0 then
-    redis.call('HDEL', key, name)
+local function save(key, s, streams, reserved)  -- with this much more in flight of this worker's
+  local new = {'r', exact(s.r), 't', exact(s.t), 'a', exact(s.a)}
+  local function put(name, number) new[#new + 1] = name; new[#new + 1] = exact(number) end
+  if s.sd > 0 or s.sm > 0 then put('d', s.d); put('sd', s.sd); put('m', s.m); put('sm', s.sm) end
+  local function mine(name, before, more)
+    if more == 0 then return end
+    if before + more > 0 then put(name .. me, before + more) else s.gone[#s.gone + 1] = name .. me end
   end
+  mine('s:', s.my_streams, streams)
+  mine('c:', s.my_reserved, reserved)
+  redis.call('HSET', key, unpack(new))
+  if #s.gone > 0 then redis.call('HDEL', key, unpack(s.gone)) end
+  if not s.kept then redis.call('EXPIRE', key, KEEP) end
 end
 
 local function once(number)  -- is this settlement a new one?
@@ -131,9 +138,7 @@ for i = 3, #KEYS do
   if ok == 1 then
     if s.limits_requests then s.r = s.r + 1 end
     if s.limits_tokens then s.t = s.t + s.take end
-    save(KEYS[i], s)
-    add(KEYS[i], 's:' .. me, 1)
-    add(KEYS[i], 'c:' .. me, cost)
+    save(KEYS[i], s, 1, cost)
     s.streams, s.reserved = s.streams + 1, s.reserved + cost
   end
   for _, name in ipairs({'r', 't', 'streams', 'reserved', 'sd', 'sm'}) do answer[#answer + 1] = exact(s[name]) end
@@ -154,9 +159,7 @@ for i = 3, #KEYS do
   local s = load(KEYS[i], tonumber(ARGV[at]), token_rate)
   if token_rate >= 0 then s.t = max(0, s.t + used - min(asked, token_burst)) end
   s.sd, s.sm = s.sd + spent, s.sm + spent
-  save(KEYS[i], s)
-  add(KEYS[i], 's:' .. me, -1)
-  add(KEYS[i], 'c:' .. me, -cost)
+  save(KEYS[i], s, -1, -cost)
 end
 return 1
 """
@@ -172,7 +175,7 @@ for i = 3, #KEYS do
   local at = 6 + (i - 3) * 2
   local s = load(KEYS[i], tonumber(ARGV[at]), tonumber(ARGV[at + 1]))
   s.sd, s.sm = s.sd + spent, s.sm + spent
-  save(KEYS[i], s)
+  save(KEYS[i], s, 0, 0)
 end
 return 1
 """
