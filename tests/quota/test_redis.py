@@ -218,6 +218,30 @@ async def test_two_gateways_count_as_one(shared_redis: RedisServer) -> None:
         assert in_flight(shared_redis, many) == 0
 
 
+async def test_two_gateways_let_in_what_one_would_within_one(shared_redis: RedisServer) -> None:
+    """However fast both ask: the burst, and the rate for the time that it took by the server's clock."""
+    one = scope(Limit(requests=1000, burst=12.0))  # 200 at once
+    times: list[float] = []
+    admitted = 0
+
+    async def ask(here: RedisStore) -> None:
+        nonlocal admitted
+        for _ in range(60):
+            verdict = await here.admit([one], NONE)
+            assert verdict is not None
+            times.append(verdict.counted[0][1].at)
+            if verdict.why is None:
+                admitted += 1
+                verdict.keeper.settle([one], NONE, NONE)
+
+    async with store(shared_redis) as first, store(shared_redis) as second, trio.open_nursery() as nursery:
+        for here in (first, second) * 5:
+            nursery.start_soon(ask, here)
+    exact = 200 + (max(times) - min(times)) * 1000 / 60
+    assert len(times) == 600
+    assert exact - 1 <= admitted <= exact + 1e-6
+
+
 @pytest.mark.parametrize("seed", range(3))
 async def test_a_cancel_storm_leaves_no_place_taken(shared_redis: RedisServer, seed: int) -> None:
     """gateways.md C22: whoever is cancelled while it asks, before or after the answer, leaves nothing behind."""
