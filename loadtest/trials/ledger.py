@@ -127,13 +127,14 @@ async def _rate(folder: Path, rate: int, seconds: int, say: Say) -> list[Verdict
         nursery.cancel_scope.cancel()
     with_it, without = (sorted(watch.late[booking]) for booking in (True, False))
     many = [sum(late > STALL for late in lates) for lates in (with_it, without)]
+    noise = "the machine stalls by itself; " if many[1] else ""
     rows = _rows(folder / "rate.db").total()
     shown = " · ".join(f"{name} {_ms(lates[int(len(lates) * 0.999)])} / {_ms(lates[-1])}"
                        for name, lates in (("with", with_it), ("without", without)))  # fmt: skip
     return [
         Verdict("no stall", f"ticks late by more than 10 ms at {rate}/s, with the ledger · without",
                 f"{many[0]} · {many[1]}", "no more with it", None if min(many) else not many[0],
-                f"{'the machine stalls by itself; ' if many[1] else ''}p99.9 / worst: {shown}; longest admission {_ms(longest)}"),
+                f"{noise}p99.9 / worst: {shown}; longest admission {_ms(longest)}"),
         Verdict("one row each", "rows of admitted exchanges", f"{rows} of {count}", "all", rows == count),
     ]  # fmt: skip
 
