@@ -24,6 +24,9 @@ from canal_trio.settings import Key, Model, Route, Settings, Upstream
 __all__ = ["Choice", "Plan", "Router", "key_in"]
 
 
+_KEY_PROTOCOL = b"openai-insecure-api-key."
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """An upstream to try, and what the request's `model` becomes for it; None: it stays as it is."""
@@ -52,12 +55,18 @@ class _Holder:
 
 
 def key_in(headers: Headers) -> bytes | None:
-    """The key a client shows: a bearer token, or `api-key` / `x-api-key` as Azure's clients send it."""
+    """The key a client shows: a bearer token, `api-key` / `x-api-key` as Azure's clients send it, or a subprotocol of
+    the Realtime API's clients in browsers, which can set no field."""
     authorization = headers.get(b"authorization")
     if authorization is not None:
         scheme, _, token = authorization.partition(b" ")
         return token.strip() if scheme.lower() == b"bearer" else None
-    return headers.get(b"api-key") or headers.get(b"x-api-key")
+    key = headers.get(b"api-key") or headers.get(b"x-api-key")
+    if key is None and b"sec-websocket-protocol" in headers:
+        for member in b",".join(headers.get_all(b"sec-websocket-protocol")).split(b","):
+            if member.strip().startswith(_KEY_PROTOCOL):
+                return member.strip().removeprefix(_KEY_PROTOCOL)
+    return key
 
 
 @final

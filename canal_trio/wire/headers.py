@@ -42,6 +42,7 @@ HOP_BY_HOP: Final = frozenset(
 )
 _FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
 _CREDENTIALS: Final = frozenset({b"authorization", b"api-key", b"x-api-key"})
+_KEY_PROTOCOL: Final = b"openai-insecure-api-key."  # of the Realtime API's clients in browsers
 _FORWARDED: Final = frozenset({b"forwarded", b"x-real-ip"})
 _X_FORWARDED: Final = b"x-forwarded-"
 _OURS: Final = b"x-canal-"
@@ -175,9 +176,10 @@ def for_upstream(head: RequestHead, options: ForUpstream) -> RequestHead:
 
 def _request_fields(head: RequestHead, options: ForUpstream) -> Iterator[tuple[bytes, bytes]]:
     """The client's own fields that go on."""
+    ours = options.strip_credentials or options.credential is not None
     dropped = _without_nominated(
         _dropped(
-            credentials=options.strip_credentials or options.credential is not None,
+            credentials=ours,
             accept_encoding=options.body != 0,
             trailer=options.body is not None,
         ),
@@ -190,7 +192,17 @@ def _request_fields(head: RequestHead, options: ForUpstream) -> Iterator[tuple[b
             if value.isdigit() and len(value) <= 9:
                 yield name, b"%d" % max(int(value) - 1, 0)  # RFC 9110 7.6.2
             continue
+        if lower == b"sec-websocket-protocol" and ours:
+            value = _without_keys(value)
+            if not value:
+                continue
         yield name, value
+
+
+def _without_keys(protocols: bytes) -> bytes:
+    """The subprotocols without those in which browsers, which can set no field, hide a key."""
+    members = [member.strip(b" \t") for member in protocols.split(b",")]
+    return b", ".join([member for member in members if not member.lower().startswith(_KEY_PROTOCOL)])
 
 
 @functools.lru_cache

@@ -68,6 +68,8 @@ def refused(verdict: object, kind: Kind) -> Failure:
         ([(b"Authorization", b"Basic abc"), (b"api-key", b"x")], None),
         ([(b"Api-Key", b"sk-azure")], b"sk-azure"),
         ([(b"X-API-Key", b"sk-x")], b"sk-x"),
+        ([(b"Sec-WebSocket-Protocol", b"realtime, openai-insecure-api-key.sk-web, x")], b"sk-web"),
+        ([(b"Sec-WebSocket-Protocol", b"realtime")], None),
         ([], None),
     ],
 )

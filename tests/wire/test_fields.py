@@ -235,6 +235,12 @@ def test_credentials() -> None:
     seen = upstream(*fields, options=replace(UPSTREAM, credential=(b"Authorization", b"Bearer up")))
     assert seen[b"authorization"] == b"Bearer up"
     assert not {b"api-key", b"x-api-key"} & set(seen)
+    hidden = [(b"Sec-WebSocket-Protocol", b"realtime, OpenAI-insecure-api-key.sk-c,b")]
+    assert upstream(*hidden)[b"sec-websocket-protocol"] == hidden[0][1]
+    mine = replace(UPSTREAM, strip_credentials=True)
+    assert upstream(*hidden, options=mine)[b"sec-websocket-protocol"] == b"realtime, b"
+    only = (b"Sec-WebSocket-Protocol", b"openai-insecure-api-key.sk-c")
+    assert b"sec-websocket-protocol" not in upstream(only, options=mine)
     seen = upstream(*fields, options=replace(UPSTREAM, credential=(b"api-key", b"up")))
     assert seen[b"api-key"] == b"up"
     assert not {b"authorization", b"x-api-key"} & set(seen)
