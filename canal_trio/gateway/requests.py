@@ -1,8 +1,8 @@
 """The requests that upstreams get: a client's head, as one upstream shall see it.
 
-Clients that stay send the same head again and again. The last one is remembered, with its bytes, for one client
-connection: of a request that is the same (the reader gives the very object then) and goes to the same upstream, only
-the request's id is new.
+Clients that stay send the same head again and again. The last one to each of a few upstreams is remembered, with its
+bytes, for one client connection: of a request that is the same (the reader gives the very object then) and goes there
+again, only the request's id is new.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["UpstreamRequest", "UpstreamRequests", "credential_of"]
 
 _ID = b"x-request-id"
+_REMEMBERED = 8  # upstreams whose last request is kept, per connection: balance sends them in turns
 _LINE = b"\r\nX-Request-Id: %b\r\n"
 
 
@@ -84,17 +85,17 @@ class UpstreamRequests:
     def __init__(self, *, peer: str, scheme: str) -> None:
         self._peer = peer
         self._scheme = scheme
-        self._last: _Last | None = None
+        self._last: dict[str, _Last] = {}  # by the upstream's name
 
     def forget(self) -> None:
         """Remember nothing: a stream goes on for long, and thousands of them each have a connection."""
-        self._last = None
+        self._last = {}
 
     def make(
         self, exchange: Exchange, upstream: Upstream, generation: Generation, *, trusted: bool
     ) -> UpstreamRequest | Failure:
         """The request of `exchange` as `upstream` shall see it. `trusted`: our peer is a trusted proxy."""
-        head, last, request_id = exchange.head, self._last, exchange.id.encode("ascii")
+        head, last, request_id = exchange.head, self._last.get(upstream.name), exchange.id.encode("ascii")
         assert head is not None
         longer = grown(exchange.body.edits) if exchange.body is not None and exchange.body.edits else 0
         if (
@@ -109,7 +110,9 @@ class UpstreamRequests:
         if isinstance(made, RequestHead):
             chunked = b"transfer-encoding" in made.headers
             request = UpstreamRequest(made, request_id, write_request_head(made), chunked=chunked)
-            self._last = _Last(head, upstream, generation, longer, request)
+            if len(self._last) >= _REMEMBERED:
+                self._last = {}
+            self._last[upstream.name] = _Last(head, upstream, generation, longer, request)
             return request
         return made
 
