@@ -268,8 +268,10 @@ class Exchange:
         if self.draining:
             return  # nobody has it
         self.answered = True
-        if self.left and self.failure is not None and self.failure.kind is Kind.GONE:
-            self.failure, self.phase, self.cancel_latency = None, Phase.DELIVER, None
+        if self.left:
+            self.flags -= {"left_after_terminal"}
+            if self.failure is not None and self.failure.kind is Kind.GONE:
+                self.failure, self.phase, self.cancel_latency = None, Phase.DELIVER, None
 
     def view(self, now: float, until: float = math.inf) -> ExchangeView:
         """How it looks from outside, just now; `until` is when the gateway ends it, if it does."""

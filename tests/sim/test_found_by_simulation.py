@@ -16,6 +16,7 @@ from canal_trio.hooks import Outcome
 from canal_trio.messages import RequestHead
 from canal_trio.settings import Bounds, Model, Target
 from canal_trio.testing.simstream import SimLink
+from canal_trio.wire.sse import EventScanner
 
 TOO_LARGE = b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n"
 DONE = b"data: [DONE]\n\n"
@@ -76,6 +77,17 @@ async def test_a_client_that_took_the_whole_answer_and_left_counts_as_gone(autoj
     record = exchange.finish()
     assert record.outcome is Outcome.COMPLETED
     assert record.failure is None
+
+
+async def test_a_client_that_took_the_whole_stream_and_left_counts_as_early(autojump_clock: Any) -> None:
+    """The same after the last event of a stream: it has not left before the end, only before we knew of it."""
+    exchange = Exchange(RequestHead(b"GET", b"/"), client="192.0.2.1", started=trio.current_time())
+    exchange.scanner = EventScanner()
+    exchange.scanner.feed(DONE)
+    exchange.leave("The client closed the connection.")
+    assert exchange.flags == {"left_after_terminal"}
+    exchange.has_answer()
+    assert exchange.finish().flags == ()
 
 
 async def test_a_tunnels_first_bytes_are_not_counted(autojump_clock: Any, handover: bool) -> None:
