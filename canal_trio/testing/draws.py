@@ -136,7 +136,8 @@ def _client(
         to_client=to_client,
         send=rng.choice((40, 200)) if spaced else 0,
         spacing=rng.uniform(0.001, 0.05) if spaced else 0.0,
-        read=rng.choice((300, 4_096)) if slow else rng.choice((4_096, 65_536)),  # or an answer takes longer than keep-alive
+        # Slower, and a large answer would be under way for longer than the next request is waited for.
+        read=rng.choice((300, 4_096)) if slow else rng.choice((4_096, 65_536)),
         pause=rng.uniform(0.0, _LAZY[min(to_client.buffer, 4_096)] if slow else 0.2) if lazy else 0.0,
         out=_fault(rng, most=rng.choice((400, 400, 3_000))) if rng.random() < trouble / 2 else None,
         leave=_leave(rng) if rng.random() < trouble else None,
