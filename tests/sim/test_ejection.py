@@ -28,7 +28,7 @@ from several import (
 from simkit import SSE, Conversation, Play, World
 
 from canal_trio.hooks import Outcome
-from canal_trio.settings import Balance, Deadlines, Health, Key, Model, Retries, Target
+from canal_trio.settings import Balance, Bounds, Deadlines, Health, Key, Model, Retries, Target
 
 HEALTH = Health(failures=3, eject=10.0, slow_start=0.0, set_aside=0.0)
 FREELY = Retries(share=1.0, burst=1000.0, backoff=0.0)
@@ -364,3 +364,17 @@ async def test_a_prompt_that_still_arrives_is_waited_for(autojump_clock: Any, ha
         await client.send(raw[-20:])
         assert (await client.response()).status == 200
         assert asked(here)[home] == 2
+
+
+async def test_a_prompt_that_is_more_than_may_be_held(autojump_clock: Any, handover: bool) -> None:
+    """What has to be read whole to find its home is bounded: 413, and nobody is asked."""
+    plays: dict[str, Play] = {"u0": ok, "u1": ok}
+    settings: dict[str, Any] = {
+        "balance": Balance("hash", hash_by="prompt"),
+        "bounds": Bounds(held_body_bytes=10_000, held_total_bytes=50_000),
+    }
+    async with several(plays, handover=handover, **settings) as here:
+        client = here.connect()
+        await client.send(hello("x" * 30_000))
+        assert (await client.response()).status == 413
+        assert not asked(here)
