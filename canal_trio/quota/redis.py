@@ -37,6 +37,7 @@ from canal_trio.quota.redis_parts import (
     micros,
     rate_words,
     root_of,
+    tls_options,
     verdict_of,
 )
 from canal_trio.settings import LimitStore
@@ -263,8 +264,9 @@ class RedisStore:
 
     async def _keep(self, *, task_status: trio.TaskStatus[None]) -> None:
         """One session, on one connection."""
+        url, options = tls_options(self._url)
         client: Redis[bytes] = Redis.from_url(
-            self._url, max_connections=1, connect_timeout=CONNECT, verify_version=False, decode_components=True
+            url, max_connections=1, connect_timeout=CONNECT, verify_version=False, decode_components=True, **options
         )
         async with client:
             with trio.fail_after(CONNECT + 2 * self._timeout):

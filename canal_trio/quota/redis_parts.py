@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import trio
 
@@ -13,7 +15,18 @@ from canal_trio.policy.ratelimit import Ask, Refusal, State, What, refusal
 from canal_trio.policy.scopes import Scope
 from canal_trio.quota.admission import Keeper, Verdict
 
-__all__ = ["Held", "Name", "Pending", "Spent", "limit_words", "micros", "rate_words", "root_of", "verdict_of"]
+__all__ = [
+    "Held",
+    "Name",
+    "Pending",
+    "Spent",
+    "limit_words",
+    "micros",
+    "rate_words",
+    "root_of",
+    "tls_options",
+    "verdict_of",
+]
 
 
 @dataclass(slots=True)
@@ -71,6 +84,19 @@ def rate_words(scopes: Sequence[Scope], *, burst: bool) -> list[float]:
         if burst:
             found.append(scope.rule.token_burst)
     return found
+
+
+def tls_options(url: str) -> tuple[str, dict[str, Any]]:
+    """`url` and options for coredis: with `rediss` a context that checks the certificate and whose it is.
+
+    Its own, by default, does not check the name. `ssl_ca_certs=FILE` in the query is trusted instead of the system's.
+    """
+    parts = urlsplit(url)
+    if parts.scheme != "rediss":
+        return url, {}
+    query = dict(parse_qsl(parts.query))
+    context = ssl.create_default_context(cafile=query.pop("ssl_ca_certs", None))
+    return urlunsplit(parts._replace(query=urlencode(query))), {"ssl_context": context}
 
 
 def micros(seconds: float) -> int:
