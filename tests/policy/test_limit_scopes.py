@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from canal_trio.policy.expected import Estimate, estimate, guess_used
@@ -55,6 +55,7 @@ def test_what_limits_look_at():
     assert Scopes([Limit(spend_day=1)]).spend
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.text(max_size=200), st.text(max_size=200)), min_size=2, max_size=2, unique=True))
 def test_no_two_scopes_are_counted_together(names: list[tuple[str, str]]):
     """Whatever the names hold, different pairs have different ids, short enough for a key, in visible ASCII."""

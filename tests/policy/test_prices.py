@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from canal_trio.policy.prices import NANOS, Prices, cost, money
@@ -30,6 +30,7 @@ def test_what_has_no_price_of_its_own_costs_what_its_kind_costs():
     )
 
 
+@settings(deadline=None)
 @given(TOKENS, TOKENS, TOKENS, TOKENS)
 def test_a_cost_is_never_negative_and_grows_with_use(prompt: int, completion: int, cached: int, reasoning: int):
     """However strange an upstream's numbers are, more tokens never cost less."""

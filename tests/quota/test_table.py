@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from canal_trio.policy.ratelimit import Ask, Moment, Rule, State, What, refill, refusal, settle, take
@@ -34,6 +34,7 @@ STEPS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(STEPS)
 def test_several_workers_count_as_one(steps: list[tuple[int, float, int, int, bool]]):
     """Whichever worker asks and settles, the table says what the arithmetic says of one state for each scope."""
