@@ -105,6 +105,7 @@ class Reaper:
         if self._running:
             raise RuntimeError("this reaper runs already")
         self._running = True
+        more = False  # a look has left some that are due for the next one: that is no hold-up
         try:
             task_status.started()
             while True:
@@ -112,9 +113,11 @@ class Reaper:
                 with trio.CancelScope(deadline=self._heap[0][0] if self._heap else math.inf) as self._scope:
                     await trio.sleep_forever()
                 self._scope = None
-                if self._heap and trio.current_time() > self._heap[0][0] + LATE:
+                if not more and self._heap and trio.current_time() > self._heap[0][0] + LATE:
                     await self._let_others_catch_up()
-                self._look(trio.current_time())
+                now = trio.current_time()
+                self._look(now)
+                more = bool(self._heap) and self._heap[0][0] <= now
         finally:
             self._scope = None
             self._running = False

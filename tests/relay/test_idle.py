@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from canal_trio.relay.idle import BATCH, GRAIN, LATE, SWEEP_AT, Reaper, Watch
+from canal_trio.relay.idle import BATCH, CATCH_UP, GRAIN, LATE, SWEEP_AT, Reaper, Watch
 
 
 def once(seen: list[float]) -> Callable[[float], float]:
@@ -253,3 +253,16 @@ def test_any_script_of_adds_and_cancels_is_exact(script):
         assert sorted(seen) == seen == sorted(expected)
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+async def test_many_deadlines_in_one_moment_are_late_by_seconds(nursery):
+    """Each batch of those who are due waits for one pass of the scheduler, not for several: a flood is soon gone."""
+    reaper, seen, passes = Reaper(), [], 0
+    await nursery.start(reaper.run)
+    for _ in range(20 * BATCH):
+        reaper.add(once(seen), trio.current_time() - 5)
+    with trio.fail_after(20):
+        while len(seen) < 20 * BATCH:
+            passes += 1
+            await trio.lowlevel.checkpoint()
+    assert passes <= 20 + CATCH_UP + 5
