@@ -30,7 +30,7 @@ FITS: dict[str, frozenset[str]] = {
     "unanswered": frozenset({"upstream_failed", "rejected", "client_gone"}),
     "left": frozenset({"client_gone", "completed", "upstream_failed", "rejected"}),
 }
-SILENCE = 0.95  # seconds: `after_done`, as the link's clock sees it
+SILENCE = 1.0  # seconds: `after_done`; the link's clock starts before the gateway can have read
 
 
 def agree(

@@ -52,7 +52,7 @@ class Passing:
     terminal: bool = False  # `[DONE]` has passed whole
     tail: bytes = b""
     broke: bool = False  # the fault has happened
-    moved: float = 0.0  # when the last byte passed
+    moved: float = 0.0  # when the last byte was about to pass
 
 
 @final
@@ -211,8 +211,8 @@ class _Connection:
         passing.down += len(data)
         passing.tail = (passing.tail + passing.response.feed(data))[-len(_DONE) :]
         passing.terminal = passing.terminal or passing.tail.endswith(_DONE)
+        passing.moved = trio.current_time()  # before it can be read: on a busy machine we may wake late from the send
         await self.near.send_all(data)
-        passing.moved = trio.current_time()
 
     # -- the break -----------------------------------------------------------------------------------------------------
 
