@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.settings import Deadlines
-from canal_trio.testing.plans import Ask, Client, Plan, Reply
+from canal_trio.testing.plans import Ask, Client, Plan, Reply, reply_bytes
 from canal_trio.testing.simlink import FaultKind
 
 __all__ = ["causes_of", "hazards_of", "longest_idle"]
@@ -55,10 +55,12 @@ def hazards_of(plan: Plan, client: Client, ask: Ask) -> set[str]:
         found.add("drain")
     if any(upstream.connections is not None for upstream in plan.upstreams):
         found.add("limit")
-    if any(
-        reply.quits is not None for other in plan.clients for each in other.asks for reply in each.replies
-    ):
-        found.add("quits")  # of an idle connection, which anybody may be given
+    for other in (each for one in plan.clients for each in one.asks):
+        for number, reply in enumerate(other.replies):
+            if reply.quits is not None:
+                found.add("quits")  # of an idle connection, which anybody may be given
+            if reply.out is not None and reply.out.at == reply_bytes(other, number).whole:
+                found.add(reply.out.kind.value)  # the same: it strikes when all was said
     if ask.body is not None and ask.body > plan.bounds.held_body_bytes - 200:
         found.add("large")
     return found
