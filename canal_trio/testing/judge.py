@@ -49,6 +49,7 @@ def _client(seen: Seen, peer: ClientPeer) -> Iterator[str]:
         yield f"c{peer.number}: {len(peer.answers)} answers and {len(records)} records"
     whole = peer.ended_by == "fin" and not peer.left and not plan.to_client.faults and plan.raises is None
     whole = whole and plan.out is None  # the answer to half a HEAD has a body
+    whole = whole and not any(noted.record.outcome is Outcome.DRAINED for noted in records)  # cut anywhere
     if peer.reader.pending and peer.reader.current is None and whole:
         yield f"c{peer.number}: {peer.reader.pending} bytes that belong to no answer"
     disturbed = False
