@@ -12,7 +12,6 @@ from loadtest.trials.chaos import chaos
 from loadtest.trials.commands import passed, shown
 from loadtest.trials.gateway import QUICK, State, compared
 from loadtest.trials.kill import kill
-from loadtest.trials.reload import reload
 
 pytestmark = pytest.mark.slow
 
@@ -45,13 +44,6 @@ def test_kill():
     result = kill(1, 8, 2, ("worker",), "slice", silent, QUICK)
     assert broken(result) == []
     assert set(result["outcomes"]) == {"worker"}
-
-
-def test_reload():
-    """Two reloads under a few streams in two workers: nobody notices."""
-    result = reload(2, 8, 2, "slice", silent, QUICK)
-    assert broken(result) == []
-    assert result["reloads"] == 2
 
 
 def test_attack():
