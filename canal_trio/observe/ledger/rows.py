@@ -7,6 +7,7 @@ billionths, so that sums are exact. Texts that came from a client are cut to wha
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final
 
 import msgspec
@@ -20,6 +21,7 @@ OPEN: Final = "open"  # the outcome of a row whose exchange has not ended
 INTERRUPTED: Final = "interrupted"  # ... and never will, because its process is gone
 
 _TEXT: Final = 200  # characters of each text; JSON makes six bytes of one at most
+_plain: Final = re.compile(rf"[\x20-\x7e]{{0,{_TEXT}}}").fullmatch
 LINE_BYTES: Final = 16 * 1024  # a line is never longer
 
 
@@ -67,7 +69,9 @@ _decoder = msgspec.json.Decoder(Row)
 
 
 def _text(text: str | None) -> str | None:
-    return None if text is None else text[:_TEXT].encode(errors="backslashreplace").decode().replace("\0", "\\0")
+    if text is None or _plain(text):  # nearly always
+        return text
+    return text[:_TEXT].encode(errors="backslashreplace").decode().replace("\0", "\\0")
 
 
 def opened(seq: int, admitted: Admitted) -> Row:
@@ -102,9 +106,9 @@ def ended(seq: int, admitted: Admitted, record: ExchangeRecord, prices: Prices) 
         upstream=_text(record.upstream),
         attempts=record.attempts,
         status=record.status,
-        outcome=record.outcome.value,
-        phase=record.phase.value,
-        usage_source=record.usage_source.value,
+        outcome=record.outcome._value_,  # .value is a Python call or two
+        phase=record.phase._value_,
+        usage_source=record.usage_source._value_,
         prompt_tokens=None if usage is None else usage.prompt,
         completion_tokens=None if usage is None else usage.completion,
         cached_tokens=None if usage is None else usage.cached,
