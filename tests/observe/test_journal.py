@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ledger_kit import admitted, record
 
+from canal_trio.observe.ledger.filler import BATCH_BYTES, Filler
 from canal_trio.observe.ledger.journal import (
     ENDING_BYTES,
     Journal,
@@ -21,7 +22,8 @@ from canal_trio.observe.ledger.journal import (
     claim,
     left_behind,
 )
-from canal_trio.observe.ledger.rows import Row, ended, opened
+from canal_trio.observe.ledger.rows import LINE_BYTES, Row, ended, opened
+from canal_trio.observe.ledger.sqlite import SqliteStore
 from canal_trio.policy.prices import Prices
 
 NO_PRICES = Prices(())
@@ -92,6 +94,19 @@ def test_a_row_that_ended_in_the_same_batch_is_written_once(journal: Journal) ->
     finish(journal, start(journal))
     started, finished = JournalReader(journal.folder).read(MUCH)
     assert (started, [row.seq for row in finished]) == ([], [1])
+
+
+def test_few_rows_wait_for_more(journal: Journal, tmp_path: Path) -> None:
+    """Only a full batch is followed by another one at once; what is less gathers, or each row would be a transaction."""
+    filler = Filler(journal, SqliteStore(str(tmp_path / "rows.db")), str(tmp_path))
+    finish(journal, start(journal))
+    assert filler.step() is False
+    assert filler.rows == 1
+    while journal.written < filler.applied + BATCH_BYTES + LINE_BYTES:
+        finish(journal, start(journal))
+    assert filler.step() is True
+    assert filler.step() is False
+    assert filler.applied == journal.written
 
 
 def test_full_means_no(tmp_path: Path) -> None:

@@ -46,11 +46,16 @@ class Filler:
         return self._reader.broken
 
     def step(self) -> bool:
-        """Apply one batch. True: there may be more. Raises `StoreError`, with nothing lost."""
+        """Apply one batch. True: it was a full one, so another one waits. Raises `StoreError`, with nothing lost.
+
+        What is less than a full one had better gather: a busy gateway writes a few rows while a batch is applied, and
+        would have them applied in transactions of a few rows each, without an end.
+        """
         with self._one:
             if self.leftovers:
                 self._recover()
-            return self._batch(self._reader, self._journal.run)
+            self._batch(self._reader, self._journal.run)
+            return self._reader.full
 
     def _batch(self, reader: JournalReader, run: Run) -> bool:
         try:

@@ -150,6 +150,7 @@ class JournalReader:
         self.consumed = 0  # bytes, committed
         self._number = min(_segments(folder), default=1)
         self._offset = 0
+        self.full = False  # the last read has found as much as it may take
         self._next = (self._number, 0, 0)
 
     def read(self, most: int) -> tuple[list[Row], list[Row]]:
@@ -172,6 +173,7 @@ class JournalReader:
                 self.broken += bool(data)  # half a line at the end is none
                 taken += len(data)
                 number, offset = later, 0
+        self.full = taken >= most
         self._next = (number, offset, taken)
         # A row that has ended meanwhile needs to be written once only, and so read once only: it is most of them.
         for row in finished:
