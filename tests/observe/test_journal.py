@@ -97,7 +97,7 @@ def test_a_row_that_ended_in_the_same_batch_is_written_once(journal: Journal) ->
 
 
 def test_few_rows_wait_for_more(journal: Journal, tmp_path: Path) -> None:
-    """Only a full batch is followed by another one at once; what is less gathers, or each row would be a transaction."""
+    """Only a full batch is followed by another one at once: what is less gathers for one transaction."""
     filler = Filler(journal, SqliteStore(str(tmp_path / "rows.db")), str(tmp_path))
     finish(journal, start(journal))
     assert filler.step() is False
