@@ -33,7 +33,6 @@ from canal_trio.messages import End, RequestHead
 from canal_trio.relay.flow import FlowSender, open_flow
 from canal_trio.relay.streams import handover_end
 from canal_trio.wire.bodies import BodyDecoder, NoBody, framed_decoder
-from canal_trio.wire.facts import request_facts
 from canal_trio.wire.headers import client_address
 
 if TYPE_CHECKING:
@@ -153,13 +152,14 @@ class ClientConnection:
         """The exchange of a head that was just read, with its body's decoder. Registered from here on."""
         gateway = self._gateway
         bounds = gateway.settings.bounds
-        facts = request_facts(head)
         client = client_address(head.headers, self._peer, gateway.trusts) if gateway.trusts_any else self._peer
         exchange = Exchange(head, client=client, started=started, certificate=self._certificate)
         if gateway.settings.deadlines.exchange != math.inf:
             exchange.scope.deadline = trio.current_time() + gateway.settings.deadlines.exchange
         self.current = exchange
         gateway.begin(exchange)
+        facts = exchange.facts
+        assert facts is not None
         framing, length = facts.framing, facts.length
         decoder: BodyDecoder = NoBody() if isinstance(framing, Failure) else framed_decoder(framing)
         if isinstance(framing, Failure):
@@ -211,7 +211,8 @@ class ClientConnection:
             exchange.note(Failure(Side.GATEWAY, Phase.ROUTE, Kind.DRAINING))
         if head is None or exchange.failure is not None:
             return await self._conclude(exchange, delivery, keep=False)
-        keep = request_facts(head).keep_alive and not gateway.draining
+        assert exchange.facts is not None
+        keep = exchange.facts.keep_alive and not gateway.draining
         own = own_answer(head, request_id=exchange.id, close=not keep)
         if own is not None:
             exchange.status = own[0]

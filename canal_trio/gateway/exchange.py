@@ -75,6 +75,7 @@ class Exchange:
         "entry",
         "eof",
         "eof_leaves",
+        "facts",
         "failure",
         "fields",
         "finished",
@@ -125,7 +126,8 @@ class Exchange:
         self.started = started
         self.started_at = time.time()
         self.headed = trio.current_time()  # the request's head was complete
-        self.upgrade = request_facts(head).upgrade if head is not None else None
+        facts = self.facts = request_facts(head) if head is not None else None
+        self.upgrade = facts.upgrade if facts is not None else None
         self.phase = Phase.ROUTE if head is not None else Phase.HEAD
         self.scope = trio.CancelScope()
         self.finished = trio.Event()
@@ -177,7 +179,7 @@ class Exchange:
     @property
     def path(self) -> str:
         """The request's, without the query: that may hold secrets."""
-        return _path(self.head)
+        return self.facts.path if self.facts is not None else ""
 
     @property
     def terminal(self) -> bool:
@@ -275,13 +277,12 @@ class Exchange:
 
     def view(self, now: float, until: float = math.inf) -> ExchangeView:
         """How it looks from outside, just now; `until` is when the gateway ends it, if it does."""
-        head = self.head
         left = min(self.scope.deadline, until) - now
         return ExchangeView(
             id=self.id,
             client=self.client,
-            method=request_facts(head).method if head else "",
-            path=_path(head),
+            method=self.facts.method if self.facts is not None else "",
+            path=self.path,
             principal=self.principal.name if self.principal else None,
             model=self.model,
             upstream=self.upstream,
@@ -333,7 +334,7 @@ class Exchange:
             started_at=self.started_at,
             client=self.client,
             certificate=self.certificate,
-            method=request_facts(self.head).method if self.head else "",
+            method=self.facts.method if self.facts is not None else "",
             path=self.path,
             outcome=self.outcome(),
             phase=self.failure.phase if self.failure else self.phase,
@@ -366,7 +367,3 @@ class Exchange:
         )
         self.finished.set()
         return record
-
-
-def _path(head: RequestHead | None) -> str:
-    return request_facts(head).path if head is not None else ""

@@ -5,7 +5,6 @@ Each step hands on data or stops with a failure.
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, final
 
 import msgspec
@@ -26,7 +25,6 @@ from canal_trio.hooks import Admission, Admitted, Asked, Refused
 from canal_trio.messages import Headers, RequestHead, ResponseHead
 from canal_trio.policy.routing import Choice, Plan
 from canal_trio.settings import Settings
-from canal_trio.wire.facts import request_facts
 from canal_trio.wire.form_fields import is_form
 from canal_trio.wire.model_lists import model_list
 from canal_trio.wire.targets import origin_form, plain_path, wanted_model
@@ -48,6 +46,9 @@ class _Named(msgspec.Struct):
     model: str | None = None
 
 
+_named = msgspec.json.Decoder(_Named).decode
+
+
 @final
 class Pipeline:
     """Runs one exchange inside its scope. What it leaves in the exchange decides the ending."""
@@ -64,7 +65,9 @@ class Pipeline:
         trusted: bool,
     ) -> None:
         assert exchange.head is not None
+        assert exchange.facts is not None
         self._exchange = exchange
+        self._facts = exchange.facts
         self._head: RequestHead = exchange.head
         self._generation = generation
         self._settings: Settings = generation.settings
@@ -196,7 +199,7 @@ class Pipeline:
 
     async def _continue(self) -> Failure | None:
         """Invite the body of a client that waits for it (RFC 9110 10.1.1)."""
-        wanted = request_facts(self._head).wants_continue
+        wanted = self._facts.wants_continue
         if isinstance(wanted, Failure):
             return wanted
         if wanted and not self._exchange.received and not self._exchange.request_bytes:
@@ -246,7 +249,7 @@ class Pipeline:
 
     def _generates(self) -> bool:
         """Behind a path route, whose bodies may be of any size: one of a generation, no larger than may be held."""
-        length = request_facts(self._head).length
+        length = self._facts.length
         short = isinstance(length, int) and length <= self._settings.bounds.held_body_bytes
         return short and self._exchange.path.endswith(GENERATING)
 
@@ -300,7 +303,7 @@ class Pipeline:
 
     def _too_large(self) -> Failure | None:
         limit = self._settings.bounds.held_body_bytes
-        length = request_facts(self._head).length
+        length = self._facts.length
         if isinstance(length, int) and length > limit:
             return Failure(Side.CLIENT, Phase.UPLOAD, Kind.BODY_TOO_LARGE, f"The limit is {limit} bytes.")
         return None
@@ -310,9 +313,11 @@ class Pipeline:
         exchange = self._exchange
         if exchange.body is None:
             return
-        if exchange.model is None and exchange.judged is None and request_facts(self._head).json:
+        if exchange.model is None and exchange.judged is None and self._facts.json:
             content = exchange.body.beginning(PEEK_BYTES)
-            with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                model = msgspec.json.decode(content, type=_Named).model if content else None
-                exchange.model = model[:_MODEL_CHARACTERS] if model is not None else None
+            try:
+                model = _named(content).model if content else None
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                model = None
+            exchange.model = model[:_MODEL_CHARACTERS] if model is not None else None
         exchange.body.stop_holding()

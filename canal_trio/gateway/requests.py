@@ -14,7 +14,6 @@ from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.gateway.exchange import Exchange
 from canal_trio.messages import RequestHead
 from canal_trio.settings import Upstream
-from canal_trio.wire.facts import request_facts
 from canal_trio.wire.headers import ForUpstream, for_upstream
 from canal_trio.wire.heads import write_request_head
 from canal_trio.wire.splice import grown
@@ -134,7 +133,7 @@ class UpstreamRequests:
         target = upstream_target(base.path, origin[0])
         if isinstance(target, Failure):
             return target
-        length = request_facts(head).length
+        length = exchange.facts.length if exchange.facts is not None else None
         options = ForUpstream(
             target=target,
             authority=base.authority,

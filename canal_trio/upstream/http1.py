@@ -16,7 +16,6 @@ connection.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import final
 from weakref import WeakMethod
@@ -171,14 +170,15 @@ class Http1Connection:
             if body.ending is not None:
                 first += self._last(body, chunked)
         rest: list[Buffer] = []
-        # It may have answered before it stopped reading (RFC 9112 9.5): what we receive decides.
-        with contextlib.suppress(*_PEER_TROUBLE):
+        try:
             if can_hand_over(self._stream):
                 rest += self._stream.try_send_batch(first)
             elif body is None or upgrading:
                 await self._send(first)
             else:
                 rest = first
+        except _PEER_TROUBLE:
+            pass  # it may have answered before it stopped reading (RFC 9112 9.5): what we receive decides
         if not rest and (body is None or upgrading or body.ending is not None):
             self._sent = True
             self._turns.begin(Turn.ANSWER)
