@@ -21,6 +21,8 @@ Counted = Sequence[tuple[Scope, State]]
 
 def go_duration(seconds: float) -> bytes:
     """A duration as OpenAI writes it, which is as Go does: `0s`, `17ms`, `8.64s`, `6m0s`, `1h0m0s`. Rounded up."""
+    if seconds <= 0:
+        return b"0s"
     millis = math.ceil(round(seconds * 1000, 6))
     if millis <= 0:
         return b"0s"

@@ -25,6 +25,8 @@ def cost(price: Price, *, prompt: int, completion: int, cached: int = 0, reasoni
     Counted as OpenAI does: `cached` tokens are among the `prompt` tokens, `reasoning` tokens among the `completion`
     tokens; more of them than there are of the whole count as all of it.
     """
+    if not cached and not reasoning:  # most have neither
+        return round((prompt * price.input + completion * price.output) * _PER_TOKEN + price.request * NANOS)
     cached, reasoning = min(cached, prompt), min(reasoning, completion)
     cached_input = price.input if price.cached_input is None else price.cached_input
     thinking = price.output if price.reasoning is None else price.reasoning

@@ -30,6 +30,7 @@ _HEADER = 64  # bytes; the first eight count changes of what was spent
 _CHANGES = struct.Struct("<Q")
 _HEAD = struct.Struct("<16sdddqqqq")  # digest, requests, tokens, at, day, spent_day, month, spent_month
 _CELL = struct.Struct("<qq")  # in flight, reserved
+_WHOLE = struct.Struct("<16sdddqqqqqq")  # head and cell, where there is one worker
 _NOBODY = bytes(16)
 
 Spent = tuple[int, int, int, int]
@@ -62,6 +63,7 @@ class Table:
         self._lock = nullcontext() if lock is None else lock
         self._size = _HEAD.size + columns * _CELL.size
         self._cells = struct.Struct(f"<{2 * columns}q")
+        self._single = columns == 1
         self._mine = _HEAD.size + column * _CELL.size
         self._records = (len(memory) - _HEADER) // self._size
         self._places: dict[str, tuple[int, bytes]] = {}  # scope id -> where its record is, unless it gave way
@@ -92,8 +94,7 @@ class Table:
             if worst is None:
                 for place, (scope, state) in zip(places, counted, strict=True):
                     take(scope.rule, state, ask)
-                    self._write(place, scope.id, state)
-                    self._add(place, 1, ask.cost)
+                    self._write(place, scope.id, state, 1, ask.cost)
                 if ask.cost:
                     self._changed()
         return counted, worst
@@ -108,8 +109,7 @@ class Table:
                 state = self._read(place)
                 refill(scope.rule, state, moment)
                 settle(scope.rule, state, ask, used)
-                self._write(place, scope.id, state)
-                self._add(place, -1, -ask.cost)
+                self._write(place, scope.id, state, -1, -ask.cost)
             if ask.cost or used.cost:
                 self._changed()
 
@@ -211,14 +211,38 @@ class Table:
         return place
 
     def _read(self, place: int) -> State:
+        if self._single:
+            _, requests, tokens, at, day, spent_day, month, spent_month, streams, reserved = _WHOLE.unpack_from(
+                self._memory, place
+            )
+            return State(requests, tokens, at, streams, reserved, day, spent_day, month, spent_month)
         _, requests, tokens, at, day, spent_day, month, spent_month = _HEAD.unpack_from(self._memory, place)
         cells = self._cells.unpack_from(self._memory, place + _HEAD.size)
         return State(
             requests, tokens, at, sum(cells[::2]), sum(cells[1::2]), day, spent_day, month, spent_month
         )  # fmt: skip
 
-    def _write(self, place: int, name: str, state: State) -> None:
-        self._store(place, self._places[name][1], state)
+    def _write(self, place: int, name: str, state: State, streams: int, reserved: int) -> None:
+        """Write `state`, in which that many streams and so much money have been added. Negative: taken away."""
+        digest = self._places[name][1]
+        if not self._single:
+            self._store(place, digest, state)
+            self._add(place, streams, reserved)
+            return
+        _WHOLE.pack_into(
+            self._memory,
+            place,
+            digest,
+            state.requests,
+            state.tokens,
+            state.at,
+            state.day,
+            state.spent_day,
+            state.month,
+            state.spent_month,
+            state.streams,
+            state.reserved,
+        )
 
     def _store(self, place: int, digest: bytes, state: State) -> None:
         _HEAD.pack_into(

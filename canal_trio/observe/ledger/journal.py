@@ -72,7 +72,8 @@ class Journal:
     @property
     def backlog(self) -> int:
         """Bytes that the store does not have."""
-        return self.written - self.applied + sum(map(len, self._late))
+        waiting = self.written - self.applied
+        return waiting + sum(map(len, self._late)) if self._late else waiting
 
     def next(self) -> int:
         """The number of the next row."""
@@ -83,7 +84,7 @@ class Journal:
         """Write the open `row`. False: the journal is full, or the disk is; nothing may be done for this exchange."""
         line = b"+%b\n" % _ENCODER.encode(row)
         ahead = self.backlog + len(line) + (self.open + 1) * ENDING_BYTES
-        if ahead > self._most or not self.retry() or not self._write(line):
+        if ahead > self._most or (self._late and not self.retry()) or not self._write(line):
             return False
         self.open += 1
         return True
@@ -92,7 +93,7 @@ class Journal:
         """Write the whole `row`, now or as soon as the disk takes it."""
         self.open -= 1
         line = b"=%b\n" % _ENCODER.encode(row)
-        if not self.retry() or not self._write(line):
+        if (self._late and not self.retry()) or not self._write(line):
             self._late.append(line)
 
     def retry(self) -> bool:
