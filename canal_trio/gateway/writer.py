@@ -231,9 +231,7 @@ class BodyWriter:
         try:
             sent = self._send(framed)  # type: ignore[misc]  # only armed when can_hand_over
         except (trio.BrokenResourceError, trio.ClosedResourceError):
-            self._framed = b""
-            self._writer.trouble = Kind.GONE
-            return self._left()
+            return self._failed()
         if sent < len(framed):
             self._writer.unsent.append(memoryview(framed)[sent:])
             return False
@@ -249,11 +247,18 @@ class BodyWriter:
         try:
             sent = self._send(block)  # type: ignore[misc]  # only called when can_hand_over
         except (trio.BrokenResourceError, trio.ClosedResourceError):
-            self._framed = b""
-            self._writer.trouble = Kind.GONE
-            return self._left()
+            return self._failed()
         if sent < len(block):
             self._writer.unsent.append(memoryview(block)[sent:])
+            return False
+        self._taken()
+        return True
+
+    def _failed(self) -> bool:
+        """A send met nobody. True: the answer goes on without a client, from what was not sent here on."""
+        self._writer.trouble = Kind.GONE
+        if not self._left():
+            self._framed = b""
             return False
         self._taken()
         return True

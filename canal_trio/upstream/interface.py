@@ -130,8 +130,8 @@ class AnswerBody(Protocol):
 class StraightConnection(AnswerBody, Protocol):
     """An attempt in steps, for a driver which has the whole request: `ask`, then the body, then `conclude`.
 
-    `conclude` only if `pass_rest` was not called. All deadlines run as in `run()`. Cancelled in any of them, the
-    connection can only be aborted.
+    `pass_rest` concludes by itself, and doing it again changes nothing. All deadlines run as in `run()`. Cancelled in
+    any of them, the connection can only be aborted.
     """
 
     async def ask(

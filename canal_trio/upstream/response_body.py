@@ -101,7 +101,8 @@ class ResponseBody:
             await self._serve(stream, self._move)
         finally:
             del self._outlet  # an idle connection keeps nothing of the exchange before alive
-        return self._last
+        last, self._last = self._last, b""
+        return last
 
     def _move(self) -> Answer:
         """The sink. It runs for each event, so what is usual goes first: one whole chunk, passed on as it is."""

@@ -13,7 +13,7 @@ from simkit import EXACT, SSE, URL, Conversation, World, only_record, world
 from canal_trio.errors import Kind, Phase
 from canal_trio.hooks import ExchangeRecord, Outcome, Usage, UsageSource
 from canal_trio.settings import Drain, Key, Model, Target, Upstream
-from canal_trio.testing.simstream import SimLink
+from canal_trio.testing.simstream import HandoverSimStream, SimLink
 
 EVENT = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
 CHUNK = b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":30,"total_tokens":37}}\n\n'
@@ -168,6 +168,30 @@ async def test_its_limits(
         assert record.flags == (("drain_cut", "drained") if cut else ("drained",))
         assert record.usage_source is (UsageSource.ESTIMATED if cut else UsageSource.DRAINED)
         assert here.conversations[0].left is not None or not cut
+
+
+async def test_the_event_whose_send_finds_nobody_is_counted(
+    autojump_clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client whose leaving shows in a send only: that event is the first that is drained, not one nobody has seen."""
+    gone = False
+    original = HandoverSimStream.try_send
+
+    def try_send(stream: HandoverSimStream, data: Any) -> int:
+        if gone and EVENT in bytes(data):
+            raise trio.BrokenResourceError("nobody is there")
+        return original(stream, data)
+
+    monkeypatch.setattr(HandoverSimStream, "try_send", try_send)
+    async with world(Story().play, handover=True, **draining(Drain(tokens=7))) as here:
+        start = trio.current_time()
+        await here.connect().send(chat())
+        await trio.sleep(5.5)
+        gone = True
+        record = await only_record(here)
+        assert trio.current_time() - start == pytest.approx(13, abs=EXACT), "as if it had been seen to leave at 5.5 s"
+        assert record.flags == ("drain_cut", "drained")
+        assert (record.events, record.response_bytes) == (5, 5 * len(EVENT))
 
 
 async def test_how_many_at_once(autojump_clock: Any, handover: bool) -> None:
