@@ -5,6 +5,9 @@ the backpressure of uploads) and, once a request is complete, reads on only to s
 reset reaches the exchange in the step that sees it; where the socket can tell a hang-up without being read, that holds
 while bytes wait unread, too.
 
+Requests that come whole are served in the poller's step (`_turn`) while this task sleeps in `_serve`; it is woken for
+everything else.
+
 Invariants: one exchange at a time; of a pipelined request at most one read is held where the hang-up can be watched,
 and `pipelined_bytes` where it cannot. The head's deadline counts from its first byte and is never extended; the body's
 deadlines run only while the client's bytes are awaited.

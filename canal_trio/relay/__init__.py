@@ -27,7 +27,7 @@ from canal_trio.relay.flow import (
     Sink,
     open_flow,
 )
-from canal_trio.relay.handover import Armed, HandoverStream, can_hand_over, handover_end
+from canal_trio.relay.handover import Armed, HandoverStream, can_hand_over, handover_end, settled
 from canal_trio.relay.idle import Reaper, ReaperStatistics, Watch
 from canal_trio.relay.pump import Progress, RelayFailure, Trouble, deliver, pump
 from canal_trio.relay.streams import TcpStream
@@ -64,4 +64,5 @@ __all__ = [
     "open_flow",
     "pump",
     "relay",
+    "settled",
 ]
