@@ -99,7 +99,7 @@ class Attempts:
         if index:
             exchange.routed(eof_leaves=choices[index].upstream.on_client_eof == "abort")
         while True:
-            if exchange.left:  # while its route was looked for: from a pool to the first byte nothing else would notice
+            if exchange.left or exchange.failure is not None:  # while its route was looked for: from a pool to the first byte nothing else would notice
                 await trio.lowlevel.checkpoint_if_cancelled()
             if not fresh:
                 self._tried.append(index)
@@ -182,6 +182,8 @@ class Attempts:
             if isinstance(lease, Failure):
                 failure = lease
                 return failure
+            if exchange.left or exchange.failure is not None:
+                await _nothing_asked(lease)
             if exchange.body is not None and len(self._tried) >= self._most and not lease.reused:
                 exchange.body.last_attempt(PEEK_BYTES)  # nothing that can happen to it would be tried again
             exchange.lease = lease
@@ -302,15 +304,18 @@ class Attempts:
         self._exchange.phase = Phase.DIAL
 
     async def _upstream_task(self, lease: Lease, head: RequestHead, body: BodySource | None, port: Port) -> None:
+        exchange = self._exchange
         try:
+            if exchange.left or exchange.failure is not None:  # this task begins a pass later than its lease
+                await trio.lowlevel.checkpoint_if_cancelled()
             failure = await lease.connection.run(head, body, port)
             if failure is None and lease.connection.reusable:
                 lease.release()
             port.finish(failure)
         finally:
             lease.abort()  # of no effect after release()
-            if self._exchange.lease is lease:
-                self._exchange.lease = None
+            if exchange.lease is lease:
+                exchange.lease = None
 
     async def _answer(self, port: Port, upstream: Upstream) -> Failure | None:
         exchange, delivery = self._exchange, self._delivery
@@ -408,6 +413,15 @@ class Attempts:
             failure = await port.over()
             if failure is not None and failure.side is Side.GATEWAY:
                 exchange.note(failure)
+
+
+async def _nothing_asked(lease: Lease) -> None:
+    """The exchange ended in the pass that granted `lease`: it goes back unused, if the answer is not to be drained."""
+    try:
+        await trio.lowlevel.checkpoint_if_cancelled()
+    except trio.Cancelled:
+        lease.release() if lease.reused else lease.abort()  # a dial that is cancelled leaves nothing either
+        raise
 
 
 def _nothing() -> None:

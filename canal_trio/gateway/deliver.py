@@ -363,13 +363,15 @@ class Delivery:
             self.reaper.add(self._late_end, trio.current_time() + self._settings.deadlines.after_done)
 
     def _late_end(self, now: float) -> float:
-        exchange = self._exchange
+        exchange, lease = self._exchange, self._exchange.lease
         if self._relaying and not exchange.finished.is_set():
+            if lease is not None and lease.connection.ends():
+                return math.inf  # what ended it, a cut perhaps, came in time: whoever reads it next tells which
             exchange.flags |= {"late_body_end"}
             if self._sender is not None:
                 self._sender.end(End())
-            if exchange.lease is not None:
-                exchange.lease.abort()
+            if lease is not None:
+                lease.abort()
         return math.inf
 
     def forget(self) -> None:

@@ -52,6 +52,10 @@ class ForwardedConnection:
         """Watch the proxy's connection."""
         self._inner.watch_idle(died)
 
+    def ends(self) -> bool:
+        """As the connection to the proxy."""
+        return self._inner.ends()
+
     def abort(self) -> None:
         """Close the proxy's connection in this very step; it closes the upstream's."""
         self._inner.abort()

@@ -29,7 +29,7 @@ from canal_trio.relay.flow import Aborted, FlowSender
 from canal_trio.relay.handover import Buffer, HandoverStream, can_hand_over
 from canal_trio.relay.idle import Reaper
 from canal_trio.settings import Bounds, Deadlines
-from canal_trio.upstream.idle import is_quiet, watch_hangup
+from canal_trio.upstream.idle import has_hung_up, is_quiet, watch_hangup
 from canal_trio.upstream.interface import Answer, BodySource, Inform, Outlet
 from canal_trio.upstream.response_body import ResponseBody
 from canal_trio.upstream.switched import Tunnel
@@ -88,6 +88,10 @@ class Http1Connection:
     def watch_idle(self, died: Callable[[], None] | None) -> None:
         """See `canal_trio.upstream.interface.Connection`."""
         watch_hangup(self._raw, died)
+
+    def ends(self) -> bool:
+        """See `canal_trio.upstream.interface.Connection`."""
+        return self._failure is not None or self.end is not None or has_hung_up(self._raw)
 
     def abort(self) -> None:
         """Close the socket in this very step. Idempotent.

@@ -35,7 +35,7 @@ from canal_trio.relay.idle import Reaper
 from canal_trio.relay.streams import HandoverStream
 from canal_trio.settings import Bounds, Deadlines
 from canal_trio.upstream.frames import FrameFault, NetworkStream
-from canal_trio.upstream.idle import is_quiet, watch_hangup
+from canal_trio.upstream.idle import has_hung_up, is_quiet, watch_hangup
 from canal_trio.upstream.interface import Answer, BodySource
 from canal_trio.upstream.turns import Turn, Turns
 from canal_trio.wire.heads import ResponseHeadReader
@@ -108,6 +108,10 @@ class Http2Connection:
     def watch_idle(self, died: Callable[[], None] | None) -> None:
         """See `canal_trio.upstream.interface.Connection`."""
         watch_hangup(self._raw, died)
+
+    def ends(self) -> bool:
+        """See `canal_trio.upstream.interface.Connection`."""
+        return self._failure is not None or has_hung_up(self._raw)
 
     def abort(self) -> None:
         """Close the socket in this very step. Idempotent."""

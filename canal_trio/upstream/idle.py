@@ -1,4 +1,4 @@
-"""An idle connection: is it quiet, and tell me when it dies. The same for every protocol.
+"""A connection that should be quiet: is it, has it died, and tell me when it does. The same for every protocol.
 
 Inside of TLS, bytes may wait that the kernel knows nothing of, and what the kernel has may mean nothing (a session
 ticket).
@@ -14,7 +14,7 @@ import trio
 
 from canal_trio.relay.streams import HandoverStream
 
-__all__ = ["is_quiet", "watch_hangup"]
+__all__ = ["has_hung_up", "is_quiet", "watch_hangup"]
 
 
 def is_quiet(raw: HandoverStream) -> bool:
@@ -36,6 +36,23 @@ def is_quiet(raw: HandoverStream) -> bool:
     poll = select.poll()
     poll.register(probe, select.POLLIN | select.POLLRDHUP)
     return not poll.poll(0)
+
+
+def has_hung_up(raw: HandoverStream) -> bool:
+    """The peer has hung up (FIN or reset), whether or not the poller has heard of it yet; or we have closed.
+
+    Not a checkpoint, takes no byte; one system call.
+    """
+    if raw.hangup:
+        return True
+    probe = getattr(raw, "socket", None)
+    if probe is None:
+        return False
+    if probe.fileno() < 0:
+        return True
+    poll = select.poll()
+    poll.register(probe, select.POLLRDHUP)  # POLLHUP and POLLERR are always told
+    return bool(poll.poll(0))
 
 
 def watch_hangup(raw: HandoverStream, died: Callable[[], None] | None) -> None:

@@ -65,6 +65,12 @@ class Connection(Protocol):
         A hang-up that was seen before has it called at once.
         """
 
+    def ends(self) -> bool:
+        """Its answer ends without our help: it has failed or ended, or the peer's hang-up is there to be read.
+
+        For the middle of an attempt. Not a checkpoint; costs one system call at most.
+        """
+
     @property
     def straight(self) -> StraightConnection | None:
         """The same connection for a driver that needs no second task, where that is possible."""

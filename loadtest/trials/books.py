@@ -5,9 +5,9 @@ Pure. The rules, each of which gives its own list of faults:
 - every request that was sent has exactly one record; one that never got through (refused, or its client left before
   anything came back, when the kernel may have thrown its bytes away) has at most one; nobody has a record without a
   request;
-- who got a complete 200 had an attempt whose response passed the link whole, or whose terminal event did before a
-  silence of `after_done`, whereupon the gateway ends the message (the link notes how long it was silent before it
-  closed: on a busy machine a cut may come late); a cut or a reset in time is no such end;
+- who got a complete 200 had an attempt whose response passed the link whole, or whose terminal event did, and then
+  `after_done` went by, whereupon the gateway ends the message, whatever trickled meanwhile (the link notes how long
+  after the event it closed: on a busy machine a cut may come late); a cut or a reset in time is no such end;
 - a record's outcome fits what its client saw.
 """
 
@@ -30,7 +30,7 @@ FITS: dict[str, frozenset[str]] = {
     "unanswered": frozenset({"upstream_failed", "rejected", "client_gone"}),
     "left": frozenset({"client_gone", "completed", "upstream_failed", "rejected"}),
 }
-SILENCE = 1.0  # seconds: `after_done`; the link's clock starts before the gateway can have read
+AFTER_DONE = 1.0  # seconds; the link's clock starts before the gateway can have read
 
 
 def agree(
@@ -57,7 +57,7 @@ def agree(
         _recorded(visit, written.pop(visit.ident, []), text, faults)
         if attempts is not None and visit.outcome == "complete":
             tries = passed.get(visit.ident, [])
-            if not any(one["whole"] or (one["terminal"] and one["silent"] >= SILENCE) for one in tries):
+            if not any(one["whole"] or (one["terminal"] and one["since_done"] >= AFTER_DONE) for one in tries):
                 faults["finished, but its upstream did not"].append(f"{text}; the link: {tries}")
     for ident, found in written.items():
         faults["records of nobody"].append(f"{ident}: {len(found)} ({found[0]['outcome']})")

@@ -52,7 +52,7 @@ class Passing:
     terminal: bool = False  # `[DONE]` has passed whole
     tail: bytes = b""
     broke: bool = False  # the fault has happened
-    moved: float = 0.0  # when the last byte was about to pass
+    ended: float = 0.0  # when the last byte of `[DONE]` was about to pass
 
 
 @final
@@ -87,7 +87,7 @@ class FaultProxy:
         line = {
             "ident": passing.ident, "attempt": passing.attempt, "fault": passing.fault.kind, "broke": passing.broke,
             "up": passing.up, "down": passing.down, "whole": passing.response.done, "terminal": passing.terminal,
-            "silent": trio.current_time() - passing.moved if passing.moved else 0.0,
+            "since_done": trio.current_time() - passing.ended if passing.ended else 0.0,
         }  # fmt: skip
         self.book.write(json.dumps(line) + "\n")
 
@@ -210,8 +210,9 @@ class _Connection:
             return
         passing.down += len(data)
         passing.tail = (passing.tail + passing.response.feed(data))[-len(_DONE) :]
-        passing.terminal = passing.terminal or passing.tail.endswith(_DONE)
-        passing.moved = trio.current_time()  # before it can be read: on a busy machine we may wake late from the send
+        if not passing.terminal and passing.tail.endswith(_DONE):
+            passing.terminal = True
+            passing.ended = trio.current_time()  # before it can be read: on a busy machine the send may wake us late
         await self.near.send_all(data)
 
     # -- the break -----------------------------------------------------------------------------------------------------

@@ -32,9 +32,11 @@ def record(outcome: str = "completed", ident: str = "a") -> dict[str, Any]:
     return {"request_id": ident, "outcome": outcome, "failure": None, "flags": []}
 
 
-def attempt(ident: str = "a", silent: float = 0.0, *, whole: bool = True, terminal: bool = True) -> dict[str, Any]:
+def attempt(ident: str = "a", since_done: float = 0.0, *, whole: bool = True, terminal: bool = True) -> dict[str, Any]:
     """What the link let pass."""
-    return {"ident": ident, "attempt": 1, "fault": "cut", "whole": whole, "terminal": terminal, "silent": silent}
+    return {
+        "ident": ident, "attempt": 1, "fault": "cut", "whole": whole, "terminal": terminal, "since_done": since_done,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -48,8 +50,8 @@ def attempt(ident: str = "a", silent: float = 0.0, *, whole: bool = True, termin
         ([visit(), visit()], [record()], [attempt()], {"too many records", "no record"}),
         ([], [record()], [], {"records of nobody"}),
         ([visit()], [record()], [attempt(whole=False)], {"finished, but its upstream did not"}),
-        ([visit()], [record()], [attempt(whole=False, silent=1.1)], set()),
-        ([visit()], [record()], [attempt(whole=False, terminal=False, silent=1.1)],
+        ([visit()], [record()], [attempt(whole=False, since_done=1.1)], set()),
+        ([visit()], [record()], [attempt(whole=False, terminal=False, since_done=1.1)],
          {"finished, but its upstream did not"}),
         ([visit()], [record()], [], {"finished, but its upstream did not"}),
         ([visit()], [record("client_gone")], [attempt()], {"record does not fit"}),

@@ -14,8 +14,8 @@ from simkit import SSE, Conversation, answer_ok, only_record, read_request, worl
 from canal_trio.gateway.exchange import Exchange
 from canal_trio.hooks import Outcome
 from canal_trio.messages import RequestHead
-from canal_trio.settings import Bounds, Model, Target
-from canal_trio.testing.simstream import SimLink
+from canal_trio.settings import Bounds, Model, Target, Upstream
+from canal_trio.testing.simstream import SimLink, sim_stream_pair
 from canal_trio.wire.sse import EventScanner
 
 TOO_LARGE = b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n"
@@ -146,3 +146,27 @@ async def test_a_client_that_left_with_its_request_costs_a_generation(autojump_c
         await trio.testing.wait_all_tasks_blocked()
         assert records[1].outcome is Outcome.CLIENT_GONE
         assert [len(upstream.requests) for upstream in here.conversations] == [1]
+
+
+async def test_a_client_that_leaves_as_its_dial_succeeds_costs_a_generation(autojump_clock: Any) -> None:
+    """The task was woken with the connection before the leaving was seen, in one pass: nothing is asked."""
+    async with world(answer_ok, handover=True) as here:
+        dialling: list[trio.lowlevel.Task] = []
+
+        async def dial(upstream: Upstream) -> Any:
+            dialling.append(trio.lowlevel.current_task())
+            await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.SUCCEEDED)
+            ours, _ = sim_stream_pair()
+            here.streams.append(ours)
+            return ours
+
+        here.dialer = dial
+        client = here.connect()
+        await client.send(chat())
+        await trio.testing.wait_all_tasks_blocked()
+        trio.lowlevel.reschedule(dialling[0])
+        client.stream.close()  # type: ignore[attr-defined]  # a simulated stream
+        here.streams[0].on_ready()  # the poller's step
+        assert (await only_record(here)).outcome is Outcome.CLIENT_GONE
+        assert here.streams[1].closed
+        assert here.streams[1].outgoing._sent == 0

@@ -37,6 +37,12 @@ def test_seeds(first: int) -> None:
     assert {"completed", "client_gone", "upstream_failed"} <= set(total.outcomes), total.outcomes
 
 
+@pytest.mark.parametrize("seed", [400_486, 400_950])
+def test_an_upstream_is_asked_a_pass_after_the_client_left(seed: int) -> None:
+    """It leaves between the lease and the first pass of the task that asks: that one does not even try."""
+    assert check(plan_of(seed)).complaints == []
+
+
 def test_a_seed_has_one_course() -> None:
     """Two runs of one seed do the same, to the last byte and step: what is found can be replayed."""
     for seed in (3, 45, 79, 128, 239):

@@ -42,6 +42,10 @@ class FakeConnection:
         """Remember whom to tell."""
         self.died = died
 
+    def ends(self) -> bool:
+        """Not here."""
+        raise NotImplementedError
+
     def abort(self) -> None:
         """Close."""
         self.open = False
