@@ -99,7 +99,7 @@ class Attempts:
         if index:
             exchange.routed(eof_leaves=choices[index].upstream.on_client_eof == "abort")
         while True:
-            if exchange.left or exchange.failure is not None:  # while its route was looked for: from a pool to the first byte nothing else would notice
+            if exchange.left or exchange.failure is not None:  # while its route was looked for
                 await trio.lowlevel.checkpoint_if_cancelled()
             if not fresh:
                 self._tried.append(index)
@@ -183,7 +183,7 @@ class Attempts:
                 failure = lease
                 return failure
             if exchange.left or exchange.failure is not None:
-                await _nothing_asked(lease)
+                await lease.unless_cancelled()  # in the pass that granted it
             if exchange.body is not None and len(self._tried) >= self._most and not lease.reused:
                 exchange.body.last_attempt(PEEK_BYTES)  # nothing that can happen to it would be tried again
             exchange.lease = lease
@@ -413,15 +413,6 @@ class Attempts:
             failure = await port.over()
             if failure is not None and failure.side is Side.GATEWAY:
                 exchange.note(failure)
-
-
-async def _nothing_asked(lease: Lease) -> None:
-    """The exchange ended in the pass that granted `lease`: it goes back unused, if the answer is not to be drained."""
-    try:
-        await trio.lowlevel.checkpoint_if_cancelled()
-    except trio.Cancelled:
-        lease.release() if lease.reused else lease.abort()  # a dial that is cancelled leaves nothing either
-        raise
 
 
 def _nothing() -> None:

@@ -339,8 +339,9 @@ class Delivery:
         if due > now:
             return due
         scanner = exchange.scanner
-        if scanner is not None and scanner.at_boundary and not scanner.terminal:
-            await writer.inject(_PING)
+        speaks = scanner is not None and scanner.at_boundary and not scanner.terminal
+        if speaks and not await writer.inject(_PING):
+            self._lost()  # now, and not at the upstream's next word
         return trio.current_time() + interval
 
     def _ended(self, ending: Ended | Aborted) -> None:

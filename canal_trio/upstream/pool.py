@@ -66,6 +66,14 @@ class Lease:
             self._over = True
             self._pool._released(self.connection, self._since)
 
+    async def unless_cancelled(self) -> None:
+        """Give it back, unused, if the task was cancelled after it was woken with it. A checkpoint only then."""
+        try:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        except trio.Cancelled:
+            self.release() if self.reused else self.abort()  # a dial that is cancelled leaves nothing either
+            raise
+
     def abort(self) -> None:
         """Close the connection in this very step and give its slot back. Not a checkpoint."""
         if not self._over:

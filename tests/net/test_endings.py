@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-import socket
-import struct
-from functools import partial
 from typing import Any
 
 import pytest
@@ -15,11 +11,9 @@ import trio
 from kit import Response, chat, data_of, request, running_gateway, settings_for
 
 from canal_trio.errors import Kind, Side
-from canal_trio.gateway.deliver import Delivery
 from canal_trio.hooks import ExchangeRecord, Outcome
-from canal_trio.relay.idle import Reaper
 from canal_trio.relay.streams import TcpStream
-from canal_trio.settings import Deadlines, Upstream
+from canal_trio.settings import Deadlines
 from canal_trio.testing.scripts import (
     DONE,
     Cut,
@@ -152,54 +146,6 @@ async def test_done_then_silence_ends_the_body() -> None:
             assert response.header("connection") != "close"
             await client.send(chat())  # the client's connection is as good as new
             assert (await client.response()).complete
-
-
-@pytest.mark.parametrize("heartbeat", [None, 30.0], ids=["straight", "through-a-flow"])
-@pytest.mark.parametrize("how", ["fin", "rst"])
-async def test_a_link_that_broke_just_before_after_done_was_up_is_told_as_an_end(
-    monkeypatch: pytest.MonkeyPatch, how: str, heartbeat: float | None
-) -> None:
-    """A cut that the kernel has and the poller has not read yet is a cut, also for a look at `after_done`'s time."""
-    looks: list[Any] = []
-    add = Reaper.add
-
-    def seen(self: Reaper, check: Any, at: float) -> Any:
-        if getattr(check, "__func__", None) is Delivery._late_end:
-            looks.append(check)
-        return add(self, check, at)
-
-    monkeypatch.setattr(Reaper, "add", seen)
-    wire = stream([*EVENTS], head_alone=False).wire.removesuffix(b"0\r\n\r\n")
-    go = trio.Event()
-
-    async def upstream(connection: trio.SocketStream) -> None:
-        await connection.receive_some()
-        await connection.send_all(wire)
-        await go.wait()
-        if how == "rst":
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            connection.socket.close()
-        else:
-            connection.socket.shutdown(socket.SHUT_WR)
-        [look] = looks
-        assert look(trio.current_time()) == math.inf  # in the very step of the break: nobody can have read it
-        if how == "fin":
-            await connection.receive_some()
-
-    async with trio.open_nursery() as nursery:
-        [listener] = await nursery.start(partial(trio.serve_tcp, upstream, 0, host="127.0.0.1"))
-        url = f"http://127.0.0.1:{listener.socket.getsockname()[1]}"
-        settings = settings_for(Upstream("u0", url, heartbeat=heartbeat), deadlines=Deadlines(after_done=30))
-        async with running_gateway(settings) as gateway:
-            client = await gateway.connect()
-            await client.send(chat())
-            await client.until(b"data: [DONE]\n\n\r\n")
-            go.set()
-            assert await client.rest() == b""
-            record = await gateway.records.one()
-            assert record.outcome is Outcome.COMPLETED
-            assert record.flags == ("cut_after_terminal",)
-        nursery.cancel_scope.cancel()
 
 
 async def test_done_is_not_held_for_the_end() -> None:

@@ -16,6 +16,7 @@ from canal_trio.hooks import Outcome
 from canal_trio.messages import RequestHead
 from canal_trio.settings import Bounds, Model, Target, Upstream
 from canal_trio.testing.simstream import SimLink, sim_stream_pair
+from canal_trio.upstream.pool import Lease
 from canal_trio.wire.sse import EventScanner
 
 TOO_LARGE = b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n"
@@ -170,3 +171,44 @@ async def test_a_client_that_leaves_as_its_dial_succeeds_costs_a_generation(auto
         assert (await only_record(here)).outcome is Outcome.CLIENT_GONE
         assert here.streams[1].closed
         assert here.streams[1].outgoing._sent == 0
+
+
+async def test_a_lease_is_lost_with_the_task_that_was_cancelled_in_its_grant(autojump_clock: Any) -> None:
+    """A connection that was there before goes back into the pool; who was not cancelled keeps it."""
+    async with world(answer_ok, handover=True) as here:
+        client = here.connect()
+        await client.send(chat())
+        assert (await client.response("POST")).status == 200
+        pool = here.gateway.generation.pools["u0"]
+        lease = await pool.lease()
+        assert isinstance(lease, Lease)
+        await lease.unless_cancelled()
+        assert pool.statistics().used == 1
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await lease.unless_cancelled()
+        assert scope.cancelled_caught
+        assert (pool.statistics().used, pool.statistics().idle) == (0, 1)
+        assert not here.streams[1].closed
+
+
+async def test_a_heartbeat_that_found_the_client_gone_told_nobody(autojump_clock: Any, handover: bool) -> None:
+    """Where an EOF is no leaving, the first heartbeat that meets a broken connection closes the upstream."""
+
+    async def play(upstream: Conversation) -> None:
+        await upstream.say(SSE)
+        await upstream.chunk(b"data: 1\n\n")
+        await trio.sleep_forever()
+
+    only = Upstream("u0", "http://upstream.test", heartbeat=2, on_client_eof="finish")
+    async with world(play, handover=handover, upstream=only) as here:
+        start = trio.current_time()
+        client = here.connect()
+        await client.send(chat())
+        await client.until(b"data: 1\n\n")
+        await trio.sleep(1)
+        client.stream.close()  # type: ignore[attr-defined]  # a simulated stream
+        record = await only_record(here)
+        assert record.outcome is Outcome.CLIENT_GONE
+        assert trio.current_time() - start == pytest.approx(2, abs=0.01)
+        assert here.conversations[0].left == pytest.approx(start + 2, abs=0.01)

@@ -42,10 +42,6 @@ class FakeConnection:
         """Remember whom to tell."""
         self.died = died
 
-    def ends(self) -> bool:
-        """Not here."""
-        raise NotImplementedError
-
     def abort(self) -> None:
         """Close."""
         self.open = False
