@@ -214,14 +214,6 @@ class GatewayEnd(SimStream):
 class HandoverEnd(GatewayEnd, HandoverSimStream):
     """The same with the hand-over protocol."""
 
-    def try_receive(self, max_bytes: int) -> bytes | None:
-        """As the stream; a reset that it raises is noticed."""
-        try:
-            return super().try_receive(max_bytes)
-        except trio.BrokenResourceError:
-            self._notice("a reset")
-            raise
-
     def try_send(self, data: Buffer) -> int:
         """As the stream."""
         try:
