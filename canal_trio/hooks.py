@@ -127,8 +127,7 @@ class ExchangeRecord(NamedTuple):
     usage_source: UsageSource = UsageSource.NONE
 
 
-@dataclass(frozen=True, slots=True)
-class Admitted:
+class Admitted(NamedTuple):
     """What is known of an exchange when it is about to go upstream. `upstream` is the first that is tried."""
 
     request_id: str
@@ -171,8 +170,7 @@ class Tap(Protocol):
         """`data` was accepted by the client's kernel."""
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(NamedTuple):
     """What is known of an exchange when it asks to be admitted: authenticated and routed, nothing upstream touched."""
 
     path: str  # without the query

@@ -6,7 +6,7 @@ audio, files: a fixed number each). The answer is taken to be as long as it may 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 
@@ -30,8 +30,7 @@ class _Maximum(msgspec.Struct):
     n: int | float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(NamedTuple):
     """Tokens of the prompt and of the answer."""
 
     prompt: int = 0

@@ -15,7 +15,7 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass
-from typing import final
+from typing import NamedTuple, final
 
 from canal_trio.policy.prices import NANOS
 from canal_trio.settings import Limit
@@ -69,8 +69,7 @@ class State:
     spent_month: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Moment:
+class Moment(NamedTuple):
     """Now: seconds on a clock that only rises, and the calendar in UTC, as numbers that rise with it."""
 
     now: float
@@ -80,8 +79,7 @@ class Moment:
     month_left: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(NamedTuple):
     """What an exchange is expected to use: tokens and nanos."""
 
     tokens: int = 0
@@ -115,6 +113,15 @@ def refill(rule: Rule, state: State, moment: Moment) -> None:
 
 def refusal(rule: Rule, state: State, ask: Ask, moment: Moment) -> Refusal | None:
     """Why `ask` cannot begin now, None if it can. Of several reasons the one to wait longest for."""
+    reserved = state.reserved
+    if (
+        state.requests + 1 <= rule.request_burst
+        and state.tokens + ask.tokens <= rule.token_burst
+        and state.streams < rule.streams
+        and state.spent_day + reserved < rule.spend_day
+        and state.spent_month + reserved < rule.spend_month
+    ):
+        return None  # nearly always: far from every number
     found: list[Refusal] = []
     over = state.requests + 1 - rule.request_burst
     if over > rule.request_burst * _SLACK:

@@ -8,8 +8,7 @@ rules under which it was let in.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol, final
+from typing import NamedTuple, Protocol, final
 
 import trio
 
@@ -35,8 +34,7 @@ class Keeper(Protocol):
         """What was let in has ended. Not a checkpoint."""
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What each scope has counted (with this exchange, if it was let in), why it was not, and who keeps it."""
 
     counted: Sequence[tuple[Scope, State]]

@@ -134,10 +134,12 @@ class MemoryStore:
 
     def settle(self, scopes: Sequence[Scope], ask: Ask, used: Ask) -> None:
         """Now, or before anything is let in again."""
-        self._unsettled.append((scopes, ask, used))
         try:
-            self._catch_up()
+            if self._unsettled:
+                self._catch_up()
+            self.table.settle(scopes, ask, used, self._calendar.moment(self._clock()))
         except Busy:
+            self._unsettled.append((scopes, ask, used))
             self.errors += 1
             _log.warning("limits: another worker holds the lock: settling later")
 

@@ -186,11 +186,11 @@ def test_budgets_are_spent_and_begin_anew():
     assert refusal(rule, state, dear, day) is None
     take(rule, state, dear)
     settle(rule, state, dear, dear)
-    tomorrow = replace(day, day=11)
+    tomorrow = day._replace(day=11)
     refill(rule, state, tomorrow)
     assert state.spent_day == 0
     assert refusal(rule, state, dear, tomorrow) == Refusal(What.SPEND_MONTH, 1.5 * NANOS, 86_400.0)
-    refill(rule, state, replace(day, day=41, month=2))
+    refill(rule, state, day._replace(day=41, month=2))
     assert state.spent_month == 0
 
 

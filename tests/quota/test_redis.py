@@ -118,7 +118,7 @@ def test_the_scripts_are_the_arithmetic(
     running: list[tuple[str, Ask]] = []
     for worker, gap, tokens, cost, ends in steps:
         now = round(now + gap, 6)
-        moment = replace(Calendar(lambda at=now: at).moment(now), now=now)  # type: ignore[misc]  # a clock that stands
+        moment = Calendar(lambda at=now: at).moment(now)  # type: ignore[misc]  # a clock that stands
         if ends and running:
             owner, ask = running.pop()
             used = Ask(tokens, cost)

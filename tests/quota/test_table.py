@@ -44,7 +44,7 @@ def test_several_workers_count_as_one(columns: int, steps: list[tuple[int, float
     running: list[tuple[int, Ask]] = []
     for number, gap, tokens, cost, ends in steps:
         worker = number % columns
-        now = replace(now, now=now.now + gap)
+        now = now._replace(now=now.now + gap)
         if ends and running:
             owner, ask = running.pop()
             used = Ask(tokens, cost)
@@ -111,12 +111,12 @@ def test_what_was_spent_can_be_kept_and_is_there_again():
     again.restore(kept, NOW)
     states = {name.id: state for name, state in again.admit([one, two], NONE, NOW)[0]}
     assert (states["one"].spent_day, states["two"].spent_month) == (40, 47)
-    tomorrow = replace(NOW, day=20_001)
+    tomorrow = NOW._replace(day=20_001)
     assert {spent[1] for spent in again.spent(tomorrow).values()} == {0}
-    assert again.spent(replace(NOW, month=24_001)) == {}
+    assert again.spent(NOW._replace(month=24_001)) == {}
     (later, _) = tables()
-    later.restore(kept, replace(NOW, month=24_001))
-    assert later.spent(replace(NOW, month=24_001)) == {}
+    later.restore(kept, NOW._replace(month=24_001))
+    assert later.spent(NOW._replace(month=24_001)) == {}
 
 
 def test_the_memory_is_bounded_whatever_clients_invent():
@@ -136,7 +136,7 @@ def test_the_memory_is_bounded_whatever_clients_invent():
     assert table.admit([scope("one too many", Limit(streams=1))], NONE, NOW) == ([], None)
     assert table.overflows == 1
     table.settle([scope("one too many", Limit(streams=1))], NONE, NONE, NOW)
-    long_after = replace(NOW, now=NOW.now + 10_000)
+    long_after = NOW._replace(now=NOW.now + 10_000)
     assert table.admit([busy[0]], NONE, long_after)[1] is not None
 
 
@@ -159,7 +159,7 @@ def test_a_place_that_another_worker_gave_away_is_noticed():
         assert mine.admit([one], NONE, NOW)[1] is None
         mine.settle([one], NONE, NONE, NOW)
     for number in range(WAYS):
-        assert other.admit([scope(f"other{number}", Limit(streams=1))], NONE, replace(NOW, now=9e9))[1] is None
+        assert other.admit([scope(f"other{number}", Limit(streams=1))], NONE, NOW._replace(now=9e9))[1] is None
     assert mine.admit([one], NONE, NOW) == ([], None)  # no place left: not counted, and not mistaken for another's
     assert mine.overflows == 1
 
