@@ -196,10 +196,13 @@ class ClientReader:
         if not data or self._stopped or (active is not None and not active.finished.is_set()):
             self._held = data
             return False
-        self._patience.enter(Mode.HEAD)
+        if self._patience.mode is Mode.IDLE:
+            self._patience.enter(Mode.HEAD)
         verdict = self._heads.feed(data)
-        if not isinstance(verdict, RequestHead):
-            self._held = data if verdict is not None else b""  # a failure is given again
+        if verdict is None:
+            return True  # a head that comes in drips must not wake a task for each of them
+        if isinstance(verdict, Failure):
+            self._held = data  # it is given again
             return False
         exchange = self._accept(verdict)
         if self._held or exchange.failure is not None or exchange.upgrade is not None or not exchange.received:
