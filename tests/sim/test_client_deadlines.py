@@ -41,6 +41,52 @@ async def test_request_head(autojump_clock: Any, handover: bool) -> None:
         failed(record, Side.CLIENT, Phase.HEAD, Kind.TIMEOUT)
 
 
+class ReaderSteps(trio.abc.Instrument):
+    """Counts how often a client's reader is woken."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        """One step of any task."""
+        self.count += task.name.endswith("ClientReader.run")
+
+
+async def test_every_byte_of_a_slow_head_woke_a_task(autojump_clock: Any) -> None:
+    """A head in drips is put together in the poller's step: the reader sleeps until it is whole, then it is relayed."""
+    async with world(answer_ok, handover=True) as here:
+        client, steps = here.connect(), ReaderSteps()
+        head = request("GET", "/" + "a" * 300)
+        await client.send(head[:1])
+        await trio.testing.wait_all_tasks_blocked()
+        trio.lowlevel.add_instrument(steps)
+        for byte in head[1:-1]:
+            await client.send(bytes([byte]))
+            await trio.testing.wait_all_tasks_blocked()
+        assert steps.count <= 2
+        trio.lowlevel.remove_instrument(steps)
+        await client.send(head[-1:])
+        assert (await client.response()).status == 200
+
+
+@pytest.mark.parametrize("rest", ["bytes", "nothing"])
+async def test_a_slow_head_that_breaks_off(autojump_clock: Any, handover: bool, rest: str) -> None:
+    """What is wrong behind the first drips of a head, or its end, is refused with 400 as in one piece."""
+    async with world(handover=handover) as here:
+        client = here.connect()
+        for drip in (b"GE", b"T /", b"v1"):
+            await client.send(drip)
+            await trio.sleep(1)
+        if rest == "bytes":
+            await client.send(b" \x00")
+        else:
+            await client.stream.send_eof()  # type: ignore[attr-defined]  # a simulated stream
+        assert (await client.response()).status == 400
+        assert await ended(client) == "fin"
+        record = await only_record(here)
+        failed(record, Side.CLIENT, Phase.HEAD, Kind.MALFORMED)
+
+
 async def test_keep_alive_before_the_first_request(autojump_clock: Any, handover: bool) -> None:
     """A connection that never says anything is closed after 75 s, without an answer and without a record."""
     async with world(handover=handover) as here:
