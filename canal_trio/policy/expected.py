@@ -57,8 +57,13 @@ def estimate(body: bytes | None, *, generates: bool, output_tokens: int) -> Esti
         said = _decoder.decode(body)
     except msgspec.DecodeError:  # the upstream will say what is wrong with it
         said = _Maximum()
-    maxima = [said.max_completion_tokens, said.max_tokens, said.max_output_tokens]
-    most = next((maximum for maximum in maxima if maximum is not None), output_tokens if generates else 0)
+    most = said.max_completion_tokens
+    if most is None:
+        most = said.max_tokens
+    if most is None:
+        most = said.max_output_tokens
+    if most is None:
+        most = output_tokens if generates else 0
     choices = max(1.0, said.n or 1.0)
     return Estimate(prompt, int(min(max(0.0, most) * choices, _MOST)))
 

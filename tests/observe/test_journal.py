@@ -47,7 +47,7 @@ def start(journal: Journal) -> int:
 
 def finish(journal: Journal, number: int) -> None:
     """End it."""
-    journal.end(ended(number, admitted(number), record(number), NO_PRICES))
+    journal.end(ended(opened(number, admitted(number)), record(number), NO_PRICES))
 
 
 def read_all(reader: JournalReader, most: int = 10_000) -> dict[int, str]:
@@ -258,6 +258,6 @@ def test_a_reader_that_meets_the_next_segment(journal: Journal) -> None:
 
 def test_rows_are_small(journal: Journal) -> None:
     """The bytes that are set aside for an ending are more than a usual one has."""
-    row: Row = ended(1, admitted(1), record(1), NO_PRICES)
+    row: Row = ended(opened(1, admitted(1)), record(1), NO_PRICES)
     journal.end(row)
     assert journal.written < ENDING_BYTES

@@ -50,13 +50,14 @@ def opening(where: str) -> Iterator[Callable[[], Store]]:
 
 def whole(number: int, **changes: object) -> Row:
     """A whole row."""
-    return ended(number, admitted(number), record(number, **changes), NO_PRICES)
+    exchange = record(number, **changes)
+    return ended(opened(number, admitted(number, started_at=exchange.started_at)), exchange, NO_PRICES)
 
 
 def test_a_row_and_its_columns(where: str, opening: Callable[[], Store]) -> None:
     """What is known of an exchange is in its row, under its name, with its unit."""
     prices = Prices([Price("gpt-4o-mini", input=1.0, output=2.0, cached_input=0.5)])
-    opening().apply(RUN, [], [ended(1, admitted(1), record(1, flags=("a", "b"), cancel_latency=0.5), prices)])
+    opening().apply(RUN, [], [ended(opened(1, admitted(1)), record(1, flags=("a", "b"), cancel_latency=0.5), prices)])
     (row,) = rows_in(where)
     assert row == {
         "instance": "gw-1",
@@ -128,7 +129,8 @@ def test_texts_of_strangers(where: str, opening: Callable[[], Store]) -> None:
     import msgspec
 
     wild = "x\0\udc80'; DROP TABLE exchanges; --\U0001f6a2" + "\n" * 10_000
-    row = ended(1, admitted(1), record(1, model=wild, path=wild, request_id=wild), NO_PRICES)
+    strange = {"model": wild, "path": wild, "request_id": wild}
+    row = ended(opened(1, admitted(1, **strange)), record(1, **strange), NO_PRICES)
     assert len(msgspec.json.encode(row)) < LINE_BYTES
     opening().apply(RUN, [], [row])
     (kept,) = rows_in(where)
@@ -143,7 +145,7 @@ def test_sums(opening: Callable[[], Store], by: str) -> None:
     rows = [
         whole(1, started_at=0 * day + 5),
         whole(2, started_at=1 * day + 5, model="b", upstream="u2"),
-        ended(3, admitted(3, key=None, principal=None), record(3, started_at=day + 9, usage=None), NO_PRICES),
+        ended(opened(3, admitted(3, key=None, principal=None, started_at=day + 9)), record(3, usage=None), NO_PRICES),
         opened(4, admitted(4, started_at=3 * day)),
     ]
     rows[2].outcome = "client_gone"

@@ -60,7 +60,7 @@ class Ledger:
         )
         self._filler = Filler(self._journal, store or open_store(settings.file, settings.postgres), settings.journal)
         self._prices = Prices(prices)
-        self._admitted: dict[int, Admitted] = {}
+        self._open: dict[int, rows.Row] = {}
         self._written = trio.Event()
         self._finishing = trio.Event()
         self._finished = trio.Event()
@@ -82,17 +82,17 @@ class Ledger:
     def admitted(self, exchange: Admitted) -> int | Failure:
         """One write(2). Its number, or the failure: the journal is full. Not a checkpoint."""
         number = self._journal.next()
-        if not self._journal.admit(rows.opened(number, exchange)):
+        row = rows.opened(number, exchange)
+        if not self._journal.admit(row):
             self._refused += 1
             return Failure(Side.GATEWAY, Phase.ROUTE, Kind.UNBOOKED, _FULL)
-        self._admitted[number] = exchange
+        self._open[number] = row
         self._written.set()
         return number
 
     def ended(self, number: int, record: ExchangeRecord) -> None:
         """One write(2). Not a checkpoint."""
-        exchange = self._admitted.pop(number)
-        self._journal.end(rows.ended(number, exchange, record, self._prices))
+        self._journal.end(rows.ended(self._open.pop(number), record, self._prices))
         self._written.set()
 
     # -- the store -----------------------------------------------------------------------------------------------------

@@ -88,48 +88,28 @@ def opened(seq: int, admitted: Admitted) -> Row:
     )
 
 
-def ended(seq: int, admitted: Admitted, record: ExchangeRecord, prices: Prices) -> Row:
-    """The whole row of an exchange that has ended."""
+def ended(row: Row, record: ExchangeRecord, prices: Prices) -> Row:
+    """The whole row of an exchange that has ended: the open `row`, filled in. What names the exchange stays."""
+    if record.model is not None:
+        row.model = _text(record.model)  # perhaps nobody had to know it before
+    row.upstream, row.upstream_model = _text(record.upstream), _text(record.upstream_model)
+    row.attempts, row.status = record.attempts, record.status
+    row.outcome = record.outcome._value_  # .value is a Python call or two
+    row.phase, row.usage_source = record.phase._value_, record.usage_source._value_
     usage = record.usage
-    price = None
     if usage is not None:
+        prompt, completion, cached, reasoning = usage.prompt, usage.completion, usage.cached, usage.reasoning
+        row.prompt_tokens, row.completion_tokens = prompt, completion
+        row.cached_tokens, row.reasoning_tokens = cached, reasoning
         price = prices.find(record.upstream, record.upstream_model, record.model)
-    return Row(
-        seq=seq,
-        started_at=record.started_at,
-        request_id=_text(record.request_id) or "",
-        principal=_text(record.principal),
-        key_name=_text(admitted.key),
-        path=_text(record.path) or "",
-        model=_text(record.model),
-        upstream_model=_text(record.upstream_model),
-        upstream=_text(record.upstream),
-        attempts=record.attempts,
-        status=record.status,
-        outcome=record.outcome._value_,  # .value is a Python call or two
-        phase=record.phase._value_,
-        usage_source=record.usage_source._value_,
-        prompt_tokens=None if usage is None else usage.prompt,
-        completion_tokens=None if usage is None else usage.completion,
-        cached_tokens=None if usage is None else usage.cached,
-        reasoning_tokens=None if usage is None else usage.reasoning,
-        cost=None
-        if usage is None or price is None
-        else cost(
-            price,
-            prompt=usage.prompt,
-            completion=usage.completion,
-            cached=usage.cached,
-            reasoning=usage.reasoning,
-        ),
-        request_bytes=record.request_bytes,
-        response_bytes=record.response_bytes,
-        events=record.events,
-        first_byte=_seconds(record.first_byte),
-        duration=_seconds(record.duration),
-        cancel_latency=_seconds(record.cancel_latency),
-        flags=",".join(record.flags),
-    )
+        if price is not None:
+            row.cost = cost(price, prompt=prompt, completion=completion, cached=cached, reasoning=reasoning)
+    row.request_bytes, row.response_bytes, row.events = record.request_bytes, record.response_bytes, record.events
+    row.first_byte = _seconds(record.first_byte)
+    row.duration = round(record.duration, 6)
+    row.cancel_latency = _seconds(record.cancel_latency)
+    row.flags = ",".join(record.flags)
+    return row
 
 
 def _seconds(value: float | None) -> float | None:
