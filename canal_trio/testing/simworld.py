@@ -240,6 +240,8 @@ class _World:
         """Every connection that the gateway serves must end now that its client has."""
         deadlines = self._plan.deadlines
         patience = SETTLE + deadlines.linger + max(deadlines.client_write, deadlines.keep_alive)
+        if any(upstream.on_client_eof == "finish" for upstream in self._plan.upstreams):
+            patience += deadlines.first_byte  # an answer is waited for that may never come
         with trio.move_on_after(patience):
             while self._serving:  # noqa: ASYNC110  # virtual time
                 await trio.sleep(0.25)
