@@ -1,5 +1,8 @@
 """Attackers: connections that send a request's head one byte per second, and come again when they are thrown out.
 
+They come spread over a second, and each drips by a clock of its own, as strangers do; all in one tick would be a load
+of a thousand requests a second in a single moment, which is another question.
+
 One epoll loop in a process of its own. Invariant: every connection that was opened is accounted for: how long it lived
 from its first byte on, or that it was still there at the end.
 """
@@ -11,7 +14,7 @@ import select
 import socket
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, final
@@ -23,6 +26,8 @@ __all__ = ["Attack", "attack", "attacking"]
 _HEAD = b"GET /v1/models HTTP/1.1\r\nHost: x\r\nX-Slow: " + b"a" * 2000
 _FAST = 40  # bytes of it that are sent at once
 _OPENING = 50  # connections that may be opened in one round of the loop
+_COMING = 1.0  # seconds over which they come at first
+_DRIP = 1.0  # seconds between two bytes of one
 
 
 @final
@@ -36,6 +41,8 @@ class Attack:
         self.last = self.end + grace
         self.poll = select.epoll()
         self.open: dict[int, _Slow] = {}
+        self.drips: deque[tuple[float, _Slow]] = deque()  # who sends the next byte when, in order
+        self.began = time.monotonic()
         self.opened = self.refused = 0
         self.lives: list[float] = []
         self.answers: Counter[str] = Counter()
@@ -44,22 +51,21 @@ class Attack:
 
     def run(self) -> dict[str, Any]:
         """Attack; what came of it."""
-        tick = before = time.monotonic()
+        before = time.monotonic()
         while (now := time.monotonic()) < self.last and (now < self.end or self.open):
             self.late, before = max(self.late, now - before), now
             if now < self.end:
                 self._open()
-            for fd, events in self.poll.poll(0.05, 512):
+            for fd, events in self.poll.poll(0.01, 512):
                 slow = self.open[fd]
                 if slow.connected:
                     self._heard(slow)
                 elif events & select.EPOLLOUT:
                     self._begin(slow)
-            if now - tick >= 1.0:
-                tick = now
-                for slow in list(self.open.values()):
-                    if slow.connected:
-                        self._drip(slow)
+            while self.drips and self.drips[0][0] <= now:
+                slow = self.drips.popleft()[1]
+                if self.open.get(slow.fd) is slow:
+                    self._drip(slow)
         left = len(self.open)
         for slow in list(self.open.values()):
             self._close(slow)
@@ -70,7 +76,8 @@ class Attack:
         }  # fmt: skip
 
     def _open(self) -> None:
-        for _ in range(min(self.count - len(self.open), _OPENING)):
+        come = min(self.count, int(self.count * (time.monotonic() - self.began) / _COMING))
+        for _ in range(min(come - len(self.open), _OPENING)):
             sock = socket.socket()
             sock.setblocking(False)
             sock.connect_ex(self.address)
@@ -96,6 +103,8 @@ class Attack:
             slow.sent += slow.sock.send(_HEAD[slow.sent : slow.sent + size])
         except OSError:
             self._gone(slow)
+        else:
+            self.drips.append((time.monotonic() + _DRIP, slow))
 
     def _heard(self, slow: _Slow) -> None:
         try:
