@@ -41,7 +41,8 @@ def _spelled(name: str) -> bytes:
 
 _BLANK: Final = rb"[ \t\r\n]*+"
 _STRING: Final = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
-_PLAIN: Final = rb'(?:[^"{}\[\]]++|%b)*+' % _STRING
+# No possessive repeat of alternatives: before 3.11.5 (Debian 12 has 3.11.2) `re` gets them wrong (CPython gh-106052).
+_PLAIN: Final = rb'[^"{}\[\]]*+(?:%b[^"{}\[\]]*+)*+' % _STRING
 _CANDIDATE: Final = re.compile(
     rb'"(%b|%b(?:%b)?)"%b:%b' % (_spelled("model"), _spelled("stream"), _spelled("_options"), _BLANK, _BLANK)
 )
@@ -50,7 +51,9 @@ _KEY: Final = re.compile(rb"(%b)%b:%b" % (_STRING, _BLANK, _BLANK), re.DOTALL)
 _SCALAR: Final = re.compile(rb'%b|[^"{}\[\], \t\r\n]++' % _STRING, re.DOTALL)
 _NEXT: Final = re.compile(rb"%b,%b" % (_BLANK, _BLANK))
 # To the next bracket that does not belong to a flat object or array.
-_INSIDE: Final = re.compile(rb"(?:[^\"{}\[\]]++|%b|\{%b\}|\[%b\])*+" % (_STRING, _PLAIN, _PLAIN), re.DOTALL)
+_INSIDE: Final = re.compile(
+    rb"[^\"{}\[\]]*+(?:(?>%b|\{%b\}|\[%b\])[^\"{}\[\]]*+)*+" % (_STRING, _PLAIN, _PLAIN), re.DOTALL
+)
 
 
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")

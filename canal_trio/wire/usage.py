@@ -21,7 +21,7 @@ __all__ = ["BodyUsage", "StreamUsage", "usage_of"]
 USAGE_BYTES: Final = 8192  # of one `usage` value; a real one has some hundred
 _MOST_TOKENS: Final = 2**53  # what any JSON reader can hold
 
-_TEXT: Final = re.compile(rb'(?:[^"\\]+|\\.)*+', re.DOTALL)  # inside of a string, up to its end
+_TEXT: Final = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)  # inside of a string, up to its end
 _NEAR: Final = re.compile(rb'[^"\[\]{}:,]*')  # outside of strings, where members are looked at
 _DEEP: Final = re.compile(rb'[^"\[\]{}]*')  # the same, where they are not
 _NAME_BYTES: Final = 12  # of a string: enough for the names that are looked for
