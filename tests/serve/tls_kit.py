@@ -30,6 +30,7 @@ class Authority:
         self.ca_file = str(folder / "ca.pem")
         self._ca.cert_pem.write_to_path(self.ca_file)
         self.client = ssl.create_default_context(cafile=self.ca_file)
+        self.client.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF  # Python sets it with OpenSSL 3
 
     def issue(self, name: str, *hosts: str) -> ServerTLS:
         """A certificate for `hosts`, in `NAME.pem` and `NAME.key`."""
