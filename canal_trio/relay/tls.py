@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import ssl
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, final
 
 import trio
@@ -116,7 +115,7 @@ class TlsStream(HalfCloseableStream):
             except ssl.SSLWantReadError:
                 await self._flush()
                 if self._cut:
-                    raise trio.BrokenResourceError("the TLS handshake failed: the connection ended in it") from None
+                    raise trio.BrokenResourceError("the connection ended in the TLS handshake") from None
                 self._feed(await self.transport_stream.receive_some(RECORDS))
             except ssl.SSLError as exc:  # CertificateError is one
                 self._try_flush()  # the alert: so that the peer learns why
@@ -331,9 +330,7 @@ class TlsStream(HalfCloseableStream):
         if ciphertext:
             self._incoming.write(ciphertext)
         else:
-            # Not `write_eof`: with OpenSSL 3 Python's contexts take an end without close_notify for a proper one
-            # (OP_IGNORE_UNEXPECTED_EOF). Whoever reads to here and wants more has met a cut.
-            self._cut = True
+            self._cut = True  # not write_eof: with OpenSSL 3, Python's contexts would take that for a proper end
 
     def _offer(self, data: Buffer) -> int:
         """`try_send`, without asking who sends."""
@@ -418,7 +415,5 @@ class _Sending:
             raise trio.BusyResourceError("another task is sending on this stream")
         self._stream._sending = True
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stream._sending = False

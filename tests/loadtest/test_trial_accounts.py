@@ -13,6 +13,7 @@ import trio
 
 from loadtest.behaviour import Behaviour
 from loadtest.safety import target_of
+from loadtest.trials import slowheads
 from loadtest.trials.books import agree
 from loadtest.trials.customers import Customers, Habits, Visit
 from loadtest.trials.faults import KINDS, draw
@@ -177,7 +178,8 @@ async def test_the_link_lets_pass_what_its_fault_says(upstream: Upstream, monkey
     ]  # fmt: skip
 
 
-def test_attackers_account_for_each_of_them(upstream: Upstream):
+def test_attackers_account_for_each_of_them(upstream: Upstream, monkeypatch: pytest.MonkeyPatch):
     """A server that never throws anybody out is told as such: all are still there."""
+    monkeypatch.setattr(slowheads, "_COMING", 0.05)
     found = Attack((upstream.host, upstream.port), 20, seconds=0.3, grace=0.2).run()
     assert (found["opened"], found["thrown_out"], found["still_there"]) == (20, 0, 20)
