@@ -7,7 +7,7 @@ and a bound. One connection for each, closed at the end, whatever happens.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Self, final
+from typing import Self, final
 
 import httpcore
 import trio
@@ -120,7 +120,3 @@ class _Network(httpcore.AsyncNetworkStream):
 
     async def aclose(self) -> None:
         """The caller closes it."""
-
-    def get_extra_info(self, info: str) -> Any:
-        """Nothing."""
-        return None

@@ -147,6 +147,7 @@ def test_what_was_used_is_guessed_from_what_was_delivered():
         (8.64, b"8.64s"),
         (59.9999, b"1m0s"),
         (60, b"1m0s"),
+        (1e-12, b"0s"),
         (360, b"6m0s"),
         (90.5, b"1m30.5s"),
         (3600, b"1h0m0s"),

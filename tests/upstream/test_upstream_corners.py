@@ -23,6 +23,7 @@ from canal_trio.testing.simstream import SimStream, sim_stream_pair
 from canal_trio.upstream.connect import Connector
 from canal_trio.upstream.forward import ForwardedConnection
 from canal_trio.upstream.http1 import Http1Connection, _weakly
+from canal_trio.upstream.idle import has_hung_up
 from canal_trio.upstream.tunnel import parse_proxy
 from canal_trio.wire.targets import BaseUrl
 
@@ -217,6 +218,7 @@ async def test_what_a_log_shows_of_a_connection(autojump_clock: trio.testing.Moc
         assert text.startswith("<ForwardedConnection by http://proxy.test:3128: <Http1Connection ")
         assert text.endswith(", send>>")
         assert "hidden" not in text
+        assert not forwarded.ends()
         connection.abort()
         nursery.cancel_scope.cancel()
 
@@ -228,3 +230,21 @@ async def test_a_deadline_of_a_connection_that_is_gone(autojump_clock: trio.test
     heads = Heads()
     _weakly(WeakMethod(heads.expire))(Failure(Side.UPSTREAM, Phase.STREAM, Kind.STALLED))
     assert [failure.kind for failure in heads.expired] == [Kind.STALLED]
+
+
+async def test_a_hangup_is_known_before_the_poller_has_heard_of_it() -> None:
+    """By a zero-time look at the socket; a connection that we have closed is one that has ended, too."""
+    near, far = socket.socketpair()
+    stream = TcpStream(near)
+    assert not has_hung_up(stream)
+    far.close()
+    assert has_hung_up(stream)
+    await trio.testing.wait_all_tasks_blocked()
+    assert stream.hangup
+    assert has_hung_up(stream)
+    stream.close()
+    near, far = socket.socketpair()
+    stream = TcpStream(near)
+    stream.close()
+    assert has_hung_up(stream)
+    far.close()
