@@ -14,6 +14,7 @@ from canal_trio.hooks import Usage
 from canal_trio.messages import ResponseHead
 from canal_trio.relay.flow import Sink
 from canal_trio.upstream.interface import Outlet
+from canal_trio.wire.headers import is_json
 from canal_trio.wire.usage import BodyUsage, StreamUsage
 from canal_trio.wire.usage_edit import UsageEdit
 
@@ -112,7 +113,4 @@ def account_for(head: ResponseHead, *, streamed: bool, asked: bool, held_bytes: 
         return None
     if streamed:
         return Account(StreamUsage(), UsageEdit(held_bytes) if asked else None)
-    media = (head.headers.get(b"content-type") or b"").partition(b";")[0].strip().lower()
-    if media == b"application/json" or media.endswith(b"+json"):
-        return Account(BodyUsage(), None)
-    return None
+    return Account(BodyUsage(), None) if is_json(head.headers) else None

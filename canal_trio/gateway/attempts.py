@@ -34,7 +34,7 @@ from canal_trio.relay.flow import Ended, FlowReceiver
 from canal_trio.settings import Settings, Upstream
 from canal_trio.upstream.interface import AnswerBody, BodySource, StraightConnection
 from canal_trio.upstream.pool import Lease
-from canal_trio.wire.headers import is_event_stream
+from canal_trio.wire.facts import response_facts
 from canal_trio.wire.hints import retry_after
 
 if TYPE_CHECKING:
@@ -330,7 +330,7 @@ class Attempts:
         if another is not None:
             self._kept = await keep_from_flow(port.flow, head, upstream.name) or self._kept
             return another
-        if await delivery.no_longer_early() and not (head.status == 200 and is_event_stream(head.headers)):
+        if await delivery.no_longer_early() and not (head.status == 200 and response_facts(head).event_stream):
             refused = await keep_from_flow(port.flow, head, upstream.name)
             delivery.refusal = None if refused is None else refused.early()
             detail = f"It answered {head.status}, without a stream, when a stream had been begun."
@@ -383,7 +383,7 @@ class Attempts:
             head.status == 200
             and len(self._tried) < self._most
             and (body is None or body.replayable)
-            and is_event_stream(head.headers)
+            and response_facts(head).event_stream
         )
 
     def _not_relayed(self, error: bool, cut: object) -> Failure | None:

@@ -164,10 +164,9 @@ class Balancing:
 
 def _names_prompt(exchange: Exchange) -> bool:
     """Its body is JSON, so that it may have a prompt."""
-    if exchange.head is None or exchange.body is None or exchange.upgrade is not None:
+    if exchange.facts is None or exchange.body is None or exchange.upgrade is not None:
         return False
-    media = (exchange.head.headers.get(b"content-type") or b"").partition(b";")[0].strip().lower()
-    return media == b"application/json" or media.endswith(b"+json")
+    return exchange.facts.json
 
 
 def timing(exchange: Exchange, standing: Standing, options: Balance) -> Callable[[float], None]:

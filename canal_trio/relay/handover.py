@@ -8,9 +8,21 @@ kit's `SimStream` have it; any other stream takes the plain path.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias, TypeGuard, runtime_checkable
+from typing import Protocol, TypeAlias, TypeGuard, final, runtime_checkable
 
-__all__ = ["Answer", "Armed", "Buffer", "HandoverStream", "can_hand_over", "handover_end", "receive_limit", "settled"]
+import trio
+
+__all__ = [
+    "Answer",
+    "Armed",
+    "Buffer",
+    "HandoverStream",
+    "OneSender",
+    "can_hand_over",
+    "handover_end",
+    "receive_limit",
+    "settled",
+]
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Answer: TypeAlias = bool | Callable[[], bool]
@@ -87,6 +99,28 @@ def handover_end(stream: object) -> HandoverStream | None:
             return stream
         stream = getattr(stream, "transport_stream", None)
     return None
+
+
+class _Sends(Protocol):
+    _sending: bool
+
+
+@final
+class OneSender:
+    """One task at a time sends on `stream`: a second one gets BusyResourceError instead of interleaved bytes."""
+
+    __slots__ = ("_stream",)
+
+    def __init__(self, stream: _Sends) -> None:
+        self._stream = stream
+
+    def __enter__(self) -> None:
+        if self._stream._sending:
+            raise trio.BusyResourceError("another task is sending on this stream")
+        self._stream._sending = True
+
+    def __exit__(self, *_: object) -> None:
+        self._stream._sending = False
 
 
 def receive_limit(max_bytes: int | None, default: int) -> int:

@@ -24,7 +24,7 @@ import outcome
 import trio
 from trio.abc import HalfCloseableStream
 
-from canal_trio.relay.handover import Armed, Buffer, HandoverStream, handover_end, receive_limit, settled
+from canal_trio.relay.handover import Armed, Buffer, HandoverStream, OneSender, handover_end, receive_limit, settled
 from canal_trio.relay.poller import HANGUP, ROUNDS, Poller
 
 __all__ = ["Armed", "HandoverStream", "TcpStream", "handover_end"]
@@ -235,7 +235,7 @@ class TcpStream(HalfCloseableStream):
 
     async def send_batch(self, pieces: Sequence[Buffer]) -> None:
         """Send `pieces` one after the other, gathered (sendmsg), not joined. Otherwise as `send_all`."""
-        with _Claim(self):
+        with OneSender(self):
             self._check_sendable()
             await trio.lowlevel.checkpoint_if_cancelled()
             rest = self._gather(pieces)
@@ -275,7 +275,7 @@ class TcpStream(HalfCloseableStream):
 
     async def wait_send_all_might_not_block(self) -> None:
         """As `trio.abc.SendStream.wait_send_all_might_not_block`."""
-        with _Claim(self):
+        with OneSender(self):
             self._check_open()
             await self._wait_writable()
 
@@ -285,7 +285,7 @@ class TcpStream(HalfCloseableStream):
 
     async def send_eof(self) -> None:
         """As `trio.abc.HalfCloseableStream.send_eof`. Idempotent."""
-        with _Claim(self):
+        with OneSender(self):
             self._check_open()
             await trio.lowlevel.checkpoint()
             self._check_open()
@@ -401,20 +401,3 @@ class TcpStream(HalfCloseableStream):
         if exc.errno not in _HARMLESS:
             self._broken = text
         return trio.BrokenResourceError(text)
-
-
-class _Claim:
-    """One task at a time sends: a second one gets BusyResourceError instead of interleaved bytes."""
-
-    __slots__ = ("_stream",)
-
-    def __init__(self, stream: TcpStream) -> None:
-        self._stream = stream
-
-    def __enter__(self) -> None:
-        if self._stream._sending:
-            raise trio.BusyResourceError("another task is sending on this stream")
-        self._stream._sending = True
-
-    def __exit__(self, *_: object) -> None:
-        self._stream._sending = False

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol, final
 import trio
 from trio.abc import HalfCloseableStream
 
-from canal_trio.relay.handover import Armed, Buffer, HandoverStream, receive_limit, settled
+from canal_trio.relay.handover import Armed, Buffer, HandoverStream, OneSender, receive_limit, settled
 
 if TYPE_CHECKING:
     import socket
@@ -246,7 +246,7 @@ class TlsStream(HalfCloseableStream):
 
     async def send_batch(self, pieces: Sequence[Buffer]) -> None:
         """Send `pieces` one after the other, small ones in one record. Otherwise as `send_all`."""
-        with _Sending(self):
+        with OneSender(self):
             await trio.lowlevel.checkpoint_if_cancelled()
             self._check_sendable()
             waited = False
@@ -260,13 +260,13 @@ class TlsStream(HalfCloseableStream):
 
     async def wait_send_all_might_not_block(self) -> None:
         """As `trio.abc.SendStream.wait_send_all_might_not_block`."""
-        with _Sending(self):
+        with OneSender(self):
             self._check_sendable()
             await self.transport_stream.wait_send_all_might_not_block()
 
     async def send_eof(self) -> None:
         """close_notify, then the transport's own end; what the peer still says can be received. Idempotent."""
-        with _Sending(self):
+        with OneSender(self):
             self._check_open()
             await trio.lowlevel.checkpoint()
             if self._eof_sent:
@@ -400,20 +400,3 @@ def _up_to(pieces: list[memoryview], size: int) -> list[memoryview]:
         total += len(pieces[count])
         count += 1
     return pieces[:count]
-
-
-class _Sending:
-    """One sending task at a time."""
-
-    __slots__ = ("_stream",)
-
-    def __init__(self, stream: TlsStream) -> None:
-        self._stream = stream
-
-    def __enter__(self) -> None:
-        if self._stream._sending:
-            raise trio.BusyResourceError("another task is sending on this stream")
-        self._stream._sending = True
-
-    def __exit__(self, *_: object) -> None:
-        self._stream._sending = False

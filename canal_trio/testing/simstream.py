@@ -23,7 +23,7 @@ import outcome
 import trio
 from trio.abc import HalfCloseableStream
 
-from canal_trio.relay.handover import Armed, Buffer, receive_limit, settled
+from canal_trio.relay.handover import Armed, Buffer, OneSender, receive_limit, settled
 from canal_trio.testing.simlink import End, Fault, FaultKind, Pipe, SimLink, current_wheel
 
 __all__ = ["Fault", "FaultKind", "HandoverSimStream", "SimLink", "SimStream", "sim_stream_pair"]
@@ -211,8 +211,8 @@ class SimStream(HalfCloseableStream):
             self._sender = trio.lowlevel.current_task()
             await trio.lowlevel.wait_task_rescheduled(abort)
 
-    def _claim_sending(self) -> _Sending:
-        return _Sending(self)
+    def _claim_sending(self) -> OneSender:
+        return OneSender(self)
 
     def _check_receiver(self) -> None:
         if self._receiver is not None or self._sink is not None:
@@ -226,21 +226,6 @@ class SimStream(HalfCloseableStream):
         fault, self._fault = self._fault, None
         if fault is not None:
             raise fault
-
-
-class _Sending:
-    """One sending task at a time."""
-
-    def __init__(self, stream: SimStream) -> None:
-        self._stream = stream
-
-    def __enter__(self) -> None:
-        if self._stream._sending:
-            raise trio.BusyResourceError("another task is sending on this stream")
-        self._stream._sending = True
-
-    def __exit__(self, *_: object) -> None:
-        self._stream._sending = False
 
 
 class HandoverSimStream(SimStream):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from canal_trio.errors import Failure
 from canal_trio.messages import RequestHead, ResponseHead
 from canal_trio.wire.bodies import content_length, request_framing
-from canal_trio.wire.headers import is_event_stream, keep_alive, upgrade_of, wants_continue
+from canal_trio.wire.headers import is_event_stream, is_json, keep_alive, upgrade_of, wants_continue
 
 __all__ = ["RequestFacts", "ResponseFacts", "request_facts", "response_facts"]
 
@@ -47,14 +47,13 @@ def request_facts(head: RequestHead) -> RequestFacts:
     if isinstance(kept, RequestFacts):
         return kept
     headers = head.headers
-    media = (headers.get(b"content-type") or b"").partition(b";")[0].strip().lower()
     facts = RequestFacts(
         framing=request_framing(head),
         length=content_length(headers),
         keep_alive=keep_alive(head.version, headers),
         wants_continue=wants_continue(head),
         upgrade=upgrade_of(head),
-        json=media == b"application/json" or media.endswith(b"+json"),
+        json=is_json(headers),
         method=head.method.decode("ascii", "backslashreplace"),
         path=head.target.partition(b"?")[0].decode("ascii", "backslashreplace"),
     )

@@ -27,6 +27,7 @@ __all__ = [
     "for_client",
     "for_upstream",
     "is_event_stream",
+    "is_json",
     "keep_alive",
     "request_id",
     "upgrade_of",
@@ -68,6 +69,12 @@ def request_id(headers: Headers) -> bytes:
     if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]):
         return given[0]
     return b"req_%032x" % _random_bits(128)
+
+
+def is_json(headers: Headers) -> bool:
+    """Is the body JSON, by its content type?"""
+    media = (headers.get(b"content-type") or b"").partition(b";")[0].strip().lower()
+    return media == b"application/json" or media.endswith(b"+json")
 
 
 def is_event_stream(headers: Headers) -> bool:
