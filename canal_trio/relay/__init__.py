@@ -32,6 +32,7 @@ from canal_trio.relay.idle import Reaper, ReaperStatistics, Watch
 from canal_trio.relay.pump import Progress, RelayFailure, Trouble, deliver, pump
 from canal_trio.relay.streams import TcpStream
 from canal_trio.relay.tls import TlsStream
+from canal_trio.relay.waiting import wait_in_poller
 
 __all__ = [
     "Aborted",
@@ -65,4 +66,5 @@ __all__ = [
     "pump",
     "relay",
     "settled",
+    "wait_in_poller",
 ]

@@ -2,29 +2,31 @@
 
 Trio re-arms its own epoll with a system call for each wait; here a socket is registered once, and a wake serves
 whatever became ready since. For each ready stream the poller calls the sink armed on it (hand-over on the spot), or
-wakes the task that waits for it.
+wakes the task that waits for it. Who calls it is a task of its own (`_run`), or the run's own wait
+(`wait_in_poller`, waiting.py).
 
 A sink may answer with the rest of its step. Then a round first receives for all who are ready and sends for all of them
 after that: a process at the other end is woken by the first of these sends and finds the others when it comes, where
 it would have gone back to sleep between two sends with a receive in the middle. Measured with 250 streams: a fifth of
 all CPU per event. It holds nothing back: both halves are one step of the poller, and `MAX_EVENTS` bounds it.
 
-Invariants: a sink's exception is raised in the task that armed it, never here. One wake is bounded in rounds
-(`ROUNDS`), and a sink's turn by what its flow takes, so that one busy stream cannot starve the others; after that the
-scheduler gets its turn before the poller goes on.
+Invariants: a sink's exception is raised in the task that armed it, never here. While a task can run, one wake is
+bounded in rounds (`ROUNDS`), and a sink's turn by what its flow takes, so that one busy stream cannot starve the
+others; after that the scheduler gets its turn before the poller goes on.
 """
 
 from __future__ import annotations
 
 import select
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 import trio
 
 from canal_trio.relay.handover import Armed
 
-__all__ = ["HANGUP", "Pollable", "Poller"]
+__all__ = ["HANGUP", "ROUNDS", "Pollable", "Poller"]
 
 ROUNDS = 8  # design, section 10: one round per wake cost 1.7 x nginx per event where eight cost 1.45
 MAX_EVENTS = 32  # in one round: what is received first waits for so many others to be received before it is sent
@@ -45,13 +47,16 @@ class Pollable(Protocol):
 class Poller:
     """The epoll of this run. Use `Poller.current()`; it is started by the first stream and ends with the run."""
 
-    __slots__ = ("_again", "_epoll", "_newcomers", "_streams", "steps")
+    __slots__ = ("_again", "_epoll", "_led", "_nested", "_newcomers", "_release", "_streams", "outside", "steps")
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._streams: dict[int, Pollable] = {}
         self._again: dict[Pollable, None] = {}  # who wants another turn, in order
         self._newcomers: set[int] = set()  # descriptors registered since the last look at the epoll
+        self._led = False
+        self._release = trio.Event()
+        self.outside = False  # the last round found something that is no stream's: `watch_outside`
         self.steps: list[tuple[Pollable, Armed, Callable[[], bool]]] = []  # begun in this round: `on_ready` adds to it
 
     @classmethod
@@ -80,43 +85,97 @@ class Poller:
         if self._streams.pop(fd, None) is not None and not self._epoll.closed:
             self._epoll.unregister(fd)
 
+    # -- who waits -----------------------------------------------------------------------------------------------------
+
+    def lead(self) -> bool:
+        """From now on the caller calls `round`, and nobody else; until `unlead`. False: somebody does already."""
+        if self._led:
+            return False
+        self._led = True
+        self._release = trio.Event()
+        # Trio goes on watching what it once was made to wait for, and two epolls that watch each other are an error.
+        watched_by_trio, self._epoll = self._epoll, select.epoll()
+        for fd in self._streams:
+            self._epoll.register(fd, _EVENTS)
+        self._newcomers.update(self._streams)
+        trio.lowlevel.notify_closing(watched_by_trio)
+        watched_by_trio.close()
+        return True
+
+    def unlead(self) -> None:
+        """The poller's own task waits again."""
+        self._led = False
+        self._release.set()
+
+    def watch_outside(self, fd: int) -> None:
+        """Notice in `outside` whenever `fd`, which is no stream's, is readable. Raises OSError."""
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def unwatch_outside(self, fd: int) -> None:
+        """No longer; harmless once the run is over."""
+        if not self.over:
+            self._epoll.unregister(fd)
+
+    @property
+    def over(self) -> bool:
+        """The run is ending: nothing is watched any more."""
+        return self._epoll.closed
+
+    @property
+    def hungry(self) -> bool:
+        """A stream waits for another turn: the next round must not wait."""
+        return bool(self._again)
+
     async def _run(self) -> None:
-        fileno = self._epoll.fileno()
         try:
             while True:
-                if self._again:
+                if self._led:
+                    await self._release.wait()
+                elif self._again:
                     await trio.lowlevel.checkpoint()
                 else:
-                    await trio.lowlevel.wait_readable(fileno)
-                self._serve()
+                    with suppress(trio.ClosedResourceError):  # by `lead`
+                        await trio.lowlevel.wait_readable(self._epoll)
+                if not self._led:
+                    self.serve()
         finally:
             self._epoll.close()
 
-    def _serve(self) -> None:
-        poll, streams, newcomers, steps = self._epoll.poll, self._streams, self._newcomers, self.steps
+    def serve(self) -> None:
+        """Rounds without waiting, until nothing is ready or there were `ROUNDS`."""
         for _ in range(ROUNDS):
-            turn, self._again = self._again, {}
-            newcomers.clear()
-            events = poll(0, MAX_EVENTS)
-            for fd, mask in events:
-                stream = streams.get(fd)
-                # An earlier sink of this very round may have closed the stream, and another one may have been given
-                # the number: what was reported is not about that one, whose own readiness the next look reports.
-                if stream is None or fd in newcomers:
-                    continue
-                if turn:
-                    turn.pop(stream, None)
-                if stream.on_ready(mask):
-                    self._again[stream] = None
-            for stream in turn:
-                if stream.on_ready(0):
-                    self._again[stream] = None
-            for stream, sink, step in steps:
-                if stream.take_step(sink, step):
-                    self._again[stream] = None
-            steps.clear()
-            if not events and not self._again:
+            if not self.round(0):
                 return
+
+    def round(self, timeout: float) -> bool:
+        """One look at who is ready, after at most `timeout` seconds, and a turn for each. False: nobody was.
+
+        Not a checkpoint: with a timeout it blocks the thread.
+        """
+        streams, newcomers, steps = self._streams, self._newcomers, self.steps
+        turn, self._again = self._again, {}
+        newcomers.clear()
+        self.outside = False
+        events = self._epoll.poll(timeout, MAX_EVENTS)
+        for fd, mask in events:
+            stream = streams.get(fd)
+            # An earlier sink of this very round may have closed the stream, and another one may have been given
+            # the number: what was reported is not about that one, whose own readiness the next look reports.
+            if stream is None or fd in newcomers:
+                self.outside |= stream is None
+                continue
+            if turn:
+                turn.pop(stream, None)
+            if stream.on_ready(mask):
+                self._again[stream] = None
+        for stream in turn:
+            if stream.on_ready(0):
+                self._again[stream] = None
+        for stream, sink, step in steps:
+            if stream.take_step(sink, step):
+                self._again[stream] = None
+        steps.clear()
+        return len(events) > self.outside or bool(self._again)
 
 
 _current: trio.lowlevel.RunVar[Poller] = trio.lowlevel.RunVar("canal_trio.relay.poller")

@@ -31,6 +31,7 @@ from canal_trio.observe.log import logging_to
 from canal_trio.observe.metrics import Metrics, Statistics
 from canal_trio.quota.admission import Limits
 from canal_trio.relay.streams import TcpStream
+from canal_trio.relay.waiting import wait_in_poller
 from canal_trio.serve.authority import subject_of
 from canal_trio.serve.books import open_ledger, show_ledger
 from canal_trio.serve.counting import Counting, show_limits
@@ -298,6 +299,7 @@ class Server:
         """
         self.sockets = listening
         async with trio.open_nursery() as services:
+            services.start_soon(wait_in_poller)
             services.start_soon(orders, services)
             await services.start(self._limits.store.run)
             await services.start(self.gateway.run)

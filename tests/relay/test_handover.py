@@ -13,6 +13,8 @@ from trio.testing import assert_checkpoints, memory_stream_pair, wait_all_tasks_
 
 from canal_trio.relay import handover_end
 
+pytestmark = pytest.mark.usefixtures("waits")
+
 # -- being called ------------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,8 @@ from trio.testing import wait_all_tasks_blocked
 
 from canal_trio.relay import TcpStream
 
+pytestmark = pytest.mark.usefixtures("waits")
+
 
 @pytest.mark.parametrize("exception", [OfSink, KeyError, SystemExit], ids=lambda kind: kind.__name__)
 async def test_what_a_sink_raises_is_raised_in_its_owner_alone(pair, exception):

@@ -11,7 +11,9 @@ from relay_pairs import local_pair, socket_pair, tcp_pair
 from trio.testing import wait_all_tasks_blocked
 
 from canal_trio.relay import TcpStream
-from canal_trio.relay.poller import ROUNDS, Poller
+from canal_trio.relay.poller import ROUNDS
+
+pytestmark = pytest.mark.usefixtures("waits")
 
 
 async def test_a_stream_that_is_always_ready_does_not_keep_others_waiting():
@@ -176,40 +178,3 @@ async def test_a_stream_closed_while_it_waits_for_its_turn_gets_none():
     assert len(closed) == 1
     for stream in (a, b, c, d):
         stream.close()
-
-
-def test_a_run_has_one_poller_and_takes_it_along():
-    """The same within a run, another one in the next, its descriptor closed in the end; too late is harmless."""
-    pollers: list[Poller] = []
-
-    async def main() -> None:
-        pollers.append(Poller.current())
-        assert Poller.current() is pollers[-1]
-        for stream in await tcp_pair():
-            stream.close()
-        one, other = socket.socketpair()
-        pollers[-1].register(one.fileno(), StandIn())
-        left.append(one.fileno())
-        one.close()
-        other.close()
-
-    left: list[int] = []
-    for _ in range(2):
-        trio.run(main)
-    assert pollers[0] is not pollers[1]
-    for poller, fd in zip(pollers, left, strict=True):
-        assert poller._epoll.closed
-        poller.unregister(fd)
-        poller.unregister(fd)
-
-
-class StandIn:
-    """A Pollable that is never called."""
-
-    def take_step(self, sink: object, step: object) -> bool:
-        """Not expected."""
-        pytest.fail(f"{sink} called with {step}")
-
-    def on_ready(self, mask: int) -> bool:
-        """Not expected."""
-        pytest.fail(f"called with {mask}")

@@ -19,6 +19,8 @@ from trio.testing import (
 from canal_trio.relay import HandoverStream, TcpStream
 from canal_trio.relay.streams import GATHER
 
+pytestmark = pytest.mark.usefixtures("waits")
+
 
 async def receive_exactly(stream: TcpStream, size: int) -> bytes:
     """`size` bytes, or what came before the end."""

@@ -48,6 +48,28 @@ async def parked(nursery: trio.Nursery, *sinks: TwoSteps) -> list[trio.CancelSco
     return scopes
 
 
+async def test_who_has_more_to_receive_after_its_step_gets_another_turn():
+    """The first half receives a part of what is there, and no further edge will report the rest."""
+    a, b = local_pair()
+    taken: list[bytes | None] = []
+
+    def sink() -> Callable[[], bool]:
+        taken.append(b.try_receive(1))
+        return lambda: len(taken) < 3
+
+    b.arm(sink)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(b.wait_disarmed)
+        await wait_all_tasks_blocked()
+        a.try_send(b"abc")
+        with trio.fail_after(10):
+            while len(taken) < 3:
+                await trio.lowlevel.checkpoint()
+    assert taken == [b"a", b"b", b"c"]
+    a.close()
+    b.close()
+
+
 async def test_a_round_receives_for_all_before_it_sends_for_any():
     """All who are ready are received from first, and sent for in the same order, in one step of the poller."""
     log: list[str] = []
