@@ -112,7 +112,7 @@ class ExchangeRecord(NamedTuple):
     tried: tuple[Tried, ...] = ()  # the attempts before the last, in their order; `upstream` is the last one's
     streamed: bool = False  # the response was an event stream
     request_bytes: int = 0  # body bytes read from the client
-    response_bytes: int = 0  # body bytes accepted by the client's kernel
+    response_bytes: int = 0  # body bytes accepted by the client's kernel; where a stream cannot tell, at least
     events: int = 0  # events delivered
     first_byte: float | None = None
     duration: float = 0.0

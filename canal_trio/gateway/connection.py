@@ -133,12 +133,12 @@ class ClientConnection:
                 again = await self._exchange(exchange) and not self._gateway.draining
                 if not again:
                     return
-            except trio.Cancelled:
-                exchange.note(_stopped(exchange))  # the whole connection was: the gateway stops now
-                self._break(exchange)
-                raise
             except Exception as exc:
                 exchange.note(Failure(Side.GATEWAY, exchange.phase, Kind.INTERNAL, type(exc).__name__))
+                self._break(exchange)
+                raise
+            except BaseException:  # the whole connection was cancelled: the gateway stops now (nurseries make a group)
+                exchange.note(_stopped(exchange))
                 self._break(exchange)
                 raise
             finally:
@@ -221,17 +221,17 @@ class ClientConnection:
         pipeline = Pipeline(exchange, generation, places, self._writer, delivery, self._requests, trusted=trusted)
         pipeline.close = not keep
         try:
-            with exchange.scope:
-                failure = await pipeline.run()
-                if failure is not None:
-                    exchange.note(failure)
-        except Exception as exc:
-            keep = False
-            exchange.note(Failure(Side.GATEWAY, exchange.phase, Kind.INTERNAL))
-            gateway.bug(ExceptionGroup("in the pipeline", [exc]), exchange)
-        if exchange.scope.cancelled_caught and exchange.failure is None and not exchange.left:
-            exchange.note(Failure(Side.GATEWAY, exchange.phase, Kind.TIMEOUT))
-        try:
+            try:
+                with exchange.scope:
+                    failure = await pipeline.run()
+                    if failure is not None:
+                        exchange.note(failure)
+            except Exception as exc:
+                keep = False
+                exchange.note(Failure(Side.GATEWAY, exchange.phase, Kind.INTERNAL))
+                gateway.bug(ExceptionGroup("in the pipeline", [exc]), exchange)
+            if exchange.scope.cancelled_caught and exchange.failure is None and not exchange.left:
+                exchange.note(Failure(Side.GATEWAY, exchange.phase, Kind.TIMEOUT))
             return await self._conclude(exchange, delivery, keep=keep and not delivery.close)
         finally:
             delivery.forget()

@@ -375,8 +375,13 @@ class Delivery:
                 lease.abort()
         return math.inf
 
+    def partly(self) -> int:
+        """Bytes of a piece that was begun and not finished (`BodyWriter.partly`). Not a checkpoint."""
+        return 0 if self._body is None else self._body.partly()
+
     def forget(self) -> None:
-        """It is over: let go of the body, which knows us (see `ClientConnection.run`). Not a checkpoint."""
+        """It is over: count what was begun, and let go of the body, which knows us (see `ClientConnection.run`)."""
+        self._exchange.response_bytes += self.partly()
         self._body = None
 
     # -- endings -------------------------------------------------------------------------------------------------------

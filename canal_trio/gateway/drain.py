@@ -78,7 +78,7 @@ class Draining:
         self._events = exchange.scanner.events if exchange.scanner is not None else 0
         self._was = (
             exchange.status,
-            exchange.response_bytes,
+            exchange.response_bytes + self._delivery.partly(),
             exchange.pieces,
             exchange.first_piece,
             exchange.last_piece,

@@ -169,6 +169,7 @@ class BodyWriter:
     """
 
     __slots__ = (
+        "_begun",
         "_exchange",
         "_framed",
         "_length",
@@ -200,6 +201,7 @@ class BodyWriter:
         self._framed = b""
         self._start = self._stop = 0
         self._now = 0.0
+        self._begun: tuple[bytes, list[bytes], list[bytes]] | None = None  # what `write` is at: head, batch, all framed
 
     @property
     def can_hand_over(self) -> bool:
@@ -325,10 +327,35 @@ class BodyWriter:
             if end is not None and count == total:
                 self._exchange.has_answer()
 
-        written = await self._writer.write(framed, taken)
-        if written and end is not None:
+        self._begun = head, batch, framed
+        if not await self._writer.write(framed, taken):
+            return self._left()
+        self._begun = None
+        if end is not None:
             self._exchange.has_answer()  # there may have been nothing left to write
-        return written or self._left()
+        return True
+
+    def partly(self) -> int:
+        """How many bytes the client's kernel took of a piece that it did not take whole: no other count has them yet.
+
+        What an answer that ends here has delivered besides. Where progress within a write cannot be seen (the plain
+        path), it may have been more. Not a checkpoint.
+        """
+        left = sum(map(len, self._writer.unsent))
+        if not left:
+            return 0
+        if self._framed:
+            return max(0, min(len(self._framed) - left, self._stop) - self._start)
+        if self._begun is None:
+            return 0  # it was a head, or an event of the gateway's own
+        head, batch, framed = self._begun
+        sent = sum(map(len, framed)) - left - len(head)
+        for piece in batch:
+            before, behind = (len(b"%x\r\n" % len(piece)), 2) if self.chunked else (0, 0)
+            if sent < before + len(piece) + behind:
+                return min(max(0, sent - before), len(piece))
+            sent -= before + len(piece) + behind
+        return 0
 
     def _left(self) -> bool:
         """A write failed. True: the client is gone, and the answer is taken to its end all the same."""

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import nullcontext
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from multiprocessing import get_context
 
 import click
@@ -143,7 +143,7 @@ def _many(seeds: Iterator[int], steps: int, seconds: float, processes: int, muta
         over = False
         while True:
             while not over and len(pending) < 2 * processes:
-                batch = [seed for seed, _ in zip(seeds, range(BATCH), strict=False)]
+                batch = list(islice(seeds, BATCH))
                 if batch:
                     pending.add(pool.submit(partial(run_batch, batch, steps, mutant)))
                     ran += len(batch)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from canal_trio.testing.draws import draw_plan, plan_of
 from canal_trio.testing.hunt import Verdict, check, shown, smaller
 from canal_trio.testing.mutants import MUTANTS
-from canal_trio.testing.simulate import main
+from canal_trio.testing.simulate import BATCH, main
 from canal_trio.testing.simworld import simulate
 
 EXCHANGES = 2_000
@@ -100,10 +100,10 @@ def test_a_smaller_plan_is_smaller() -> None:
 
 
 def test_seeds_in_processes() -> None:
-    """`--seeds A..B` shares them out and sums up."""
-    result = CliRunner().invoke(main, ["--seeds", "0..7", "--processes", "2"])
+    """`--seeds A..B` shares them out, the one between two batches too, and sums up."""
+    result = CliRunner().invoke(main, ["--seeds", f"0..{BATCH}", "--processes", "2"])
     assert result.exit_code == 0, result.output
-    assert result.output.startswith("8 seeds, ")
+    assert result.output.startswith(f"{BATCH + 1} seeds, ")
     assert "every promise held" in result.output
 
 
