@@ -42,7 +42,7 @@ class ClientHeads:
     def block(self, head: ResponseHead, options: ForClient) -> bytes:
         """`head` as bytes for the client that `options` describes. Not a checkpoint."""
         last, way = self._last, _way(options)
-        if last is not None and last.way == way and last.head == head:
+        if last is not None and last.way == way and (last.head is head or last.head == head):
             if last.request_id == options.request_id or b"x-request-id" in head.headers:
                 return last.block  # the upstream's own id is kept, and ours is not in it
             return last.block.replace(_LINE % last.request_id, _LINE % options.request_id, 1)

@@ -31,7 +31,8 @@ from canal_trio.gateway.respond import error_response, own_answer
 from canal_trio.gateway.writer import ClientWriter
 from canal_trio.messages import End, RequestHead
 from canal_trio.relay.flow import FlowSender, open_flow
-from canal_trio.relay.streams import handover_end
+from canal_trio.relay.handover import can_hand_over
+from canal_trio.relay.streams import TcpStream, handover_end
 from canal_trio.wire.bodies import BodyDecoder, NoBody, framed_decoder
 from canal_trio.wire.headers import client_address
 
@@ -81,13 +82,15 @@ class ClientConnection:
                 self._finish(self.current)
             if self._reset or self._writer.trouble is Kind.STALLED:
                 _reset_on_close(self._stream)
-            elif self._clean:  # TLS has something to say at the end, and a body that ends there needs it
+            elif self._clean and not isinstance(self._stream, TcpStream):
+                # TLS has something to say at the end, and a body that ends there needs it.
                 with trio.move_on_after(self._gateway.settings.deadlines.linger, shield=True):
                     await self._stream.aclose()
             end = handover_end(self._stream)
             if end is not None:
                 end.close()  # without a word: what was cut must look cut inside of TLS, too
-            await trio.aclose_forcefully(self._stream)
+            if not can_hand_over(self._stream):
+                await trio.aclose_forcefully(self._stream)
 
     def drain(self) -> None:
         """Take no new request."""
