@@ -14,7 +14,7 @@ from canal_trio.hooks import Usage
 from canal_trio.messages import ResponseHead
 from canal_trio.relay.flow import Sink
 from canal_trio.upstream.interface import Outlet
-from canal_trio.wire.headers import is_json
+from canal_trio.wire.facts import response_facts
 from canal_trio.wire.usage import BodyUsage, StreamUsage
 from canal_trio.wire.usage_edit import UsageEdit
 
@@ -108,9 +108,9 @@ def account_for(head: ResponseHead, *, streamed: bool, asked: bool, held_bytes: 
 
     `asked`: the gateway asked for the usage chunk, so the client gets none.
     """
-    coding = head.headers.get(b"content-encoding")
-    if coding is not None and coding.strip().lower() != b"identity":
+    facts = response_facts(head)
+    if facts.coded:
         return None
     if streamed:
         return Account(StreamUsage(), UsageEdit(held_bytes) if asked else None)
-    return Account(BodyUsage(), None) if is_json(head.headers) else None
+    return Account(BodyUsage(), None) if facts.json else None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import final
 
 from canal_trio.messages import Headers, ResponseHead
+from canal_trio.wire.facts import response_facts
 from canal_trio.wire.headers import ForClient, for_client
 from canal_trio.wire.heads import write_response_head
 
@@ -69,10 +70,10 @@ Fields = tuple[tuple[bytes, bytes], ...]
 
 
 def without_fields(head: ResponseHead, fields: Fields) -> ResponseHead:
-    """`head` without what it says under the names in `fields`: those of another."""
-    names = [name for name, _ in fields if name in head.headers]
-    if not names:
+    """`head` without what it says under the names in `fields`, which tell of limits: those of another."""
+    if not response_facts(head).tells_limits:
         return head
+    names = {name for name, _ in fields}
     kept = Headers([(name, value) for name, lower, value in head.headers.lowered() if lower not in names])
     return ResponseHead(head.status, kept, head.reason, head.version)
 

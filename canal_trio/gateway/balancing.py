@@ -111,11 +111,11 @@ class Balancing:
         self.standings = standings
         self._refused = refused  # under earlier configurations
         self._settings = settings
-        self._groups: dict[Model | Route | None, Group] = {}
+        self._groups: dict[int, Group] = {}  # by the entry's identity: its hash is that of all its fields
 
     def group(self, plan: Plan) -> Group:
         """The upstreams that `plan` leads to, in its order. Not a checkpoint."""
-        group = self._groups.get(plan.entry)
+        group = self._groups.get(id(plan.entry))
         return self._make(plan.entry) if group is None else group
 
     def _make(self, entry: Model | Route | None) -> Group:
@@ -129,7 +129,7 @@ class Balancing:
                 members.append(self._member(upstreams[target.name], target.weight, target.tier))
         options = settings.balance if entry is None or entry.balance is None else entry.balance
         balancer = Balancer(members, options, most_ejected=settings.health.most_ejected, start=random.random())
-        group = self._groups[entry] = Group(balancer, RetryBudget(settings.retries, trio.current_time()))
+        group = self._groups[id(entry)] = Group(balancer, RetryBudget(settings.retries, trio.current_time()))
         return group
 
     def _member(self, upstream: Upstream, weight: float | None = None, tier: int | None = None) -> Member:

@@ -14,7 +14,7 @@ import trio
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.messages import End
 from canal_trio.relay.flow import Ended, Ending, FlowReceiver
-from canal_trio.wire.splice import Edit, splice
+from canal_trio.wire.splice import Edit, splice, spliced
 
 __all__ = ["Budget", "HeldBody", "WholeBody"]
 
@@ -183,7 +183,7 @@ class WholeBody:
     def source(self) -> _WholeSource:
         """The body from its beginning, edited."""
         if self.edits:
-            return _WholeSource([b"".join(splice([self._content], self.edits))], self.ending)
+            return _WholeSource([spliced(self._content, self.edits)], self.ending)
         return _WholeSource([self._content] if self._content else [], self.ending)
 
     def last_attempt(self, most: int) -> None:

@@ -283,8 +283,8 @@ class Pipeline:
         exchange, body, content = self._exchange, self._exchange.body, None
         headers = self._head.headers
         if admission.wants_body and body is not None and exchange.upgrade is None:
-            form, named = is_form(headers.get(b"content-type") or b""), names_model(self._head)
-            if exchange.judged is None and (named or not form):
+            form = not self._facts.json and is_form(headers.get(b"content-type") or b"")
+            if exchange.judged is None and ((named := names_model(self._head)) or not form):
                 failure = await self._read(body, strict=named)
                 if failure is not None:
                     return failure

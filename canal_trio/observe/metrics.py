@@ -120,7 +120,7 @@ class Metrics:
         build = Gauge("canal_build_info", "Always 1; the version is in the label.", ["version"], registry=registry)
         build.labels(__version__).set(1)
         # What most counters are made of, added up by what their labels are made of; poured in when they are asked.
-        self._rows: dict[tuple[str, str | None, bool, int | None], list[int]] = {}
+        self._rows: dict[tuple[str, str | None, bool, int | None, str], list[int]] = {}
         tallies = Tallies(self._pour)
         registry.register(tallies)
         self._exchanges = tallies.count("canal_exchanges", "Exchanges that ended.", ["outcome", "upstream", "streamed"])
@@ -189,10 +189,11 @@ class Metrics:
 
     def finished(self, record: ExchangeRecord) -> None:
         """Observe one exchange. A few microseconds in all (see `observe.tally`), not a checkpoint."""
-        key = record.outcome._value_, record.upstream, record.streamed, record.status  # .value is a Python call or two
+        source = record.usage_source._value_  # .value is a Python call or two
+        key = record.outcome._value_, record.upstream, record.streamed, record.status, source
         row = self._rows.get(key)
         if row is None:
-            row = self._rows[key] = [0] * 8
+            row = self._rows[key] = [0] * 10
         row[0] += 1
         row[1] += record.attempts - len(record.tried)  # those at other upstreams are added below
         row[2] += record.request_bytes
@@ -201,12 +202,11 @@ class Metrics:
         row[5] += record.handed_over
         row[6] += record.queued
         row[7] += record.waits
-        upstream = record.upstream or ""
         streamed = "true" if record.streamed else "false"
         for before in record.tried:
             self._attempts.add(1, before.upstream)
         if (failure := record.failure) is not None:
-            self._failures.add(1, failure.side.value, failure.phase.value, failure.kind.value, upstream)
+            self._failures.add(1, failure.side.value, failure.phase.value, failure.kind.value, record.upstream or "")
         for flag in record.flags:
             self._flags.add(1, flag)
         if record.first_byte is not None:
@@ -218,14 +218,14 @@ class Metrics:
         if record.cancel_latency is not None:
             self._cancel.observe(record.cancel_latency)
         if (usage := record.usage) is not None:
-            self._tokens.add(usage.prompt, "prompt", record.usage_source.value, upstream)
-            self._tokens.add(usage.completion, "completion", record.usage_source.value, upstream)
+            row[8] += usage.prompt
+            row[9] += usage.completion
 
     def _pour(self) -> None:
         """Add the rows to the counters they are made of."""
         rows, self._rows = self._rows, {}
-        for (outcome, name, streamed, status), row in rows.items():
-            exchanges, attempts, request_bytes, response_bytes, events, handed_over, queued, waits = row
+        for (outcome, name, streamed, status, source), row in rows.items():
+            exchanges, attempts, request_bytes, response_bytes, events, handed_over, queued, waits, *tokens = row
             upstream = name or ""
             self._exchanges.add(exchanges, outcome, upstream, "true" if streamed else "false")
             self._responses.add(exchanges, "none" if status is None else str(status))
@@ -237,6 +237,9 @@ class Metrics:
             self._pieces.add(handed_over, "handed_over")
             self._pieces.add(queued, "queued")
             self._waits.add(waits)
+            if any(tokens):
+                self._tokens.add(tokens[0], "prompt", source, upstream)
+                self._tokens.add(tokens[1], "completion", source, upstream)
 
     def watch(self, gateway: Watched) -> None:
         """Read the state of `gateway` at every scrape."""

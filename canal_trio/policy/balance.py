@@ -48,6 +48,8 @@ class Balancer:
             for member in self.members
         ]
         self._tiers = sorted({member.tier for member in self.members})
+        self._standings = [member.standing for member in self.members]
+        self._first_tier = [number for number, one in enumerate(self.members) if one.tier == self._tiers[0]]
 
     def pick(self, now: float, chance: float, *, tried: Collection[int] = (), key: bytes | None = None) -> int | None:
         """Which of the members to ask: its number; None if there is none. `chance`: a random number from [0, 1).
@@ -82,6 +84,8 @@ class Balancer:
     def _candidates(self, now: float, tried: Collection[int]) -> list[int]:
         members = self.members
         avoided = self._avoided(now)
+        if not avoided and not tried:
+            return self._first_tier  # nearly always
         for tier in self._tiers:
             found = [
                 number
@@ -93,9 +97,12 @@ class Balancer:
         return []
 
     def _avoided(self, now: float) -> Collection[int]:
-        troubled = [number for number, member in enumerate(self.members) if not member.standing.calm]
-        if not troubled:
+        for standing in self._standings:
+            if not standing.calm:
+                break
+        else:
             return ()
+        troubled = [number for number, member in enumerate(self.members) if not member.standing.calm]
         down = {number for number in troubled if self.members[number].standing.down}
         until = {number: self.members[number].standing.avoided(now) for number in troubled if number not in down}
         most = self._avoidable - len(down)

@@ -23,7 +23,7 @@ def go_duration(seconds: float) -> bytes:
     """A duration as OpenAI writes it, which is as Go does: `0s`, `17ms`, `8.64s`, `6m0s`, `1h0m0s`. Rounded up."""
     if seconds <= 0:
         return b"0s"
-    millis = math.ceil(round(seconds * 1000, 6))
+    millis = math.ceil(seconds * 1000 - 1e-6)  # what rounding may have added
     if millis <= 0:
         return b"0s"
     if millis < 1000:

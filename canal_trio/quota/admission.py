@@ -108,7 +108,7 @@ class _Admission:
             generates = asked.path.endswith(_GENERATES)
             expected = estimate(asked.body, generates=generates, output_tokens=self._output_tokens)
             price = self._prices.find(asked.upstream, asked.upstream_model, asked.model)
-            ask = Ask(expected.tokens, _cost(price, expected))
+            ask = Ask(expected.prompt + expected.completion, _cost(price, expected))
         if not scopes:
             return _Slot(self, None, scopes, asked, expected, ask, ())
         verdict = await self._limits.store.admit(scopes, ask)
@@ -128,7 +128,7 @@ class _Admission:
         tokens, usage = used_by(record, expected), record.usage
         price = self._prices.find(record.upstream, record.upstream_model or asked.upstream_model, asked.model)
         cached, reasoning = (usage.cached, usage.reasoning) if usage is not None else (0, 0)
-        return Ask(tokens.tokens, _cost(price, tokens, cached, reasoning))
+        return Ask(tokens.prompt + tokens.completion, _cost(price, tokens, cached, reasoning))
 
 
 _NOTHING = Estimate()
@@ -136,7 +136,7 @@ _ONE = Ask()
 
 
 def _cost(price: Price | None, used: Estimate, cached: int = 0, reasoning: int = 0) -> int:
-    if price is None or not used.tokens:  # nothing was generated, so nothing was paid for
+    if price is None or not (used.prompt or used.completion):  # nothing was generated, so nothing was paid for
         return 0
     return cost(price, prompt=used.prompt, completion=used.completion, cached=cached, reasoning=reasoning)
 

@@ -46,7 +46,8 @@ def table_bytes(records: int, columns: int) -> int:
 class Table:
     """A view of `memory` for the worker that has `column` of `columns`. `lock` is entered for each operation.
 
-    Places of `remembers` scopes are remembered at most.
+    Places of `remembers` scopes are remembered at most. `alone`: nobody else writes to the memory from now on, so that
+    what was written last need not be read again.
     """
 
     def __init__(
@@ -57,10 +58,13 @@ class Table:
         columns: int = 1,
         lock: AbstractContextManager[object] | None = None,
         remembers: int = 65_536,
+        alone: bool = False,
     ) -> None:
         self._remembers = remembers
         self._memory = memory
         self._lock = nullcontext() if lock is None else lock
+        self._locks = lock is not None
+        self._known: dict[int, State] | None = {} if alone else None  # what was written, by its place
         self._size = _HEAD.size + columns * _CELL.size
         self._cells = struct.Struct(f"<{2 * columns}q")
         self._single = columns == 1
@@ -75,43 +79,56 @@ class Table:
         self, scopes: Sequence[Scope], ask: Ask, moment: Moment
     ) -> tuple[list[tuple[Scope, State]], tuple[Scope, Refusal] | None]:
         """Let `ask` in everywhere, or nowhere: what each scope has counted by then, and why not."""
+        if not self._locks:
+            return self._admit(scopes, ask, moment)
+        with self._lock:
+            return self._admit(scopes, ask, moment)
+
+    def _admit(
+        self, scopes: Sequence[Scope], ask: Ask, moment: Moment
+    ) -> tuple[list[tuple[Scope, State]], tuple[Scope, Refusal] | None]:
         counted: list[tuple[Scope, State]] = []
         worst: tuple[Scope, Refusal] | None = None
-        with self._lock:
-            places: list[int] = []
-            for scope in scopes:
-                place = self._place(scope.id, moment)
-                if place is None or place in places:  # the latter: it would have to push out this exchange's other one
-                    self.overflows += 1
-                    continue
-                state = self._read(place)
-                refill(scope.rule, state, moment)
-                why = refusal(scope.rule, state, ask, moment)
-                if why is not None and (worst is None or why.wait > worst[1].wait):
-                    worst = (scope, why)
-                places.append(place)
-                counted.append((scope, state))
-            if worst is None:
-                for place, (scope, state) in zip(places, counted, strict=True):
-                    take(scope.rule, state, ask)
-                    self._write(place, scope.id, state, 1, ask.cost)
-                if ask.cost:
-                    self._changed()
+        places: list[int] = []
+        for scope in scopes:
+            place = self._place(scope.id, moment)
+            if place is None or place in places:  # the latter: it would have to push out this exchange's other one
+                self.overflows += 1
+                continue
+            state = self._read(place)
+            refill(scope.rule, state, moment)
+            why = refusal(scope.rule, state, ask, moment)
+            if why is not None and (worst is None or why.wait > worst[1].wait):
+                worst = (scope, why)
+            places.append(place)
+            counted.append((scope, state))
+        if worst is None:
+            for place, (scope, state) in zip(places, counted, strict=True):
+                take(scope.rule, state, ask)
+                self._write(place, scope.id, state, 1, ask.cost)
+            if ask.cost:
+                self._changed()
         return counted, worst
 
     def settle(self, scopes: Sequence[Scope], ask: Ask, used: Ask, moment: Moment) -> None:
         """What was let in by `admit` with these has ended."""
-        with self._lock:
-            for scope in scopes:
-                place = self._place(scope.id, moment)
-                if place is None:
-                    continue
-                state = self._read(place)
-                refill(scope.rule, state, moment)
-                settle(scope.rule, state, ask, used)
-                self._write(place, scope.id, state, -1, -ask.cost)
-            if ask.cost or used.cost:
-                self._changed()
+        if not self._locks:
+            self._settle(scopes, ask, used, moment)
+        else:
+            with self._lock:
+                self._settle(scopes, ask, used, moment)
+
+    def _settle(self, scopes: Sequence[Scope], ask: Ask, used: Ask, moment: Moment) -> None:
+        for scope in scopes:
+            place = self._place(scope.id, moment)
+            if place is None:
+                continue
+            state = self._read(place)
+            refill(scope.rule, state, moment)
+            settle(scope.rule, state, ask, used)
+            self._write(place, scope.id, state, -1, -ask.cost)
+        if ask.cost or used.cost:
+            self._changed()
 
     # -- the others ----------------------------------------------------------------------------------------------------
 
@@ -206,11 +223,21 @@ class Table:
                 least = (weight, at)
         place = spare if spare is not None else (None if least is None else least[1])
         if place is not None:
+            if self._known is not None:
+                self._known.pop(place, None)
             self._memory[place + _HEAD.size : place + size] = bytes(size - _HEAD.size)
             self._store(place, digest, State(at=moment.now, day=moment.day, month=moment.month))
         return place
 
     def _read(self, place: int) -> State:
+        if self._known is not None:
+            state = self._known.get(place)
+            if state is None:
+                state = self._known[place] = self._unpacked(place)
+            return state
+        return self._unpacked(place)
+
+    def _unpacked(self, place: int) -> State:
         if self._single:
             _, requests, tokens, at, day, spent_day, month, spent_month, streams, reserved = _WHOLE.unpack_from(
                 self._memory, place

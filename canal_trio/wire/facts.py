@@ -39,6 +39,9 @@ class ResponseFacts:
     known: int | None  # the body's length, where it was announced in a way that can be passed on
     bodyless: bool  # by its status
     keep_alive: bool  # the upstream keeps the connection open
+    json: bool  # the content type says that the body is JSON
+    coded: bool  # the body is compressed, or encoded in another way
+    tells_limits: bool  # it has fields of the kind that tell a client its rate limits
 
 
 def request_facts(head: RequestHead) -> RequestFacts:
@@ -73,6 +76,9 @@ def response_facts(head: ResponseHead) -> ResponseFacts:
         known=length if isinstance(length, int) and b"transfer-encoding" not in headers else None,
         bodyless=head.status in (204, 304),
         keep_alive=keep_alive(head.version, headers),
+        json=is_json(headers),
+        coded=(headers.get(b"content-encoding") or b"identity").strip().lower() != b"identity",
+        tells_limits=any(lower.startswith(b"x-ratelimit-") for _, lower, _ in headers.lowered()),
     )
     head.keep(facts)
     return facts

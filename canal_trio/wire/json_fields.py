@@ -14,8 +14,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Final
+from functools import lru_cache
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -73,8 +73,7 @@ _decode_body: Final = msgspec.json.Decoder(_Body).decode
 _decode_options: Final = msgspec.json.Decoder(_Options).decode
 
 
-@dataclass(frozen=True, slots=True)
-class JsonFields:
+class JsonFields(NamedTuple):
     """What a request's body says, and where its model stands and its options begin (None: it does not say)."""
 
     model: str | None = None
@@ -157,7 +156,12 @@ def _include_usage(options: bytes) -> bool | None:
 def model_edit(fields: JsonFields, model: str) -> Edit:
     """The value of `model` becomes another one. There is one."""
     assert fields.model_at is not None, "the body names no model"
-    return Edit(*fields.model_at, json.dumps(model, ensure_ascii=False).encode())
+    return Edit(*fields.model_at, _written(model))
+
+
+@lru_cache(1024)
+def _written(model: str) -> bytes:
+    return json.dumps(model, ensure_ascii=False).encode()
 
 
 def usage_edit(body: bytes, fields: JsonFields) -> Edit | None:

@@ -7,13 +7,13 @@ cannot change, because nothing is parsed and written again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from operator import itemgetter
+from typing import NamedTuple
 
-__all__ = ["Edit", "grown", "splice"]
+__all__ = ["Edit", "grown", "splice", "spliced"]
 
 
-@dataclass(frozen=True, slots=True)
-class Edit:
+class Edit(NamedTuple):
     """The bytes from `start` to `end` (not included) become `text`."""
 
     start: int
@@ -21,9 +21,12 @@ class Edit:
     text: bytes
 
 
+_place = itemgetter(0, 1)
+
+
 def grown(edits: Sequence[Edit]) -> int:
     """By how many bytes they make a body longer; negative: shorter."""
-    return sum(len(edit.text) - (edit.end - edit.start) for edit in edits)
+    return sum([len(text) - (end - start) for start, end, text in edits])
 
 
 def splice(pieces: Sequence[bytes], edits: Sequence[Edit]) -> list[bytes]:
@@ -32,7 +35,7 @@ def splice(pieces: Sequence[bytes], edits: Sequence[Edit]) -> list[bytes]:
     Of two edits at the same place the one that is named first comes first.
     """
     out: list[bytes] = []
-    waiting = sorted(edits, key=lambda edit: (edit.start, edit.end))
+    waiting = sorted(edits, key=_place)
     at = 0  # where the piece begins
     done = 0  # up to where the body was taken or dropped
     for piece in pieces:
@@ -48,3 +51,14 @@ def splice(pieces: Sequence[bytes], edits: Sequence[Edit]) -> list[bytes]:
         at = end
     out += [edit.text for edit in waiting]
     return [piece for piece in out if piece]
+
+
+def spliced(body: bytes, edits: Sequence[Edit]) -> bytes:
+    """The same for a body in one piece, as most are: as one piece."""
+    out: list[bytes] = []
+    done = 0
+    for start, end, text in sorted(edits, key=_place):
+        out += (body[done:start], text)
+        done = end
+    out.append(body[done:])
+    return b"".join(out)

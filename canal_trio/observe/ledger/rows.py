@@ -8,6 +8,7 @@ billionths, so that sums are exact. Texts that came from a client are cut to wha
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any, Final
 
 import msgspec
@@ -68,10 +69,16 @@ COLUMNS: Final = Row.__struct_fields__
 _decoder = msgspec.json.Decoder(Row)
 
 
-def _text(text: str | None) -> str | None:
-    if text is None or _plain(text):  # nearly always
+def _cut(text: str) -> str:
+    if _plain(text):  # nearly always
         return text
     return text[:_TEXT].encode(errors="backslashreplace").decode().replace("\0", "\\0")
+
+
+@lru_cache(1024)
+def _text(text: str | None) -> str | None:
+    """For texts of which there are few: a look-up for most."""
+    return None if text is None else _cut(text)
 
 
 def opened(seq: int, admitted: Admitted) -> Row:
@@ -79,7 +86,7 @@ def opened(seq: int, admitted: Admitted) -> Row:
     return Row(
         seq=seq,
         started_at=admitted.started_at,
-        request_id=_text(admitted.request_id) or "",
+        request_id=_cut(admitted.request_id),
         principal=_text(admitted.principal),
         key_name=_text(admitted.key),
         path=_text(admitted.path) or "",
@@ -105,15 +112,9 @@ def ended(row: Row, record: ExchangeRecord, prices: Prices) -> Row:
         if price is not None:
             row.cost = cost(price, prompt=prompt, completion=completion, cached=cached, reasoning=reasoning)
     row.request_bytes, row.response_bytes, row.events = record.request_bytes, record.response_bytes, record.events
-    row.first_byte = _seconds(record.first_byte)
-    row.duration = round(record.duration, 6)
-    row.cancel_latency = _seconds(record.cancel_latency)
+    row.first_byte, row.duration, row.cancel_latency = record.first_byte, record.duration, record.cancel_latency
     row.flags = ",".join(record.flags)
     return row
-
-
-def _seconds(value: float | None) -> float | None:
-    return None if value is None else round(value, 6)
 
 
 def decode(line: bytes) -> Row | None:
