@@ -102,31 +102,31 @@ class _Admission:
     async def admit(self, asked: Asked) -> Slot | Refused:
         """`hooks.Admission`."""
         scopes = self._scopes.of(asked.principal, asked.model)
-        expected, price = _NOTHING, None
-        ask = _ONE
+        expected, price, ask = _NOTHING, None, _ONE
         if self._counts:
             generates = asked.path.endswith(_GENERATES)
             expected = estimate(asked.body, generates=generates, output_tokens=self._output_tokens)
             price = self._prices.find(asked.upstream, asked.upstream_model, asked.model)
             ask = Ask(expected.prompt + expected.completion, _cost(price, expected))
         if not scopes:
-            return _Slot(self, None, scopes, asked, expected, ask, ())
+            return _Slot(self, None, scopes, asked, price, expected, ask, ())
         verdict = await self._limits.store.admit(scopes, ask)
         if verdict is None:
             if self._fail_open:
-                return _Slot(self, None, scopes, asked, expected, ask, ())
+                return _Slot(self, None, scopes, asked, price, expected, ask, ())
             return Refused(Failure(Side.GATEWAY, Phase.ROUTE, Kind.UNCOUNTED, retry_after=1.0))
         fields = limit_fields(verdict.counted)
         if verdict.why is not None:
             return Refused(self._limits.refuse(*verdict.why), fields)
-        return _Slot(self, verdict.keeper, scopes, asked, expected, ask, fields)
+        return _Slot(self, verdict.keeper, scopes, asked, price, expected, ask, fields)
 
-    def used(self, asked: Asked, expected: Estimate, record: ExchangeRecord) -> Ask:
-        """What the exchange of a slot has used."""
+    def used(self, asked: Asked, price: Price | None, expected: Estimate, record: ExchangeRecord) -> Ask:
+        """What the exchange of a slot has used. `price` is that of the upstream that was to be asked first."""
         if not self._counts:
             return _ONE
         tokens, usage = used_by(record, expected), record.usage
-        price = self._prices.find(record.upstream, record.upstream_model or asked.upstream_model, asked.model)
+        if record.upstream != asked.upstream or record.upstream_model != asked.upstream_model:
+            price = self._prices.find(record.upstream, record.upstream_model or asked.upstream_model, asked.model)
         cached, reasoning = (usage.cached, usage.reasoning) if usage is not None else (0, 0)
         return Ask(tokens.prompt + tokens.completion, _cost(price, tokens, cached, reasoning))
 
@@ -145,7 +145,7 @@ def _cost(price: Price | None, used: Estimate, cached: int = 0, reasoning: int =
 class _Slot:
     """`hooks.Slot`: settled once, whatever happens."""
 
-    __slots__ = ("_admission", "_ask", "_asked", "_expected", "_keeper", "_scopes", "fields")
+    __slots__ = ("_admission", "_ask", "_asked", "_expected", "_keeper", "_price", "_scopes", "fields")
 
     def __init__(
         self,
@@ -153,6 +153,7 @@ class _Slot:
         keeper: Keeper | None,
         scopes: Sequence[Scope],
         asked: Asked,
+        price: Price | None,
         expected: Estimate,
         ask: Ask,
         fields: tuple[tuple[bytes, bytes], ...],
@@ -161,6 +162,7 @@ class _Slot:
         self._keeper = keeper  # None: nobody counts it
         self._scopes = scopes
         self._asked = asked
+        self._price = price
         self._expected = expected
         self._ask = ask
         self.fields = fields
@@ -169,7 +171,7 @@ class _Slot:
         """The exchange has ended."""
         keeper, self._keeper = self._keeper, None
         if keeper is not None:
-            keeper.settle(self._scopes, self._ask, self._admission.used(self._asked, self._expected, record))
+            keeper.settle(self._scopes, self._ask, self._admission.used(self._asked, self._price, self._expected, record))
 
 
 def used_by(record: ExchangeRecord, expected: Estimate) -> Estimate:

@@ -24,6 +24,7 @@ from canal_trio.wire.splice import Edit
 __all__ = ["JsonFields", "json_fields", "model_edit", "usage_edit"]
 
 _JUDGED: Final = ("model", "stream", "stream_options")
+_USUAL: Final = {name.encode(): name for name in _JUDGED}  # as nearly everybody spells them
 
 
 def _spelled(name: str) -> bytes:
@@ -96,7 +97,7 @@ def json_fields(body: bytes) -> JsonFields | str:
         return "The body is nested too deeply."
     places: dict[str, int] = {}
     for match in _CANDIDATE.finditer(body):
-        name = _folded(match[1])
+        name = _USUAL.get(match[1]) or _folded(match[1])
         if name in places:
             return _judged_by_scan(body, said)
         places[name] = match.end()
@@ -198,8 +199,9 @@ def usage_edit(body: bytes, fields: JsonFields) -> Edit | None:
 
 def _folded(key: bytes) -> str:
     """A key, given without its quotes, without its escapes and its case."""
-    if key in (b"model", b"stream", b"stream_options"):
-        return key.decode()
+    usual = _USUAL.get(key)
+    if usual is not None:
+        return usual
     return str(json.loads(f'"{key.decode("utf-8", "replace")}"', strict=False)).casefold()
 
 

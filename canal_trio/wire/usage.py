@@ -166,7 +166,7 @@ class StreamUsage:
     __slots__ = ("_after_cr", "_body", "_fresh", "_idle", "_name", "_payload")
 
     def __init__(self) -> None:
-        self._body = BodyUsage()
+        self._body: BodyUsage | None = None  # made when there is something to be looked at
         self._after_cr = False
         self._idle = True  # between two events, with nothing pending
         self._fresh = True  # at the beginning of a line
@@ -176,28 +176,30 @@ class StreamUsage:
     @property
     def usage(self) -> Usage | None:
         """The counts of the last `usage` that was an object."""
-        return self._body.usage
+        return None if self._body is None else self._body.usage
 
     def feed(self, piece: bytes) -> None:
         """Take note of `piece`, which has passed."""
         if self._idle and piece.endswith(b"\n\n") and not (b'"usage"' in piece and _TELLING(piece)):
             return
-        self._look(piece)
+        if self._body is None:
+            self._body = BodyUsage()
+        self._look(piece, self._body)
 
-    def _look(self, piece: bytes) -> None:
+    def _look(self, piece: bytes, body: BodyUsage) -> None:
         if self._after_cr and piece:
             self._after_cr = False
             piece = piece.removeprefix(b"\n")
         at = 0
         for match in _LINE_END.finditer(piece):
-            self._part(piece, at, match.start())
-            self._end_line()
+            self._part(piece, at, match.start(), body)
+            self._end_line(body)
             at = match.end()
-        self._part(piece, at, len(piece))
+        self._part(piece, at, len(piece), body)
         if piece.endswith(b"\r"):
             self._after_cr, self._idle = True, False
 
-    def _part(self, piece: bytes, start: int, end: int) -> None:
+    def _part(self, piece: bytes, start: int, end: int, body: BodyUsage) -> None:
         """Bytes of the present line."""
         if start == end:
             return
@@ -208,12 +210,12 @@ class StreamUsage:
             start += missing
             self._payload = self._name == b"data:"
         if self._payload and start < end:
-            self._body.feed(piece[start:end])
+            body.feed(piece[start:end])
 
-    def _end_line(self) -> None:
+    def _end_line(self, body: BodyUsage) -> None:
         if self._fresh:
-            self._body.reset()
+            body.reset()
             self._idle = True
         elif self._payload:
-            self._body.feed(b"\n")  # where the data of two lines meet
+            body.feed(b"\n")  # where the data of two lines meet
         self._fresh, self._name, self._payload = True, b"", False
