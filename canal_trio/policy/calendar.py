@@ -5,6 +5,7 @@ Worked out once a day: within a day only the seconds that are left change.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import final
@@ -22,17 +23,20 @@ class Calendar:
 
     def __init__(self, wall: Callable[[], float]) -> None:
         self._wall = wall
-        self._day = -1
-        self._month = 0
+        self._day = self._month = 0
+        self._begins, self._ends = math.inf, 0.0  # the day
         self._month_ends = 0.0
 
     def moment(self, now: float) -> Moment:
         """This moment, which a clock that only rises calls `now`."""
         wall = self._wall()
-        day = int(wall // _DAY)
-        if day != self._day:
-            today = datetime.fromtimestamp(day * _DAY, UTC)
-            self._day, self._month = day, today.year * 12 + today.month - 1
-            year, month = divmod(self._month + 1, 12)
-            self._month_ends = datetime(year, month + 1, 1, tzinfo=UTC).timestamp()
-        return Moment(now, day, self._month, (day + 1) * _DAY - wall, self._month_ends - wall)
+        if not self._begins <= wall < self._ends:
+            self._turn(int(wall // _DAY))
+        return Moment(now, self._day, self._month, self._ends - wall, self._month_ends - wall)
+
+    def _turn(self, day: int) -> None:
+        self._begins, self._ends = day * _DAY, (day + 1) * _DAY
+        today = datetime.fromtimestamp(day * _DAY, UTC)
+        self._day, self._month = day, today.year * 12 + today.month - 1
+        year, month = divmod(self._month + 1, 12)
+        self._month_ends = datetime(year, month + 1, 1, tzinfo=UTC).timestamp()

@@ -154,6 +154,6 @@ def settle(rule: Rule, state: State, ask: Ask, used: Ask) -> None:
     if rule.tokens is not None:
         state.tokens = max(0.0, state.tokens + used.tokens - min(ask.tokens, rule.token_burst))
     state.streams = max(0, state.streams - 1)
-    state.reserved = max(0, state.reserved - ask.cost)
-    state.spent_day += used.cost
+    state.spent_day += used.cost  # before it is not reserved any more: another thread may look, and finds no less
     state.spent_month += used.cost
+    state.reserved = max(0, state.reserved - ask.cost)

@@ -171,7 +171,8 @@ class _Slot:
         """The exchange has ended."""
         keeper, self._keeper = self._keeper, None
         if keeper is not None:
-            keeper.settle(self._scopes, self._ask, self._admission.used(self._asked, self._price, self._expected, record))
+            used = self._admission.used(self._asked, self._price, self._expected, record)
+            keeper.settle(self._scopes, self._ask, used)
 
 
 def used_by(record: ExchangeRecord, expected: Estimate) -> Estimate:

@@ -60,11 +60,9 @@ class SharedMemory:
         """Memory that somebody else has made."""
         return cls(fd, os.fstat(fd).st_size, columns)
 
-    def table(self, column: int, *, alone: bool = False) -> Table:
-        """The view of one worker. `alone`: nobody else writes to this memory, so nothing is locked: four system calls
-        less for each exchange."""
-        lock = None if alone else _FileLock(self.fd)
-        return Table(self.memory, column=column, columns=self.columns, lock=lock, alone=alone and self.columns == 1)
+    def table(self, column: int) -> Table:
+        """The view of one worker."""
+        return Table(self.memory, column=column, columns=self.columns, lock=_FileLock(self.fd))
 
     def close(self) -> None:
         """Forget it; others keep theirs."""

@@ -46,8 +46,7 @@ def table_bytes(records: int, columns: int) -> int:
 class Table:
     """A view of `memory` for the worker that has `column` of `columns`. `lock` is entered for each operation.
 
-    Places of `remembers` scopes are remembered at most. `alone`: nobody else writes to the memory from now on, so that
-    what was written last need not be read again.
+    Places of `remembers` scopes are remembered at most.
     """
 
     def __init__(
@@ -58,13 +57,13 @@ class Table:
         columns: int = 1,
         lock: AbstractContextManager[object] | None = None,
         remembers: int = 65_536,
-        alone: bool = False,
     ) -> None:
         self._remembers = remembers
         self._memory = memory
         self._lock = nullcontext() if lock is None else lock
-        self._locks = lock is not None
-        self._known: dict[int, State] | None = {} if alone else None  # what was written, by its place
+        self._shared = True
+        self._known: dict[int, State] = {}  # by its place, where nobody else has the table
+        self._own_changes = 0  # the same
         self._size = _HEAD.size + columns * _CELL.size
         self._cells = struct.Struct(f"<{2 * columns}q")
         self._single = columns == 1
@@ -73,13 +72,20 @@ class Table:
         self._places: dict[str, tuple[int, bytes]] = {}  # scope id -> where its record is, unless it gave way
         self.overflows = 0  # scopes that found no place, and were not counted
 
+    def own(self) -> None:
+        """Nobody else has the memory from now on: nothing is locked, and states stay objects, which other threads may
+        look at. The memory then says only which scopes there are."""
+        assert self._single
+        self._own_changes = self.changes
+        self._shared = False
+
     # -- exchanges -----------------------------------------------------------------------------------------------------
 
     def admit(
         self, scopes: Sequence[Scope], ask: Ask, moment: Moment
     ) -> tuple[list[tuple[Scope, State]], tuple[Scope, Refusal] | None]:
         """Let `ask` in everywhere, or nowhere: what each scope has counted by then, and why not."""
-        if not self._locks:
+        if not self._shared:
             return self._admit(scopes, ask, moment)
         with self._lock:
             return self._admit(scopes, ask, moment)
@@ -112,7 +118,7 @@ class Table:
 
     def settle(self, scopes: Sequence[Scope], ask: Ask, used: Ask, moment: Moment) -> None:
         """What was let in by `admit` with these has ended."""
-        if not self._locks:
+        if not self._shared:
             self._settle(scopes, ask, used, moment)
         else:
             with self._lock:
@@ -151,6 +157,8 @@ class Table:
     @property
     def changes(self) -> int:
         """Rises with every change of what was spent."""
+        if not self._shared:
+            return self._own_changes
         number: int = _CHANGES.unpack_from(self._memory, 0)[0]
         return number
 
@@ -223,19 +231,18 @@ class Table:
                 least = (weight, at)
         place = spare if spare is not None else (None if least is None else least[1])
         if place is not None:
-            if self._known is not None:
-                self._known.pop(place, None)
+            self._known.pop(place, None)
             self._memory[place + _HEAD.size : place + size] = bytes(size - _HEAD.size)
             self._store(place, digest, State(at=moment.now, day=moment.day, month=moment.month))
         return place
 
     def _read(self, place: int) -> State:
-        if self._known is not None:
-            state = self._known.get(place)
-            if state is None:
-                state = self._known[place] = self._unpacked(place)
-            return state
-        return self._unpacked(place)
+        if self._shared:
+            return self._unpacked(place)
+        state = self._known.get(place)
+        if state is None:
+            state = self._known[place] = self._unpacked(place)
+        return state
 
     def _unpacked(self, place: int) -> State:
         if self._single:
@@ -251,6 +258,8 @@ class Table:
 
     def _write(self, place: int, name: str, state: State, streams: int, reserved: int) -> None:
         """Write `state`, in which that many streams and so much money have been added. Negative: taken away."""
+        if not self._shared:
+            return  # it is the one that is known
         digest = self._places[name][1]
         if not self._single:
             self._store(place, digest, state)
@@ -291,4 +300,7 @@ class Table:
         _CELL.pack_into(self._memory, at, max(0, was[0] + streams), max(0, was[1] + reserved))
 
     def _changed(self) -> None:
+        if not self._shared:
+            self._own_changes += 1
+            return
         _CHANGES.pack_into(self._memory, 0, (self.changes + 1) % 2**64)

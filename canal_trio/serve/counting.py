@@ -40,7 +40,8 @@ def _store(settings: Settings, table: Table, clock: Callable[[], float]) -> Stor
 def limits_of_worker(settings: Settings, descriptor: int | None, column: int, columns: int) -> Limits:
     """The limits of one worker of `columns`, counted in the memory behind `descriptor` (None: in its own)."""
     if descriptor is None:
-        table = SharedMemory.make(memory_for(settings), 1).table(0, alone=True)
+        table = SharedMemory.make(memory_for(settings), 1).table(0)
+        table.own()
         return Limits(_store(settings, table, time.monotonic))
     return Limits(_store(settings, SharedMemory.attach(descriptor, columns).table(column), time.monotonic))
 
@@ -72,7 +73,8 @@ class Counting:
 
     def limits(self, settings: Settings) -> Limits:
         """For a process that serves alone."""
-        return Limits(_store(settings, self.memory.table(0, alone=True), trio.current_time))
+        self.table.own()
+        return Limits(_store(settings, self.table, time.monotonic))
 
     def bury(self, column: int) -> None:
         """The worker of that column has died. Not a checkpoint."""

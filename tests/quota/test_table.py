@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from canal_trio.policy.ratelimit import Ask, Moment, Rule, State, What, refill, refusal, settle, take
 from canal_trio.policy.scopes import Scope
-from canal_trio.quota.table import WAYS, Table, table_bytes
+from canal_trio.quota.table import IDLE, WAYS, Table, table_bytes
 from canal_trio.settings import Limit
 
 NOW = Moment(1000.0, 20_000, 24_000, 3600.0, 86_400.0)
@@ -35,10 +35,14 @@ STEPS = st.lists(
 
 
 @settings(deadline=None)
-@given(st.sampled_from([1, 2]), STEPS)
-def test_several_workers_count_as_one(columns: int, steps: list[tuple[int, float, int, int, bool]]):
-    """Whichever worker asks and settles, the table says what the arithmetic says of one state for each scope."""
+@given(st.sampled_from([0, 1, 2]), STEPS)
+def test_several_workers_count_as_one(workers: int, steps: list[tuple[int, float, int, int, bool]]):
+    """Whichever worker asks and settles, the table says what the arithmetic says of one state for each scope; so does
+    a table that nobody shares (0)."""
+    columns = max(workers, 1)
     views, now = tables(columns), NOW
+    if not workers:
+        views[0].own()
     scopes = [scope(f"s{number}", limit) for number, limit in enumerate(SEVERAL)]
     states = [State(at=now.now, day=now.day, month=now.month) for _ in scopes]
     running: list[tuple[int, Ask]] = []
@@ -162,6 +166,30 @@ def test_a_place_that_another_worker_gave_away_is_noticed():
         assert other.admit([scope(f"other{number}", Limit(streams=1))], NONE, NOW._replace(now=9e9))[1] is None
     assert mine.admit([one], NONE, NOW) == ([], None)  # no place left: not counted, and not mistaken for another's
     assert mine.overflows == 1
+
+
+def test_a_table_that_nobody_shares_gives_places_away_as_well():
+    """A scope that has the place of another one, which says nothing any more, begins at nothing; so does that one
+    again. What was spent is known by then, and outlasts everything."""
+    table = Table(bytearray(table_bytes(WAYS, 1)))
+    table.restore({"ab" * 16: (NOW.day, 5, NOW.month, 7)}, NOW)
+    table.own()
+    changes = table.changes
+    later = NOW
+    for number in range(3 * WAYS):
+        one = scope(f"n{number % (2 * WAYS)}", Limit(requests=1))
+        later = later._replace(now=later.now + 2 * IDLE)
+        counted, why = table.admit([one], Ask(1, 0), later)
+        assert why is None
+        assert counted[0][1].requests == 1
+        table.settle([one], Ask(1, 0), NONE, later)
+    assert table.overflows == 0
+    assert table.spent(later) == {"ab" * 16: (NOW.day, 5, NOW.month, 7)}
+    payer = scope("payer", Limit(spend_day=1))
+    assert table.admit([payer], Ask(1, 10), later)[1] is None
+    table.settle([payer], Ask(1, 10), Ask(1, 20), later)
+    assert table.changes == changes + 2
+    assert sorted(table.spent(later).values()) == [(NOW.day, 5, NOW.month, 7), (NOW.day, 20, NOW.month, 20)]
 
 
 def test_places_of_names_are_forgotten_in_time():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from canal_trio.wire.splice import Edit, grown, splice
+from canal_trio.wire.splice import Edit, grown, splice, spliced
 
 
 @st.composite
@@ -32,6 +32,7 @@ def test_as_if_in_one_piece(case: tuple[list[bytes], list[Edit]]):
     whole += body[at:]
     out = splice(pieces, edits)
     assert b"".join(out) == whole
+    assert spliced(body, edits) == whole
     assert len(whole) == len(body) + grown(edits)
     assert all(out)
 

@@ -113,8 +113,8 @@ class Journal:
             return False
         self._size += count
         self.written += count
-        self._torn = count < len(data)
-        return not self._torn
+        self._torn = torn = count < len(data)
+        return not torn
 
     def _rotate(self) -> None:
         self._number += 1

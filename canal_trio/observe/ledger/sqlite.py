@@ -74,7 +74,7 @@ class SqliteStore:
         if self._connection is None:
             connection = sqlite3.connect(self._path, timeout=self._busy, isolation_level=None, check_same_thread=False)
             try:
-                # A row has some 200 bytes: with 4 KiB pages a row cost half as much again. A file that is there keeps its.
+                # A row has some 200 bytes: in pages of 4 KiB it cost half as much again. An old file keeps its own.
                 connection.execute("PRAGMA page_size = 8192")
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute("PRAGMA synchronous = NORMAL")
