@@ -64,6 +64,9 @@ class Group:
         if self.alone is not None and self.alone.calm:
             return 0
         self.budget.exchange()
+        usual = self.balancer.usual()
+        if usual is not None:
+            return usual
         return self.balancer.pick(trio.current_time(), random.random(), key=key)
 
     def nobody(self) -> Failure:

@@ -70,6 +70,15 @@ class Balancer:
             return self._fastest(candidates, now, chance)
         return self._fewest(candidates, now, chance)
 
+    def usual(self) -> int | None:
+        """What `pick` says while everything is well, if that needs neither a clock nor chance; else None."""
+        if self.options.strategy != "in_order" or not self._first_tier:
+            return None
+        for standing in self._standings:
+            if not standing.calm:
+                return None
+        return self._first_tier[0]
+
     def available(self, now: float) -> bool:
         """Could an exchange that begins now be sent anywhere?"""
         return bool(self._candidates(now, ()))

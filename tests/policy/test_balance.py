@@ -276,3 +276,15 @@ def test_who_has_just_come_back_gets_less() -> None:
     assert turns(70.0) in (36, 37, 38)
     assert turns(120.0) in (54, 55, 56)
     assert standing.calm
+
+
+def test_what_is_usual_is_what_pick_says():
+    """While everything is well the first of the lowest tier is known without a clock; in trouble, and where it is
+    chance or a turn, `pick` has to be asked."""
+    members = [Member(Standing(name, Health()), tier=tier) for name, tier in (("a", 1), ("b", 0), ("c", 0))]
+    balancer = Balancer(members, Balance(), most_ejected=0.5)
+    assert balancer.usual() == balancer.pick(0.0, 0.9) == 1
+    members[2].standing.calm = False
+    assert balancer.usual() is None
+    assert Balancer(members[:2], Balance(strategy="round_robin"), most_ejected=0.5).usual() is None
+    assert Balancer([], Balance(), most_ejected=0.5).usual() is None

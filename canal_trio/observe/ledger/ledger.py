@@ -62,6 +62,7 @@ class Ledger:
         self._prices = Prices(prices)
         self._open: dict[int, rows.Row] = {}
         self._written = trio.Event()
+        self._fresh = False  # that event is set
         self._finishing = trio.Event()
         self._finished = trio.Event()
         self._refused = self._store_errors = 0
@@ -87,12 +88,18 @@ class Ledger:
             self._refused += 1
             return Failure(Side.GATEWAY, Phase.ROUTE, Kind.UNBOOKED, _FULL)
         self._open[number] = row
-        self._written.set()
+        if not self._fresh:
+            self._wake()
         return number
 
     def ended(self, number: int, record: ExchangeRecord) -> None:
         """One write(2). Not a checkpoint."""
         self._journal.end(rows.ended(self._open.pop(number), record, self._prices))
+        if not self._fresh:
+            self._wake()
+
+    def _wake(self) -> None:
+        self._fresh = True
         self._written.set()
 
     # -- the store -----------------------------------------------------------------------------------------------------
@@ -109,7 +116,7 @@ class Ledger:
                     break
                 with trio.move_on_after(LOOK):
                     await self._written.wait()
-                self._written = trio.Event()
+                self._written, self._fresh = trio.Event(), False
                 with trio.move_on_after(GATHER):
                     await self._finishing.wait()
             else:
