@@ -80,6 +80,27 @@ async def test_a_cut_upstream_never_looks_finished(how: str, where: str) -> None
         assert record.failure.kind is expected.get(how, Kind.CUT)
 
 
+async def test_done_then_silence_ends_the_body_over_http2_too() -> None:
+    """A stream without END_STREAM for `after_done` behind its last event is ended for it, and the upstream closed."""
+
+    async def play(peer: Any) -> None:
+        stream_id = await peer.request()
+        await peer.head(stream_id, ("content-type", "text/event-stream"))
+        await peer.data(stream_id, token(0) + b"data: [DONE]\n\n")
+        await peer.gone()
+
+    async with gateway_before(play, deadlines=Deadlines(after_done=0.1)) as (gateway, peers):
+        client = await gateway.connect()
+        await client.send(ask(stream=True))
+        response = await client.response()
+        assert response.complete
+        assert response.body == token(0) + b"data: [DONE]\n\n"
+        record = await gateway.records.one()
+        assert record.outcome is Outcome.COMPLETED
+        assert record.flags == ("late_body_end",)
+        await eventually(lambda: peers[0].ended)
+
+
 async def test_a_graceful_restart_of_the_upstream_cuts_nothing() -> None:
     """GOAWAY without an error and with our stream in it: the stream is relayed to its end, the next request dials."""
 

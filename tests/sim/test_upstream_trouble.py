@@ -139,6 +139,31 @@ async def test_signs_of_life(autojump_clock: Any, handover: bool) -> None:
         failed(await only_record(here), Side.UPSTREAM, Phase.FIRST_BYTE, Kind.MALFORMED)
 
 
+async def test_an_informational_head_in_the_middle_of_an_upload(autojump_clock: Any, handover: bool) -> None:
+    """It is passed on at once, and the time to answer still begins with the end of the request."""
+
+    async def play(upstream: Conversation) -> None:
+        data = await upstream.stream.receive_some()
+        await upstream.say(b"HTTP/1.1 103 Early Hints\r\nLink: <x>\r\n\r\n")
+        while not data.endswith(b"0\r\n\r\n"):
+            data += await upstream.stream.receive_some()
+        await trio.sleep(4)
+        await upstream.say(RESPONSES["length"])
+        await trio.sleep_forever()
+
+    async with world(play, handover=handover, deadlines=Deadlines(first_byte=5, body_idle=30)) as here:
+        here.by_request = False
+        client, start = here.connect(), trio.current_time()
+        await client.send(request("POST", "/v1/files", None, "Transfer-Encoding: chunked"))
+        assert (await client.head()).status == 103
+        assert since(start) == 0
+        await trio.sleep(20)
+        await client.send(b"5\r\nhello\r\n0\r\n\r\n")
+        assert (await client.response()).body == b"hello"
+        assert since(start) == 24
+        assert (await only_record(here)).outcome is Outcome.COMPLETED
+
+
 async def test_a_storm_of_informational_heads(autojump_clock: Any, handover: bool) -> None:
     """Thousands in one breath: 502 after sixteen, and the connection is closed instead of read to its end."""
     storm = b"HTTP/1.1 103 Early Hints\r\nLink: <x>\r\n\r\n" * 5000

@@ -83,10 +83,11 @@ async def test_while_the_client_is_slow_the_upstream_has_no_deadline(autojump_cl
         assert it.results == []
 
 
+@pytest.mark.parametrize("alone", [False, True], ids=["with-the-last-piece", "alone"])
 async def test_while_the_client_uploads_slowly_the_upstream_has_no_deadline(
-    autojump_clock: trio.testing.MockClock,
+    alone: bool, autojump_clock: trio.testing.MockClock
 ) -> None:
-    """The body is awaited, not the upstream."""
+    """The body is awaited, not the upstream; so is its end, if that comes alone."""
 
     async def play(peer: H2Peer) -> None:
         stream_id = await peer.request()
@@ -102,6 +103,8 @@ async def test_while_the_client_uploads_slowly_the_upstream_has_no_deadline(
         for piece in (b"one ", b"two"):
             await trio.sleep(3600)
             await sender.put(piece)
+        if alone:
+            await trio.sleep(3600)
         sender.end(End())
         assert await answer.rest() == b""
         assert isinstance(answer.flow.ending, Ended)
