@@ -258,6 +258,26 @@ async def test_lookups_have_a_limiter_of_their_own() -> None:
     assert lookup.most == 2
 
 
+async def test_who_waited_for_a_thread_takes_the_answer_that_came_meanwhile() -> None:
+    """The one thread is taken, two wait with the same question: the second of them finds the first one's answer."""
+    lookup = Lookup()
+    resolver = Resolver(threads=1, lookup=lookup)
+    answers: list[list[Address] | Failure] = []
+
+    async def ask() -> None:
+        answers.append(await resolver.resolve("b.test", 80))
+
+    async with trio.open_nursery() as nursery:
+        with lookup.closed():
+            nursery.start_soon(resolver.resolve, "a.test", 80)
+            await eventually(lambda: lookup.asked == ["a.test"])
+            nursery.start_soon(ask)
+            nursery.start_soon(ask)
+            await trio.testing.wait_all_tasks_blocked()
+    assert answers == [ONE, ONE]
+    assert lookup.asked == ["a.test", "b.test"]
+
+
 async def test_cancelled_while_waiting_for_a_thread_it_leaves_nothing() -> None:
     """No flight, no token."""
     lookup = Lookup()
