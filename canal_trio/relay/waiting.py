@@ -28,7 +28,7 @@ from canal_trio.relay.poller import Poller
 
 __all__ = ["wait_in_poller"]
 
-STAY = 0.005  # seconds: after the first piece that was served Trio looks at its deadlines again within this time
+STAY = 0.02  # seconds: after the first piece that was served Trio looks at its deadlines again within this time
 DUE = 0.001  # seconds: epoll counts in whole milliseconds
 FDINFO = "/proc/self/fdinfo"
 
