@@ -246,7 +246,10 @@ class ClientConnection:
             self._reset = failure is not None and failure.kind is Kind.STALLED
             self._broken_off = True  # nothing is left to be said
             return False
-        self._unread = not exchange.received
+        # The end of an answer to HTTP/1.0 may be the close itself: a reset in its place, which what the client sends
+        # after the close would bring about, takes the end away.
+        last = exchange.head is not None and exchange.head.version == b"1.0"
+        self._unread = not exchange.received or last
         if failure is None:
             if delivery.begun and not delivery.complete:  # cut after its last event
                 self._break(exchange)

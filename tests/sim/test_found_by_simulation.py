@@ -15,6 +15,8 @@ from canal_trio.gateway.exchange import Exchange
 from canal_trio.hooks import Outcome
 from canal_trio.messages import RequestHead
 from canal_trio.settings import Bounds, Model, Target, Upstream
+from canal_trio.testing.draws import plan_of
+from canal_trio.testing.hunt import check
 from canal_trio.testing.simstream import SimLink, sim_stream_pair
 from canal_trio.upstream.pool import Lease
 from canal_trio.wire.sse import EventScanner
@@ -132,6 +134,11 @@ async def test_http10_a_cut_after_the_last_event_looks_like_an_end(autojump_cloc
         assert (record.outcome, record.flags) == (Outcome.COMPLETED, ("cut_after_terminal",))
 
 
+
+
+def test_what_an_http_1_0_client_sends_too_late_takes_the_end_of_its_answer_away() -> None:
+    """That end is the connection's: a reset, for bytes that meet a closed socket, must not come in its place."""
+    assert not check(plan_of(465320484)).complaints
 
 
 async def test_a_client_that_left_with_its_request_costs_a_generation(autojump_clock: Any) -> None:
