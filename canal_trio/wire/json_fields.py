@@ -23,6 +23,7 @@ from canal_trio.wire.splice import Edit
 
 __all__ = ["JsonFields", "json_fields", "model_edit", "usage_edit"]
 
+_KEPT: Final = 256  # characters of a model's name whose JSON is kept
 _JUDGED: Final = ("model", "stream", "stream_options")
 _USUAL: Final = {name.encode(): name for name in _JUDGED}  # as nearly everybody spells them
 
@@ -157,12 +158,15 @@ def _include_usage(options: bytes) -> bool | None:
 def model_edit(fields: JsonFields, model: str) -> Edit:
     """The value of `model` becomes another one. There is one."""
     assert fields.model_at is not None, "the body names no model"
-    return Edit(*fields.model_at, _written(model))
+    # A part of it may be a stranger's (`*` in a model's name): nothing long is kept.
+    return Edit(*fields.model_at, _written_once(model) if len(model) <= _KEPT else _written(model))
 
 
-@lru_cache(1024)
 def _written(model: str) -> bytes:
     return json.dumps(model, ensure_ascii=False).encode()
+
+
+_written_once: Final = lru_cache(1024)(_written)
 
 
 def usage_edit(body: bytes, fields: JsonFields) -> Edit | None:

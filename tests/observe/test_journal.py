@@ -22,7 +22,7 @@ from canal_trio.observe.ledger.journal import (
     claim,
     left_behind,
 )
-from canal_trio.observe.ledger.rows import LINE_BYTES, Row, ended, opened
+from canal_trio.observe.ledger.rows import LINE_BYTES, Row, _few, ended, opened
 from canal_trio.observe.ledger.sqlite import SqliteStore
 from canal_trio.policy.prices import Prices
 
@@ -261,3 +261,13 @@ def test_rows_are_small(journal: Journal) -> None:
     row: Row = ended(opened(1, admitted(1)), record(1), NO_PRICES)
     journal.end(row)
     assert journal.written < ENDING_BYTES
+
+
+def test_a_long_text_of_a_strangers_stays_in_memory() -> None:
+    """Paths and models are a client's words: of the long ones none is kept beside its row, and that has it cut."""
+    opened(1, admitted(1))
+    kept = _few.cache_info().currsize
+    assert kept
+    for number in range(3):
+        assert len(opened(1, admitted(1, path="/" + f"{number}" * 10_000)).path) < 300
+    assert _few.cache_info().currsize == kept

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from canal_trio.wire.json_fields import JsonFields, json_fields, model_edit, usage_edit
+from canal_trio.wire.json_fields import JsonFields, _written_once, json_fields, model_edit, usage_edit
 from canal_trio.wire.splice import splice
 
 JUDGED = ("model", "stream", "stream_options")
@@ -129,6 +129,18 @@ def test_an_alias_changes_the_model_and_nothing_else(text: str, alias: str):
     edit = model_edit(fields, alias)
     assert json.loads(body[edit.start : edit.end]) == fields.model
     assert pairs(edited(body, edit)) == changed(pairs(text), "model", lambda _: alias)
+
+
+def test_a_long_model_name_of_a_strangers_stays_in_memory():
+    """A part of it may be what a `*` stood for: the names whose JSON is kept are short ones, however many come."""
+    fields = json_fields(b'{"model": "m"}')
+    assert isinstance(fields, JsonFields)
+    model_edit(fields, "short")
+    kept = _written_once.cache_info().currsize
+    assert kept
+    for number in range(3):
+        assert json.loads(model_edit(fields, f"{number}" * 10_000).text) == f"{number}" * 10_000
+    assert _written_once.cache_info().currsize == kept
 
 
 @given(requests())

@@ -75,10 +75,14 @@ def _cut(text: str) -> str:
     return text[:_TEXT].encode(errors="backslashreplace").decode().replace("\0", "\\0")
 
 
-@lru_cache(1024)
+_few = lru_cache(1024)(_cut)
+
+
 def _text(text: str | None) -> str | None:
-    """For texts of which there are few: a look-up for most."""
-    return None if text is None else _cut(text)
+    """For texts of which there are few: a look-up for most. What a stranger made long is not kept."""
+    if text is None:
+        return None
+    return _few(text) if len(text) <= _TEXT else _cut(text)
 
 
 def opened(seq: int, admitted: Admitted) -> Row:
