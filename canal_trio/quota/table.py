@@ -77,6 +77,7 @@ class Table:
         look at. The memory then says only which scopes there are."""
         assert self._single
         self._own_changes = self.changes
+        self._lock = nullcontext()
         self._shared = False
 
     # -- exchanges -----------------------------------------------------------------------------------------------------
@@ -85,56 +86,43 @@ class Table:
         self, scopes: Sequence[Scope], ask: Ask, moment: Moment
     ) -> tuple[list[tuple[Scope, State]], tuple[Scope, Refusal] | None]:
         """Let `ask` in everywhere, or nowhere: what each scope has counted by then, and why not."""
-        if not self._shared:
-            return self._admit(scopes, ask, moment)
-        with self._lock:
-            return self._admit(scopes, ask, moment)
-
-    def _admit(
-        self, scopes: Sequence[Scope], ask: Ask, moment: Moment
-    ) -> tuple[list[tuple[Scope, State]], tuple[Scope, Refusal] | None]:
         counted: list[tuple[Scope, State]] = []
         worst: tuple[Scope, Refusal] | None = None
-        places: list[int] = []
-        for scope in scopes:
-            place = self._place(scope.id, moment)
-            if place is None or place in places:  # the latter: it would have to push out this exchange's other one
-                self.overflows += 1
-                continue
-            state = self._read(place)
-            refill(scope.rule, state, moment)
-            why = refusal(scope.rule, state, ask, moment)
-            if why is not None and (worst is None or why.wait > worst[1].wait):
-                worst = (scope, why)
-            places.append(place)
-            counted.append((scope, state))
-        if worst is None:
-            for place, (scope, state) in zip(places, counted, strict=True):
-                take(scope.rule, state, ask)
-                self._write(place, scope.id, state, 1, ask.cost)
-            if ask.cost:
-                self._changed()
+        with self._lock:
+            places: list[int] = []
+            for scope in scopes:
+                place = self._place(scope.id, moment)
+                if place is None or place in places:  # the latter: it would have to push out this exchange's other one
+                    self.overflows += 1
+                    continue
+                state = self._read(place)
+                refill(scope.rule, state, moment)
+                why = refusal(scope.rule, state, ask, moment)
+                if why is not None and (worst is None or why.wait > worst[1].wait):
+                    worst = (scope, why)
+                places.append(place)
+                counted.append((scope, state))
+            if worst is None:
+                for place, (scope, state) in zip(places, counted, strict=True):
+                    take(scope.rule, state, ask)
+                    self._write(place, scope.id, state, 1, ask.cost)
+                if ask.cost:
+                    self._changed()
         return counted, worst
 
     def settle(self, scopes: Sequence[Scope], ask: Ask, used: Ask, moment: Moment) -> None:
         """What was let in by `admit` with these has ended."""
-        if not self._shared:
-            self._settle(scopes, ask, used, moment)
-        else:
-            with self._lock:
-                self._settle(scopes, ask, used, moment)
-
-    def _settle(self, scopes: Sequence[Scope], ask: Ask, used: Ask, moment: Moment) -> None:
-        for scope in scopes:
-            place = self._place(scope.id, moment)
-            if place is None:
-                continue
-            state = self._read(place)
-            refill(scope.rule, state, moment)
-            settle(scope.rule, state, ask, used)
-            self._write(place, scope.id, state, -1, -ask.cost)
-        if ask.cost or used.cost:
-            self._changed()
+        with self._lock:
+            for scope in scopes:
+                place = self._place(scope.id, moment)
+                if place is None:
+                    continue
+                state = self._read(place)
+                refill(scope.rule, state, moment)
+                settle(scope.rule, state, ask, used)
+                self._write(place, scope.id, state, -1, -ask.cost)
+            if ask.cost or used.cost:
+                self._changed()
 
     # -- the others ----------------------------------------------------------------------------------------------------
 
@@ -241,7 +229,7 @@ class Table:
             return self._unpacked(place)
         state = self._known.get(place)
         if state is None:
-            state = self._known[place] = self._unpacked(place)
+            state = self._known.setdefault(place, self._unpacked(place))  # another thread may look just now
         return state
 
     def _unpacked(self, place: int) -> State:
