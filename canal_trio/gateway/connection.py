@@ -31,8 +31,8 @@ from canal_trio.gateway.respond import error_response, own_answer
 from canal_trio.gateway.writer import ClientWriter
 from canal_trio.messages import End, RequestHead
 from canal_trio.relay.flow import FlowSender, open_flow
-from canal_trio.relay.handover import can_hand_over
-from canal_trio.relay.streams import TcpStream, handover_end
+from canal_trio.relay.handover import can_hand_over, handover_end
+from canal_trio.relay.streams import TcpStream
 from canal_trio.wire.bodies import BodyDecoder, NoBody, framed_decoder
 from canal_trio.wire.headers import client_address
 
@@ -246,10 +246,8 @@ class ClientConnection:
             self._reset = failure is not None and failure.kind is Kind.STALLED
             self._broken_off = True  # nothing is left to be said
             return False
-        # The end of an answer to HTTP/1.0 may be the close itself: a reset in its place, which what the client sends
-        # after the close would bring about, takes the end away.
-        last = exchange.head is not None and exchange.head.version == b"1.0"
-        self._unread = not exchange.received or last
+        # A reset in place of that close, which what the client sends after it would bring about, takes the end away.
+        self._unread = not exchange.received or _may_end_by_close(exchange)
         if failure is None:
             if delivery.begun and not delivery.complete:  # cut after its last event
                 self._break(exchange)
@@ -271,8 +269,7 @@ class ClientConnection:
         if exchange.answered:
             return
         self._broken_off = True
-        head = exchange.head
-        if head is not None and head.version == b"1.0":
+        if _may_end_by_close(exchange):
             self._reset = True
 
     def _finish(self, exchange: Exchange) -> None:
@@ -296,6 +293,11 @@ class ClientConnection:
                     dropped += len(data)
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 pass
+
+
+def _may_end_by_close(exchange: Exchange) -> bool:
+    """The answer may have no end but that of the connection: HTTP/1.0 knows no chunks."""
+    return exchange.head is not None and exchange.head.version == b"1.0"
 
 
 def _stopped(exchange: Exchange) -> Failure:

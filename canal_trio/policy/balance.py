@@ -74,10 +74,7 @@ class Balancer:
         """What `pick` says while everything is well, if that needs neither a clock nor chance; else None."""
         if self.options.strategy != "in_order" or not self._first_tier:
             return None
-        for standing in self._standings:
-            if not standing.calm:
-                return None
-        return self._first_tier[0]
+        return self._first_tier[0] if self._all_calm() else None
 
     def available(self, now: float) -> bool:
         """Could an exchange that begins now be sent anywhere?"""
@@ -105,11 +102,11 @@ class Balancer:
                 return found
         return []
 
+    def _all_calm(self) -> bool:
+        return all(standing.calm for standing in self._standings)
+
     def _avoided(self, now: float) -> Collection[int]:
-        for standing in self._standings:
-            if not standing.calm:
-                break
-        else:
+        if self._all_calm():
             return ()
         troubled = [number for number, member in enumerate(self.members) if not member.standing.calm]
         down = {number for number in troubled if self.members[number].standing.down}

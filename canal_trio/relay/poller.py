@@ -47,7 +47,7 @@ class Pollable(Protocol):
 class Poller:
     """The epoll of this run. Use `Poller.current()`; it is started by the first stream and ends with the run."""
 
-    __slots__ = ("_again", "_epoll", "_led", "_nested", "_newcomers", "_release", "_streams", "outside", "steps")
+    __slots__ = ("_again", "_epoll", "_led", "_newcomers", "_release", "_streams", "outside", "steps")
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
@@ -82,7 +82,7 @@ class Poller:
 
     def unregister(self, fd: int) -> None:
         """Stop watching. Must be called before the descriptor is closed, for its number will be used again."""
-        if self._streams.pop(fd, None) is not None and not self._epoll.closed:
+        if self._streams.pop(fd, None) is not None and not self.over:
             self._epoll.unregister(fd)
 
     # -- who waits -----------------------------------------------------------------------------------------------------
@@ -95,9 +95,8 @@ class Poller:
         self._release = trio.Event()
         # Trio goes on watching what it once was made to wait for, and two epolls that watch each other are an error.
         watched_by_trio, self._epoll = self._epoll, select.epoll()
-        for fd in self._streams:
-            self._epoll.register(fd, _EVENTS)
-        self._newcomers.update(self._streams)
+        for fd, stream in self._streams.items():
+            self.register(fd, stream)
         trio.lowlevel.notify_closing(watched_by_trio)
         watched_by_trio.close()
         return True

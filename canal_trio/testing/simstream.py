@@ -105,7 +105,7 @@ class SimStream(HalfCloseableStream):
 
     async def send_all(self, data: Buffer) -> None:
         """As `trio.abc.SendStream.send_all`."""
-        with self._claim_sending():
+        with OneSender(self):
             await trio.lowlevel.checkpoint_if_cancelled()
             view = memoryview(data).cast("B")
             view = view[self._send(view) :]
@@ -117,7 +117,7 @@ class SimStream(HalfCloseableStream):
 
     async def wait_send_all_might_not_block(self) -> None:
         """As `trio.abc.SendStream.wait_send_all_might_not_block`."""
-        with self._claim_sending():
+        with OneSender(self):
             self._check_open()
             await trio.lowlevel.checkpoint()
             await self._wait_room()
@@ -125,7 +125,7 @@ class SimStream(HalfCloseableStream):
 
     async def send_eof(self) -> None:
         """As `trio.abc.HalfCloseableStream.send_eof`."""
-        with self._claim_sending():
+        with OneSender(self):
             self._check_open()
             await trio.lowlevel.checkpoint()
             self._check_open()
@@ -210,9 +210,6 @@ class SimStream(HalfCloseableStream):
         while not self._closed and self.outgoing.sealed is None and self.outgoing.room < 1:
             self._sender = trio.lowlevel.current_task()
             await trio.lowlevel.wait_task_rescheduled(abort)
-
-    def _claim_sending(self) -> OneSender:
-        return OneSender(self)
 
     def _check_receiver(self) -> None:
         if self._receiver is not None or self._sink is not None:

@@ -109,8 +109,7 @@ async def test_deadlines_are_kept(nursery):
             await trio.sleep_forever()
         assert scope.cancelled_caught
         assert trio.current_time() - began >= seconds
-    rung = trio.lowlevel.current_statistics()
-    assert rung.seconds_to_next_deadline > 1
+    assert trio.lowlevel.current_statistics().seconds_to_next_deadline > 1
 
 
 async def test_a_sleep_in_vain_is_not_waited_for_twice(nursery, monkeypatch):
@@ -121,14 +120,16 @@ async def test_a_sleep_in_vain_is_not_waited_for_twice(nursery, monkeypatch):
         def before_io_wait(self, timeout: float) -> None:
             waits.append(timeout)
 
-        def after_io_wait(self, timeout: float) -> None:
-            waits.append(trio.current_time())
-
     await nursery.start(wait_in_poller)
     await wait_all_tasks_blocked()
     written: list[int] = []
     write = os.eventfd_write
-    monkeypatch.setattr(os, "eventfd_write", lambda fd, value: (written.append(fd), write(fd, value)))
+
+    def noted(fd: int, value: int) -> None:
+        written.append(fd)
+        write(fd, value)
+
+    monkeypatch.setattr(os, "eventfd_write", noted)
     trio.lowlevel.add_instrument(Look())
     await trio.sleep(0.01)
     assert len(written) == 1
