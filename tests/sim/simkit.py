@@ -179,6 +179,7 @@ class World:
             while (request := await read_request(conversation.stream)) is not None:
                 conversation.requests.append(request)
                 await self._play(conversation)
+            conversation.note_leaving()  # the end may be read before the watch is told of it
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             conversation.note_leaving()
         finally:
