@@ -401,7 +401,7 @@ def _is_broken(end: HandoverStream) -> bool:
     """Was the connection reset, as far as the kernel tells without being read?"""
     sock = getattr(end, "socket", None)
     if sock is None:
-        return False
+        return bool(getattr(end, "broken", False))  # a simulated stream says so itself
     poll = select.poll()
     poll.register(sock, 0)  # errors are always reported
     return any(mask & select.POLLERR for _, mask in poll.poll(0))

@@ -124,9 +124,6 @@ def _leaving(seen: Seen, peer: ClientPeer, ask: Ask, noted: Noted) -> Iterator[s
     if noted.record.outcome is not Outcome.CLIENT_GONE or not noticed:
         return
     first, steps = noticed[0], {moment.step for moment in noticed}
-    if "finish" in _eof_rules(seen):
-        # A hang-up says nothing then; that a simulated one is a reset only a read tells, whose task runs a pass later.
-        steps |= {first.step + 1}
     for attempt in seen.attempts.get(ask.tag, [])[-1:]:
         closed = attempt.end.closed_at
         if attempt.raw >= attempt.said.whole:

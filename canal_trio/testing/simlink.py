@@ -85,6 +85,7 @@ class Pipe:
         self._announced = False
         self._arrived = bytearray()
         self.end: End | None = None  # has arrived behind `_arrived`
+        self.broken = False  # a reset has arrived, behind an end perhaps, which is all that a read still tells then
         self.sealed: End | None = None  # the writer's view: EOF, it said so itself; BROKEN, nobody will receive
 
     @property
@@ -136,8 +137,8 @@ class Pipe:
 
     def finish(self, end: End) -> None:
         """The writer says nothing more; `end` travels behind what it said."""
-        if self.sealed is None:
-            self.sealed = End.EOF if end is End.EOF else End.BROKEN
+        if self.sealed is None or (self.sealed is End.EOF and end is End.BROKEN):
+            self.sealed = end
             self._launch(end)
 
     def abandon(self) -> None:
@@ -154,7 +155,7 @@ class Pipe:
         if self._stalled:
             self._stalled = False
             self._flight.clear()
-        if self.end is None:
+        if not self.broken:
             self._launch(End.BROKEN)
         self.writer.on_room()
 
@@ -195,6 +196,7 @@ class Pipe:
     def _land(self, item: bytes | End) -> None:
         if isinstance(item, End):
             self.end = self.end or item
+            self.broken = self.broken or item is End.BROKEN
         else:
             self._arrived += item
         if not self._announced:

@@ -58,6 +58,11 @@ class SimStream(HalfCloseableStream):
         return self.incoming.unread
 
     @property
+    def broken(self) -> bool:
+        """The other end was seen to reset the connection; as the kernel tells it, without a read."""
+        return self.incoming.broken
+
+    @property
     def closed(self) -> bool:
         """`close()` or `aclose()` was called."""
         return self._closed

@@ -242,6 +242,8 @@ class _World:
         patience = SETTLE + deadlines.linger + max(deadlines.client_write, deadlines.keep_alive)
         if any(upstream.on_client_eof == "finish" for upstream in self._plan.upstreams):
             patience += deadlines.first_byte  # an answer is waited for that may never come
+        if any(ask.upgrade for client in self._plan.clients for ask in client.asks):
+            patience += deadlines.tunnel_idle  # who has ended its side of a tunnel can leave without a word
         with trio.move_on_after(patience):
             while self._serving:  # noqa: ASYNC110  # virtual time
                 await trio.sleep(0.25)

@@ -230,6 +230,26 @@ async def test_client_that_breaks_the_connection(silent: bool) -> None:
         assert record.cancel_latency is not None
 
 
+async def test_client_that_breaks_the_connection_after_its_end() -> None:
+    """A reset behind the client's end closes the upstream at once: nobody reads that direction any more."""
+    ended = trio.Event()
+
+    async def play(stream: trio.SocketStream) -> None:
+        assert await drain(stream) == b"last words"
+        ended.set()
+        await trio.sleep_forever()
+
+    async with far_end(play) as end, running_gateway(settings_for(end.url)) as gateway:
+        client = await open_tunnel(gateway)
+        await client.send(b"last words")
+        client.shutdown()
+        await ended.wait()
+        client.reset()
+        record = await gateway.records.one()
+        assert record.outcome is Outcome.CLIENT_GONE
+        assert record.cancel_latency is not None
+
+
 @pytest.mark.parametrize("silent", [True, False], ids=["silent", "flooding"])
 async def test_upstream_that_breaks_the_connection(silent: bool) -> None:
     """A reset of the upstream ends the tunnel for the client, and is the upstream's failure."""

@@ -167,6 +167,32 @@ async def test_a_hang_up_is_watched_without_reading(autojump_clock):
     assert await b.receive_some() == b"unread"
 
 
+@pytest.mark.parametrize("by", ["reset", "close"])
+async def test_a_reset_behind_an_end_is_told_to_who_watches(autojump_clock, by):
+    """As a kernel tells it: a read still says that it ended, the watch is called again, and it is seen to be broken.
+
+    A close with bytes that were not received is one, too.
+    """
+    a, b = sim_stream_pair(a_to_b=SimLink(latency=2))
+    told = []
+
+    def watch():
+        told.append((trio.current_time(), b.broken))
+        b.watch(watch)
+
+    b.watch(watch)
+    await b.send_all(b"never received")
+    await a.send_eof()
+    await trio.sleep(1)
+    getattr(a, by)()
+    assert await b.receive_some() == b""
+    await trio.sleep(5)
+    assert told == [(2, False), (3, True)]
+    assert await b.receive_some() == b""
+    with pytest.raises(trio.BrokenResourceError):
+        await b.send_all(b"x")
+
+
 async def test_an_armed_sink_is_never_called_from_inside_the_send():
     """What arrives is announced in a step of its own, as a poller would."""
     a, b = sim_stream_pair()

@@ -219,3 +219,8 @@ async def test_a_heartbeat_that_found_the_client_gone_told_nobody(autojump_clock
         assert record.outcome is Outcome.CLIENT_GONE
         assert trio.current_time() - start == pytest.approx(2, abs=0.01)
         assert here.conversations[0].left == pytest.approx(start + 2, abs=0.01)
+
+
+def test_a_reset_behind_a_clients_end_leaves_its_tunnel_to_itself() -> None:
+    """The slot, both connections and the record wait for the tunnel's idle deadline, unless the kernel tells of it."""
+    assert not check(plan_of(535057203)).complaints

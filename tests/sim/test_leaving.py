@@ -186,6 +186,28 @@ async def test_last_event_counts_once_its_blank_line_is_there(autojump_clock: An
         assert (await here.records.one()).flags == ("late_body_end",)
 
 
+async def test_reset_behind_an_end_was_not_seen(autojump_clock: Any) -> None:
+    """In a tunnel an end is no leaving, and nobody reads behind it; the reset that follows still closes the upstream
+    in its step. (A simulated connection forgot a reset that came behind an end, where a kernel tells of it.)"""
+
+    async def goes_on(upstream: Conversation) -> None:
+        await upstream.say(SWITCH)
+        assert await upstream.stream.receive_some() == b""
+        await trio.sleep_forever()
+
+    async with world(goes_on, handover=True) as here:
+        client = here.connect()
+        await client.send(UPGRADE)
+        assert (await client.final_head()).status == 101
+        await client.stream.send_eof()  # type: ignore[attr-defined]  # a simulated stream
+        await trio.sleep(1)
+        assert not here.records.all
+        record = await leave(here, client, "reset")
+        assert (record.outcome, record.phase) == (Outcome.CLIENT_GONE, Phase.STREAM)
+        assert record.cancel_latency is not None
+        assert here.streams[1].closed
+
+
 async def test_end_of_a_client_whose_upstream_cannot_be_half_closed(autojump_clock: Any, handover: bool) -> None:
     """Where an end cannot be passed on by itself the tunnel ends with it, behind the bytes before it."""
     seen: list[bytes] = []
