@@ -124,12 +124,15 @@ def _leaving(seen: Seen, peer: ClientPeer, ask: Ask, noted: Noted) -> Iterator[s
     if noted.record.outcome is not Outcome.CLIENT_GONE or not noticed:
         return
     first, steps = noticed[0], {moment.step for moment in noticed}
+    patient = {upstream.name for upstream in seen.plan.upstreams if upstream.on_client_eof == "finish"}
     for attempt in seen.attempts.get(ask.tag, [])[-1:]:
         closed = attempt.end.closed_at
         if attempt.raw >= attempt.said.whole:
             continue  # it had nothing more to say, and its connection is another's
         if closed is None:
             yield f"the client left and {attempt.end.name} is still open"
+        elif attempt.upstream in patient and noted.record.phase is Phase.ROUTE:
+            pass  # its end was no leaving there; it became that on the way to one that has it so, which is not asked
         elif closed.step > first.step and closed.step not in steps:
             yield (
                 f"the client's leaving was seen in step {first.step} ({first.time - seen.began:.6f}), "

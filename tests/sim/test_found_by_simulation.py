@@ -224,3 +224,10 @@ async def test_a_heartbeat_that_found_the_client_gone_told_nobody(autojump_clock
 def test_a_reset_behind_a_clients_end_leaves_its_tunnel_to_itself() -> None:
     """The slot, both connections and the record wait for the tunnel's idle deadline, unless the kernel tells of it."""
     assert not check(plan_of(535057203)).complaints
+
+
+@pytest.mark.parametrize("seed", [535051555, 535057159])
+def test_an_end_that_was_no_leaving_at_first_must_have_closed_the_upstream(seed: int) -> None:
+    """The judge was wrong. `on_client_eof` is each upstream's own: with one that finishes, the end that was seen early
+    is no leaving, and its connection lives until its attempt is over; on the way to one that does not, it is."""
+    assert not check(plan_of(seed)).complaints

@@ -186,6 +186,28 @@ async def test_last_event_counts_once_its_blank_line_is_there(autojump_clock: An
         assert (await here.records.one()).flags == ("late_body_end",)
 
 
+async def test_end_that_becomes_leaving_on_the_way_to_another_upstream(autojump_clock: Any, handover: bool) -> None:
+    """An upstream that finishes for a client which has ended its side is left to answer; when it fails, one that
+    would not is not asked: for that one the client is gone."""
+
+    async def fails(upstream: Conversation) -> None:
+        await trio.sleep(3)
+        upstream.stream.close()
+
+    first = Upstream("u0", "http://u0.test", on_client_eof="finish", retry_sent=True)
+    second = Upstream("u1", "http://u1.test")
+    async with world(fails, handover=handover, upstreams=(first, second)) as here:
+        start = trio.current_time()
+        client = here.connect()
+        await client.send(chat())
+        await client.stream.send_eof()  # type: ignore[attr-defined]  # a simulated stream
+        assert await client.rest() == b""
+        record = await here.records.one()
+        assert (record.outcome, record.phase) == (Outcome.CLIENT_GONE, Phase.ROUTE)
+        assert trio.current_time() == pytest.approx(start + 3, abs=0.01)
+        assert [conversation.upstream for conversation in here.conversations] == ["u0"]
+
+
 async def test_reset_behind_an_end_was_not_seen(autojump_clock: Any) -> None:
     """In a tunnel an end is no leaving, and nobody reads behind it; the reset that follows still closes the upstream
     in its step. (A simulated connection forgot a reset that came behind an end, where a kernel tells of it.)"""
