@@ -237,3 +237,21 @@ def test_a_request_that_just_fits_the_kernel_on_one_path_meets_another_deadline(
     """The judge was wrong. A chunked body is passed on in the chunks in which it came, which are others where it was
     read ahead; when its upstream stops reading, the rest of it may fit what the kernel holds, or it may not."""
     assert not check(plan_of(535049808)).complaints
+
+
+@pytest.mark.parametrize("seed", [700004442, 700004780])
+def test_a_drain_in_the_middle_of_the_last_look_refuses_a_new_client(seed: int) -> None:
+    """The judge was wrong. All clients had left, and the plan's drain came between two that see whether new ones are
+    served: then they are not to be."""
+    assert not check(plan_of(seed)).complaints
+
+
+def test_half_a_heartbeat_is_no_part_of_the_answer() -> None:
+    """The judge was wrong. A client that stops reading may stop inside of a heartbeat, too."""
+    assert not check(plan_of(700005747)).complaints
+
+
+def test_an_upstream_that_leaves_inside_of_a_request_breaks_or_ends_its_connection() -> None:
+    """The judge was wrong. By what it has not read its close is a reset or an end, for the kernel, and so the answer's
+    text, which says what was seen, differs where the pieces do; its kind does not."""
+    assert not check(plan_of(700003186)).complaints
