@@ -269,7 +269,7 @@ class _World:
             with trio.move_on_after(HORIZON / 10):
                 await self._client(number, client)
             peer = self._seen.clients[-1]
-            if self._gateway.draining:
+            if self._drained_by < math.inf:
                 pass
             elif not (peer.answers and peer.answers[0].complete and peer.answers[0].status == 200):
                 self._seen.complaints.append(f"when all was over a new client was not served by {upstream.name}")
