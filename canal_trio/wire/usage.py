@@ -3,8 +3,9 @@
 Two shapes of answer tell it: a JSON object with `usage` at its top, and an event stream in which some event's JSON has
 `usage` at its top (a usage chunk, a last chunk) or in its `response` (the Responses API). Both are skimmed, not parsed:
 a few bytes of state follow strings and depth, and only the value of such a `usage` is kept, up to 8 KiB. The last one
-that is an object counts. Invariants: the result does not depend on how the bytes are split; memory is bounded however
-long an event or a body is; what is not JSON is looked at and forgotten.
+that is an object counts. A text that comes in one piece, as most do, is read by msgspec instead, where that says the
+same: it takes a tenth of the time. Invariants: the result does not depend on how the bytes are split; memory is bounded
+however long an event or a body is; what is not JSON is looked at and forgotten.
 """
 
 from __future__ import annotations
@@ -32,6 +33,21 @@ _OPENING, _CLOSING = frozenset(b"{["), frozenset(b"}]")
 _LINE_END: Final = re.compile(rb"\r\n?|\n")
 # Nearly every event: whole, and without a `usage` that is anything but null.
 _TELLING: Final = re.compile(rb'"usage"(?![ \t]*:[ \t]*null)').search
+
+
+# A letter of a member's name may be written as an escape: such a name is none that is looked for.
+_ESCAPED: Final = (b"\\u006", b"\\u007")
+_SURELY: Final = USAGE_BYTES // 2  # bytes of a value that is kept, whatever blanks are around it
+
+
+class _Text(msgspec.Struct):
+    """A whole text, of which only this is looked at."""
+
+    usage: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+_decode_text: Final = msgspec.json.Decoder(_Text).decode
+_decode: Final = msgspec.json.Decoder().decode
 
 
 def usage_of(raw: object) -> Usage | None:
@@ -69,7 +85,17 @@ def _part(raw: dict[str, Any], *names: str) -> dict[str, Any]:
 class BodyUsage:
     """The tap on a JSON text. `usage` is None until one was seen."""
 
-    __slots__ = ("_depth", "_in_response", "_in_string", "_kept", "_kept_depth", "_name", "_open_escape", "usage")
+    __slots__ = (
+        "_depth",
+        "_in_response",
+        "_in_string",
+        "_kept",
+        "_kept_depth",
+        "_name",
+        "_open_escape",
+        "_untouched",
+        "usage",
+    )
 
     def __init__(self) -> None:
         self.usage: Usage | None = None
@@ -77,6 +103,7 @@ class BodyUsage:
 
     def reset(self) -> None:
         """Another text begins. `usage` stays."""
+        self._untouched = True  # nothing of the text has come
         self._depth = 0
         self._in_string = False
         self._open_escape = False  # a string's last byte so far is a backslash that escapes what follows
@@ -87,6 +114,10 @@ class BodyUsage:
 
     def feed(self, data: bytes) -> None:
         """Take note of `data`, which has passed."""
+        if self._untouched and data:
+            self._untouched = False
+            if self._whole(data):
+                return
         at, size = 0, len(data)
         while at < size:
             end = self._string(data, at) if self._in_string else self._outside(data, at)
@@ -98,6 +129,23 @@ class BodyUsage:
             if end < size and not self._in_string:
                 end = self._token(data, end)
             at = end
+
+    def _whole(self, data: bytes) -> bool:
+        """Take note of a whole text. False: it is none, or may have to be read more closely; nothing was done then."""
+        if not data.endswith((b"}", b"}\n", b"}\r\n", b"}\n\n")) or data.count(b'"usage"') > 1:
+            return False
+        if _ESCAPED[0] in data or _ESCAPED[1] in data:
+            return False
+        try:
+            value = _decode_text(data).usage
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return False
+        if isinstance(value, msgspec.UnsetType):
+            return b'"usage"' not in data or b'"response"' not in data
+        if len(memoryview(value)) > _SURELY:
+            return False
+        self._take(value)
+        return True
 
     def _string(self, data: bytes, at: int) -> int:
         """Through a string, up to its closing quote and beyond it, or to the end of what is here."""
@@ -136,6 +184,8 @@ class BodyUsage:
             self._in_string = True
             self._name = b""
         elif byte in _OPENING:
+            if self._depth == 0:  # nothing of a text before this one counts
+                self._name, self._in_response = b"", False
             self._depth += 1
         elif byte in _CLOSING:
             self._depth -= 1
@@ -150,9 +200,9 @@ class BodyUsage:
         if self._name == _USAGE and (self._depth == 1 or (self._depth == 2 and self._in_response)):
             self._kept, self._kept_depth = bytearray(), self._depth
 
-    def _take(self, value: bytes) -> None:
+    def _take(self, value: bytes | msgspec.Raw) -> None:
         try:
-            found = usage_of(msgspec.json.decode(value))
+            found = usage_of(_decode(value))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return
         if found is not None:

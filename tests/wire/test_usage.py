@@ -93,6 +93,41 @@ def test_the_skimmer_agrees_with_a_json_reader(value: object, size: int, spaced:
     assert tap.usage == wanted
 
 
+TOKENS = [
+    *"{}[]:,\"\\ \n",
+    *('"usage"', '"us\\u0061ge"', '"response"', '"x"', "null", "1"),
+    *('{"prompt_tokens":2}', '{"prompt_tokens":"\\ud800"}'),
+    *('{"usage":{"prompt_tokens":3}}', '"usage":{"completion_tokens":4}', '{"response":{"usage":{"prompt_tokens":5}}}'),
+]
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.sampled_from(TOKENS), max_size=12), st.integers(1, 9), st.booleans())
+def test_a_text_in_one_piece_counts_as_it_does_in_many(tokens: list[str], size: int, within: bool):
+    """JSON or not: what is read at once, where a text comes whole, is what the skimmer finds in its bytes; so it is for
+    a text behind it."""
+    text = "".join(tokens).encode()
+    text = b'{"a":%b}\n' % text if within else text
+    whole, parts = BodyUsage(), BodyUsage()
+    for _ in range(2):
+        whole.feed(text)
+        for at in range(0, len(text), size):
+            parts.feed(text[at : at + size])
+        assert whole.usage == parts.usage
+
+
+def test_a_long_usage_is_kept_to_the_same_byte_in_one_piece():
+    """The bound on a `usage` is the same, whether its text comes whole or in parts."""
+    for blanks in (USAGE_BYTES // 2, *range(USAGE_BYTES - 30, USAGE_BYTES)):
+        text = b'{"usage":{"prompt_tokens":%b7}}' % (b" " * blanks)
+        whole, parts = BodyUsage(), BodyUsage()
+        whole.feed(text)
+        parts.feed(text[:3])
+        parts.feed(text[3:])
+        assert whole.usage == parts.usage
+        assert (whole.usage is None) == (blanks + len(b'{"prompt_tokens":7}') > USAGE_BYTES)
+
+
 @pytest.mark.parametrize(
     ("text", "usage"),
     [
