@@ -306,6 +306,8 @@ def compare(one: Seen, other: Seen) -> tuple[list[str], int]:
                 names.remove("request_bytes")  # how much was read of what nobody wants any more
             if "quits" in hazards:
                 names.remove("attempts")  # a connection may die while it is idle, or just before it is used
+            if _breaks_or_ends(ask, pair[0].failure, pair[1].failure):
+                names.remove("failure")
             found += [f"{ask.tag}: {text}" for text in _same(pair[0], pair[1], names)]
             if not (any(reply.into for reply in ask.replies) and _is_own(peer, index) and _is_own(twin, index)):
                 found += [f"{ask.tag}: {text}" for text in _same_bytes(peer, twin, index)]
@@ -334,6 +336,17 @@ def _held_up(ask: Ask, one: Failure | None, other: Failure | None) -> bool:
         (Phase.SEND, Kind.STALLED),
         (Phase.FIRST_BYTE, Kind.TIMEOUT),
     }
+
+
+def _breaks_or_ends(ask: Ask, one: Failure | None, other: Failure | None) -> bool:
+    """An upstream that answers early leaves in the middle of it: by what it has not read, its close is a reset or an
+    end, and when the last bytes of a request come to it hangs by the pieces they are in."""
+    leaves = any(
+        reply.early and reply.out is not None and reply.out.kind is FaultKind.TRUNCATE for reply in ask.replies
+    )
+    if not leaves or one is None or other is None or one.phase is not other.phase:
+        return False
+    return {(one.side, one.kind), (other.side, other.kind)} == {(Side.UPSTREAM, Kind.CUT), (Side.UPSTREAM, Kind.RESET)}
 
 
 def _same(one: ExchangeRecord, other: ExchangeRecord, names: list[str]) -> Iterator[str]:
