@@ -68,7 +68,7 @@ _UPSTREAM: dict[Kind, Answer] = {
     Kind.REFUSED: Answer(502, "upstream_error", "upstream_unreachable", "The upstream cannot be reached."),
     Kind.TLS: Answer(502, "upstream_error", "upstream_tls", "The TLS handshake with the upstream failed."),
     Kind.MALFORMED: Answer(502, "upstream_error", "upstream_malformed", "The upstream's answer is not valid HTTP."),
-    Kind.STALLED: Answer(504, "upstream_error", "upstream_stalled", "The upstream stopped sending."),
+    Kind.STALLED: Answer(504, "upstream_error", "upstream_stalled", "The upstream stalled."),
 }
 _UPSTREAM_BROKE = Answer(502, "upstream_error", "upstream_disconnected", "The upstream closed the connection.")
 

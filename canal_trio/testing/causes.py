@@ -6,6 +6,9 @@ failure must be one that they can cause. A fault that comes too late to matter i
 
 from __future__ import annotations
 
+import math
+from itertools import accumulate
+
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.settings import Deadlines
 from canal_trio.testing.plans import Ask, Client, Plan, Reply, reply_bytes
@@ -40,6 +43,7 @@ _CAUSES: dict[str, set[Cause]] = {
     "client delay": {(_C, Kind.TIMEOUT)},
     "raises": {(_G, Kind.INTERNAL)},
     "drain": {(_G, Kind.DRAINING)},
+    "slow head": {(_U, Kind.STALLED)},
     "limit": {(_G, Kind.UNAVAILABLE)},
     "large": {(_C, Kind.BODY_TOO_LARGE)},
 }
@@ -48,8 +52,11 @@ _CAUSES: dict[str, set[Cause]] = {
 def hazards_of(plan: Plan, client: Client, ask: Ask) -> set[str]:
     """What may reach this exchange by its own replies and dials, its client's doings, and the world's."""
     found = _of_client(plan, client)
-    for reply in ask.replies:
+    least = min(plan.deadlines.upstream_idle, plan.reload.upstream_idle if plan.reload is not None else math.inf)
+    for number, reply in enumerate(ask.replies):
         found |= _of_reply(reply)
+        if reply.early and _head_takes(ask, number) > least - 1:
+            found.add("slow head")  # nothing is read meanwhile, and a head that is not whole answers for nothing
     found |= {dial for dial in ask.dials if dial in ("refused", "dns", "silent")}
     if plan.drain is not None:
         found.add("drain")
@@ -64,6 +71,13 @@ def hazards_of(plan: Plan, client: Client, ask: Ask) -> set[str]:
     if ask.body is not None and ask.body > plan.bounds.held_body_bytes - 200:
         found.add("large")
     return found
+
+
+def _head_takes(ask: Ask, number: int) -> float:
+    """Seconds until the head of this reply is said."""
+    said, reply = reply_bytes(ask, number), ask.reply(number)
+    begun = accumulate(map(len, said.sends[:-1]), initial=0)  # bytes that were said before each send
+    return reply.wait + sum(reply.pause(index) for index, before in enumerate(begun) if before < said.marks[0][0])
 
 
 def _of_reply(reply: Reply) -> set[str]:

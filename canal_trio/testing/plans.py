@@ -41,6 +41,10 @@ class Reply:
     into: Fault | None = None  # at byte N of what it reads
     garbage: str = ""  # "head" or "chunk": not HTTP from there on
 
+    def pause(self, index: int) -> float:
+        """Seconds before the send of this number, from 0: never in step with a timer."""
+        return self.gap * (0.4 + index * 0.618 % 1.2) if index else 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class Ask:

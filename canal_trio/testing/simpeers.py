@@ -209,7 +209,7 @@ class UpstreamPeer:
         await trio.sleep(reply.wait)
         for index, data in enumerate(attempt.said.sends):
             if index and reply.gap:
-                await trio.sleep(reply.gap * (0.4 + index * 0.618 % 1.2))  # never in step with a timer
+                await trio.sleep(reply.pause(index))
             try:
                 await tongue.say(data)
             finally:

@@ -85,5 +85,7 @@ class Turns:
         if turn is Turn.ANSWER:
             detail = f"No response within {limit:g} s."
             return Failure(Side.UPSTREAM, Phase.FIRST_BYTE, Kind.TIMEOUT, detail, Retry.SENT)
-        phase = Phase.SEND if turn is Turn.SEND else Phase.STREAM
-        return Failure(Side.UPSTREAM, phase, Kind.STALLED, f"No byte moved for {limit:g} s.", Retry.SENT)
+        if turn is Turn.SEND:  # bytes of a head may have come meanwhile
+            detail = f"It took no byte of the request for {limit:g} s."
+            return Failure(Side.UPSTREAM, Phase.SEND, Kind.STALLED, detail, Retry.SENT)
+        return Failure(Side.UPSTREAM, Phase.STREAM, Kind.STALLED, f"It sent no byte for {limit:g} s.", Retry.SENT)

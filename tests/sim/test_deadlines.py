@@ -117,6 +117,33 @@ async def test_upstream_that_does_not_take_the_request(autojump_clock: Any, hand
         failed(record, Side.UPSTREAM, Phase.SEND, Kind.STALLED)
 
 
+async def test_upstream_that_has_begun_its_head_and_takes_no_more_of_the_request(
+    autojump_clock: Any, handover: bool
+) -> None:
+    """120 s without a byte of the request being taken, with bytes of a head in between: 504, and it says what stalled.
+
+    A head that came byte by byte would else never be late.
+    """
+
+    async def begins_to_answer(upstream: Conversation) -> None:
+        await take(upstream, little(handover=handover))
+        for byte in SSE:
+            await trio.sleep(50)
+            await upstream.say(bytes([byte]))
+
+    async with world(begins_to_answer, handover=handover) as here:
+        here.by_request = False
+        client, start = here.connect(), trio.current_time()
+        await client.send(request("POST", "/v1/files", b"x" * 200_000))
+        response = await client.response()
+        assert response.status == 504
+        assert since(start) == 120
+        assert response.error["code"] == "upstream_stalled"
+        assert "It took no byte of the request for 120 s." in response.error["message"]
+        record = await only_record(here)
+        failed(record, Side.UPSTREAM, Phase.SEND, Kind.STALLED)
+
+
 @pytest.mark.parametrize(("scheme", "due"), [("http", 5), ("https", 10)])
 async def test_connect(autojump_clock: Any, handover: bool, scheme: str, due: int) -> None:
     """A dial that comes to nothing is given up after 5 s, with TLS after 10 s, whatever the dialer does: 504."""

@@ -262,3 +262,9 @@ def test_an_upstream_that_leaves_inside_of_its_early_answer_breaks_or_ends_its_c
     """The judge was wrong. It has read the request so far or it has not, which hangs by the pieces in which that came,
     and so the kernel sends an end or a reset (RFC 9112 9.6): a cut or a reset is what we saw."""
     assert not check(plan_of(535062836)).complaints
+
+
+def test_a_head_that_comes_slowly_while_nothing_is_read_is_stalling() -> None:
+    """The judge was wrong. An upstream that takes no byte of the request has stalled, although it says five bytes of a
+    head now and then: design, section 8, counts from the request on to a head that is whole."""
+    assert not check(plan_of(535053668)).complaints
