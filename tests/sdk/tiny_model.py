@@ -93,6 +93,8 @@ def serve(path: Path) -> None:
     params.n_ctx = SLOTS * SLOT_CONTEXT
     params.cpuparams.n_threads = 1
     params.cpuparams_batch.n_threads = 1
+    # Each connection holds a thread of its HTTP server, an idle one for 5 s; without a free one its metrics are silent.
+    params.n_threads_http = 32
     params.endpoint_metrics = True
     params.endpoint_slots = True
     params.warmup = False
