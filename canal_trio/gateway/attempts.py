@@ -368,6 +368,8 @@ class Attempts:
         self._next = self._another(free=False)
         if self._next is None:
             return None
+        if body is not None:
+            body.keep_back()  # while the refusal is read
         return Failure(Side.UPSTREAM, Phase.FIRST_BYTE, Kind.REFUSED, f"It answered {status}.", Retry.UNSENT)
 
     def _is_ours(self, upstream: Upstream) -> bool:
@@ -388,9 +390,12 @@ class Attempts:
 
     def _not_relayed(self, error: bool, cut: object) -> Failure | None:
         """Why an answer whose first event was held is not relayed, if it is not."""
-        if error:
+        body = self._exchange.body
+        if error and (body is None or body.replayable):  # an upload that went on may have left what can be held
             self._next = self._another(free=False)
             if self._next is not None:
+                if body is not None:
+                    body.keep_back()
                 detail = "Its first event is an error."
                 return Failure(Side.UPSTREAM, Phase.FIRST_EVENT, Kind.IN_BAND, detail, Retry.UNSENT)
         if isinstance(cut, Failure) and cut.side is Side.UPSTREAM:

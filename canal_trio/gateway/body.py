@@ -53,6 +53,7 @@ class HeldBody:
         self._held = 0
         self._holding = True
         self._touched = False  # a source has taken a piece that is no longer held
+        self._newest: _Source | None = None  # the only one that gets anything
         self.edits: tuple[Edit, ...] = ()  # what the next attempt sends otherwise; only of a body that is here whole
 
     @property
@@ -72,6 +73,14 @@ class HeldBody:
         self._held += size
         self._pieces += batch
         return True
+
+    def hold_anyway(self, batch: list[bytes]) -> None:
+        """One batch for the next source, beyond the bounds if need be. Not a checkpoint."""
+        size = sum(map(len, batch))
+        if self._holding:
+            self._held += size
+            self._budget.held += size
+            self._pieces += batch
 
     async def hold_all(self) -> Failure | None:
         """Read the body to its end before it is routed. The failure if it is larger than may be held, or was cut."""
@@ -95,10 +104,15 @@ class HeldBody:
         return b"".join(self._pieces)
 
     def source(self) -> _Source | _WholeSource:
-        """The body from its beginning, edited. Only the newest source may be used."""
+        """The body from its beginning, edited. Only the newest source gets anything, the others wait."""
         if self.edits:
             return _WholeSource(splice(self._pieces, self.edits), self.ending)
-        return _Source(self)
+        self._newest = _Source(self)
+        return self._newest
+
+    def keep_back(self) -> None:
+        """Another attempt will follow: what is still to come is for the next source. Not a checkpoint."""
+        self._newest = None
 
     def last_attempt(self, most: int) -> None:
         """Only one more source will be asked for: what comes beyond `most` bytes need not be held."""
@@ -121,7 +135,7 @@ class HeldBody:
 
 @final
 class _Source:
-    """A `BodySource` over a held body: what is held first, then what arrives."""
+    """A `BodySource` over a held body: what is held first, then what arrives. Superseded, it never ends."""
 
     __slots__ = ("_body", "_next")
 
@@ -131,10 +145,13 @@ class _Source:
 
     @property
     def ending(self) -> Ending | None:
-        return self._body.ending if self._next >= len(self._body._pieces) else None
+        body = self._body
+        return body.ending if body._newest is self and self._next >= len(body._pieces) else None
 
     def take_nowait(self) -> list[bytes]:
         body = self._body
+        if body._newest is not self:
+            return []
         held = body._pieces[self._next :]
         if body.ending is None:
             held += self._arrived(body._receiver.take_nowait())
@@ -147,9 +164,15 @@ class _Source:
         if batch or self.ending is not None:
             await trio.lowlevel.cancel_shielded_checkpoint()
             return batch
-        batch = self._arrived(await self._body._receiver.take())
-        self._next = len(self._body._pieces)
-        return batch
+        body = self._body
+        if body._newest is self:
+            arrived = await body._receiver.take()
+            if body._newest is self:
+                batch = self._arrived(arrived)
+                self._next = len(body._pieces)
+                return batch
+            body.hold_anyway(arrived)  # superseded while it was woken with this
+        return await trio.sleep_forever()
 
     def _arrived(self, batch: list[bytes]) -> list[bytes]:
         body = self._body
@@ -175,6 +198,9 @@ class WholeBody:
     async def hold_all(self) -> Failure | None:
         """It is here. Not a checkpoint."""
         return None
+
+    def keep_back(self) -> None:
+        """Of no effect: nothing is to come."""
 
     def beginning(self, most: int) -> bytes | None:
         """The body, if it is still held and no longer than `most` bytes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -347,3 +348,36 @@ async def test_what_is_no_longer_held_is_not_sent_twice(autojump_clock: Any, han
         await client.send(request("POST", "/v1/files", None, "Content-Length: 60000") + b"a" * 59_999 + b"!")
         assert (await client.response()).status == 503
         assert (await only_record(here)).attempts == 1
+
+
+@pytest.mark.parametrize("size", [5, 70_000], ids=["kept", "too-large-to-be-kept"])
+async def test_429_became_a_502_because_the_upload_went_on(autojump_clock: Any, handover: bool, size: int) -> None:
+    """While a refusal is read, the upstream that refused gets no more of the upload: all of it is for the next one."""
+
+    async def early(upstream: Conversation) -> None:
+        data = b""
+        while b"\r\n\r\n" not in data:
+            data += await upstream.stream.receive_some()
+        if upstream.upstream == "u0":
+            await upstream.say(b"HTTP/1.1 429 X\r\nContent-Length: %d\r\n\r\n" % size)
+            with trio.move_on_after(0.5), suppress(trio.BrokenResourceError):
+                while True:
+                    data += await upstream.stream.receive_some()
+            assert len(data) < 10_000
+            await upstream.say(b"x" * size)
+            await trio.sleep_forever()
+        while not data.endswith(b"!"):
+            data += await upstream.stream.receive_some()
+        upstream.requests.append(data)
+        await ok(upstream)
+
+    small = Bounds(held_body_bytes=10_000, held_total_bytes=20_000)
+    async with several({"u0": early, "u1": early}, handover=handover, bounds=small) as here:
+        here.by_request = False
+        client = here.connect()
+        await client.send(request("POST", "/v1/files", None, "Content-Length: 60000") + b"a" * 5_000)
+        await trio.sleep(0.25)
+        await client.send(b"b" * 54_999 + b"!")
+        assert (await client.response()).status == 200
+        assert here.conversations[-1].requests[0].partition(b"\r\n\r\n")[2] == b"a" * 5_000 + b"b" * 54_999 + b"!"
+        assert (await only_record(here)).tried == (Tried("u0", "429"),)

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from kit import request
 from several import ERROR_EVENT, EVENT, error_first, hello, named, ok, several, streams, talk
 from simkit import SSE, Conversation, Play, failed, only_record, since
 
 from canal_trio.errors import Kind, Phase, Side
 from canal_trio.hooks import ExchangeRecord, Outcome, Tried
-from canal_trio.settings import Balance
+from canal_trio.settings import Balance, Bounds
 
 HOLD = Balance(hold_first_event=True)
 
@@ -110,3 +111,26 @@ async def test_client_left_while_the_first_event_is_held(autojump_clock: Any, ha
         record: ExchangeRecord = await here.records.one()
         assert record.outcome is Outcome.CLIENT_GONE
         assert record.attempts == 1
+
+
+async def test_an_error_became_a_502_because_the_upload_went_on(autojump_clock: Any, handover: bool) -> None:
+    """When it is here, more of the upload has been sent on than is held: nobody else can be asked, so it is relayed."""
+
+    async def play(upstream: Conversation) -> None:
+        data = await upstream.stream.receive_some()
+        await upstream.say(SSE)
+        while not data.endswith(b"!"):
+            data += await upstream.stream.receive_some()
+        await upstream.chunk(ERROR_EVENT)
+        await upstream.say(b"0\r\n\r\n")
+
+    bounds = Bounds(held_body_bytes=10_000, held_total_bytes=20_000)
+    async with several({"u0": play, "u1": ok}, handover=handover, balance=HOLD, bounds=bounds) as here:
+        here.by_request = False
+        client = here.connect()
+        await client.send(request("POST", "/v1/files", None, "Content-Length: 60000") + b"a" * 5_000)
+        await trio.sleep(1)
+        await client.send(b"b" * 54_999 + b"!")
+        response = await client.response()
+        assert (response.status, response.body) == (200, ERROR_EVENT)
+        assert (await only_record(here)).attempts == 1

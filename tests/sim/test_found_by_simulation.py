@@ -268,3 +268,8 @@ def test_a_head_that_comes_slowly_while_nothing_is_read_is_stalling() -> None:
     """The judge was wrong. An upstream that takes no byte of the request has stalled, although it says five bytes of a
     head now and then: design, section 8, counts from the request on to a head that is whole."""
     assert not check(plan_of(535053668)).complaints
+
+
+def test_a_refusal_in_the_middle_of_an_upload_is_neither_relayed_nor_made_good() -> None:
+    """While it was read more of the body was sent on than is held, so nobody else could be asked any more: a 502."""
+    assert not check(plan_of(700017814)).complaints
