@@ -110,7 +110,7 @@ class Attempts:
                 return failure
             step = next_step(
                 failure,
-                replayable=exchange.body is None or exchange.body.replayable,
+                replayable=self._replayable(),
                 fresh_tried=fresh,
                 others=True,
                 retry_sent=upstream.retry_sent,
@@ -132,7 +132,14 @@ class Attempts:
         """Which upstream to ask next, if one may be. `free`: nothing was asked of the last one."""
         if len(self._tried) >= self._most:
             return None
-        return self._group.another(self._tried, self._key, free=free)
+        index, body = self._group.another(self._tried, self._key, free=free), self._exchange.body
+        if index is not None and body is not None:
+            body.keep_back()  # while the end of this attempt is read
+        return index
+
+    def _replayable(self) -> bool:
+        body = self._exchange.body
+        return body is None or body.replayable
 
     async def _pause(self, upstream: Upstream) -> None:
         """Before `upstream` is asked in place of another one. A client that leaves ends it, as any phase."""
@@ -362,14 +369,11 @@ class Attempts:
             return None
         if status == 503 or (status == 429 and self._is_ours(upstream)):
             self._standing.set_aside(retry_after(head.headers, time.time()), trio.current_time())
-        body = self._exchange.body
-        if not (body is None or body.replayable) or not retries_status(status, retry_sent=upstream.retry_sent):
+        if not self._replayable() or not retries_status(status, retry_sent=upstream.retry_sent):
             return None
         self._next = self._another(free=False)
         if self._next is None:
             return None
-        if body is not None:
-            body.keep_back()  # while the refusal is read
         return Failure(Side.UPSTREAM, Phase.FIRST_BYTE, Kind.REFUSED, f"It answered {status}.", Retry.UNSENT)
 
     def _is_ours(self, upstream: Upstream) -> bool:
@@ -380,22 +384,18 @@ class Attempts:
 
     def _holds(self, head: ResponseHead) -> bool:
         """Its first event is looked at before it is relayed: the model says so, and somebody else could be asked."""
-        body = self._exchange.body
         return (
             head.status == 200
             and len(self._tried) < self._most
-            and (body is None or body.replayable)
+            and self._replayable()
             and response_facts(head).event_stream
         )
 
     def _not_relayed(self, error: bool, cut: object) -> Failure | None:
         """Why an answer whose first event was held is not relayed, if it is not."""
-        body = self._exchange.body
-        if error and (body is None or body.replayable):  # an upload that went on may have left what can be held
+        if error and self._replayable():  # an upload that went on may have left what can be held
             self._next = self._another(free=False)
             if self._next is not None:
-                if body is not None:
-                    body.keep_back()
                 detail = "Its first event is an error."
                 return Failure(Side.UPSTREAM, Phase.FIRST_EVENT, Kind.IN_BAND, detail, Retry.UNSENT)
         if isinstance(cut, Failure) and cut.side is Side.UPSTREAM:
