@@ -110,7 +110,7 @@ class Attempts:
                 return failure
             step = next_step(
                 failure,
-                replayable=self._replayable(),
+                replayable=exchange.replayable,
                 fresh_tried=fresh,
                 others=True,
                 retry_sent=upstream.retry_sent,
@@ -136,10 +136,6 @@ class Attempts:
         if index is not None and body is not None:
             body.keep_back()  # while the end of this attempt is read
         return index
-
-    def _replayable(self) -> bool:
-        body = self._exchange.body
-        return body is None or body.replayable
 
     async def _pause(self, upstream: Upstream) -> None:
         """Before `upstream` is asked in place of another one. A client that leaves ends it, as any phase."""
@@ -369,7 +365,7 @@ class Attempts:
             return None
         if status == 503 or (status == 429 and self._is_ours(upstream)):
             self._standing.set_aside(retry_after(head.headers, time.time()), trio.current_time())
-        if not self._replayable() or not retries_status(status, retry_sent=upstream.retry_sent):
+        if not self._exchange.replayable or not retries_status(status, retry_sent=upstream.retry_sent):
             return None
         self._next = self._another(free=False)
         if self._next is None:
@@ -387,13 +383,13 @@ class Attempts:
         return (
             head.status == 200
             and len(self._tried) < self._most
-            and self._replayable()
+            and self._exchange.replayable
             and response_facts(head).event_stream
         )
 
     def _not_relayed(self, error: bool, cut: object) -> Failure | None:
         """Why an answer whose first event was held is not relayed, if it is not."""
-        if error and self._replayable():  # an upload that went on may have left what can be held
+        if error and self._exchange.replayable:  # an upload that went on may have left what can be held
             self._next = self._another(free=False)
             if self._next is not None:
                 detail = "Its first event is an error."

@@ -186,6 +186,11 @@ class Exchange:
         """The response's last event was delivered: what happens now cannot harm it."""
         return self.scanner is not None and self.scanner.terminal
 
+    @property
+    def replayable(self) -> bool:
+        """The whole request is here and held, as far as it has come: another attempt can have it."""
+        return self.body is None or self.body.replayable
+
     # -- trouble -------------------------------------------------------------------------------------------------------
 
     def note(self, failure: Failure) -> None:
