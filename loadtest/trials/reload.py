@@ -39,6 +39,8 @@ def reload(
     seed: str,
     say: Callable[[str], None],
     deadlines: Mapping[str, float] | None = None,
+    habits: Habits = HABITS,
+    bad_every: int = BAD_EVERY,
 ) -> dict[str, Any]:
     """The trial."""
     began = time.monotonic()
@@ -52,18 +54,18 @@ def reload(
     ):
         server = gateway.config.read_text().partition("[[upstream]]")[0]
         target = target_of(gateway.gateway.url)
-        load(Customers(target, HABITS, f"w{seed}"), 20, lasting(0.5), say)
+        load(Customers(target, habits, f"w{seed}"), 20, lasting(0.5), say)
         before = gateway.quiet()
 
         async def during() -> None:
             await trio.sleep(1.5)
             for number in range(1, reloads + 1):
                 await _reload(gateway, _file(server, number, one.port, two.port, times), "reloaded the config", took)
-                if number % BAD_EVERY == 0:
+                if number % bad_every == 0:
                     await _reload(gateway, server + '[[upstream]]\nname = "x"\n', "refused, the old one stays", [])
                 await trio.sleep(chance.uniform(*PAUSE))
 
-        customers = Customers(target, HABITS, f"r{seed}")
+        customers = Customers(target, habits, f"r{seed}")
         load(customers, streams, during, lambda text: say(f"reload {len(took)} of {reloads}: {text}"))
         leaks = compared(before, gateway.quiet())
         visits = customers.visits
@@ -88,8 +90,9 @@ def reload(
                 not leaks["leaked"]),
     ]  # fmt: skip
     return {
-        "kind": "reload", "reloads": len(took), "streams": streams, "workers": workers, "requests": len(visits),
-        "outcomes": dict(outcomes), "seconds": round(time.monotonic() - began, 1), "state": leaks, "verdicts": verdicts,
+        "kind": "reload", "reloads": len(took), "refused": refused, "streams": streams, "workers": workers,
+        "requests": len(visits), "outcomes": dict(outcomes), "seconds": round(time.monotonic() - began, 1),
+        "state": leaks, "verdicts": verdicts,
     }  # fmt: skip
 
 
