@@ -309,7 +309,8 @@ def compare(one: Seen, other: Seen) -> tuple[list[str], int]:
             if _breaks_or_ends(ask, pair[0].failure, pair[1].failure):
                 names.remove("failure")
             found += [f"{ask.tag}: {text}" for text in _same(pair[0], pair[1], names)]
-            if not (any(reply.into for reply in ask.replies) and _is_own(peer, index) and _is_own(twin, index)):
+            inside = any(reply.into or (reply.early and reply.out) for reply in ask.replies)
+            if not (inside and _is_own(peer, index) and _is_own(twin, index)):
                 found += [f"{ask.tag}: {text}" for text in _same_bytes(peer, twin, index)]
     return [f"[the two paths] {text}" for text in found], count
 
