@@ -65,8 +65,7 @@ class UsageSource(enum.Enum):
     NONE = "none"  # nothing was generated, or accounting is off
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """Tokens of one generation. `cached` are among the prompt's, `reasoning` among the completion's."""
 
     prompt: int = 0

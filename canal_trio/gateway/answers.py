@@ -7,6 +7,7 @@ is the same and goes out in the same way, only the request's id is new.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import final
 
 from canal_trio.messages import Headers, ResponseHead
@@ -66,6 +67,7 @@ def _way(options: ForClient) -> tuple[object, ...]:
     )
 
 
+_LINE_OF = b"%b: %b\r\n"
 Fields = tuple[tuple[bytes, bytes], ...]
 
 
@@ -80,4 +82,4 @@ def without_fields(head: ResponseHead, fields: Fields) -> ResponseHead:
 
 def with_fields(block: bytes, fields: Fields) -> bytes:
     """The head `block`, with `fields` at its end."""
-    return b"%b%b\r\n" % (block[:-2], b"".join([b"%b: %b\r\n" % field for field in fields]))
+    return b"%b%b\r\n" % (block[:-2], _LINE_OF * len(fields) % tuple(chain.from_iterable(fields)))

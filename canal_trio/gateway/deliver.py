@@ -256,10 +256,9 @@ class Delivery:
         self._block = b""
         assert writer is not None
         account = exchange.account
-        outlet: Outlet = writer
         last = connection.early()
         if account is not None:
-            last, outlet = account.feed(last), account.outlet(writer)
+            last = account.feed(last)
         if connection.end is None and connection.failure is None:
             self._relaying = True
             free = writer.open(block, last)
@@ -267,6 +266,7 @@ class Delivery:
             self._heads.forget()
             lasts()
             if free:
+                outlet: Outlet = writer if account is None else account.outlet(writer)
                 last = await connection.pass_on(outlet, self._settings.bounds.handover_bytes)
                 if account is not None:
                     last = account.feed(last)

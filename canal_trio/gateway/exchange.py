@@ -310,9 +310,10 @@ class Exchange:
         """The tokens, and who says so."""
         if not self.accounted:
             return None, UsageSource.NONE
-        if self.account is not None and self.account.usage is not None:
+        usage = None if self.account is None else self.account.usage
+        if usage is not None:
             late = self.draining and self.drain is not None and not self.drain.told
-            return self.account.usage, UsageSource.DRAINED if late else UsageSource.UPSTREAM
+            return usage, UsageSource.DRAINED if late else UsageSource.UPSTREAM
         events = self.scanner.events - self.scanner.terminal if self.scanner else 0
         guess = estimated(
             request_bytes=self.request_bytes,

@@ -42,7 +42,8 @@ class Estimate(NamedTuple):
         return self.prompt + self.completion
 
 
-_decoder = msgspec.json.Decoder(_Maximum)
+_NONE = Estimate()
+_decode = msgspec.json.Decoder(_Maximum).decode
 
 
 def estimate(body: bytes | None, *, generates: bool, output_tokens: int) -> Estimate:
@@ -51,10 +52,11 @@ def estimate(body: bytes | None, *, generates: bool, output_tokens: int) -> Esti
     `output_tokens` stands for a maximum that the request does not name, if it `generates` text at all.
     """
     if not body:
-        return Estimate()
-    prompt = (_plain_bytes(body) + _BYTES_PER_TOKEN - 1) // _BYTES_PER_TOKEN
+        return _NONE
+    size = len(body)
+    prompt = ((size if size < _SMALL else _plain_bytes(body)) + _BYTES_PER_TOKEN - 1) // _BYTES_PER_TOKEN
     try:
-        said = _decoder.decode(body)
+        said = _decode(body)
     except msgspec.DecodeError:  # the upstream will say what is wrong with it
         said = _Maximum()
     most = said.max_completion_tokens
@@ -64,15 +66,14 @@ def estimate(body: bytes | None, *, generates: bool, output_tokens: int) -> Esti
         most = said.max_output_tokens
     if most is None:
         most = output_tokens if generates else 0
-    choices = max(1.0, said.n or 1.0)
-    return Estimate(prompt, int(min(max(0.0, most) * choices, _MOST)))
+    if said.n is not None:
+        most = max(0.0, most) * max(1.0, said.n)
+    return Estimate(prompt, int(most) if 0 <= most <= _MOST else int(min(max(0.0, most), _MOST)))
 
 
 def _plain_bytes(body: bytes) -> int:
-    """The body's length, with a fixed number of bytes for each of its attachments."""
+    """The length of a body that is not small, with a fixed number of bytes for each of its attachments."""
     size = len(body)
-    if size < _SMALL:
-        return size
     found = 0
     for marker, opening in _ATTACHMENTS:
         at = body.find(marker)

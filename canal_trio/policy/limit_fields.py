@@ -21,11 +21,9 @@ Counted = Sequence[tuple[Scope, State]]
 
 def go_duration(seconds: float) -> bytes:
     """A duration as OpenAI writes it, which is as Go does: `0s`, `17ms`, `8.64s`, `6m0s`, `1h0m0s`. Rounded up."""
-    if seconds <= 0:
+    if seconds <= 1.001e-9:
         return b"0s"
     millis = math.ceil(seconds * 1000 - 1e-6)  # what rounding may have added
-    if millis <= 0:
-        return b"0s"
     if millis < 1000:
         return b"%dms" % millis
     minutes, rest = divmod(millis, 60_000)
@@ -53,13 +51,13 @@ def limit_fields(counted: Counted) -> tuple[tuple[bytes, bytes], ...]:
     if requests is not None:
         fields += (
             (b"x-ratelimit-limit-requests", b"%d" % requests[1]),
-            (b"x-ratelimit-remaining-requests", b"%d" % max(0, math.floor(requests[0] + 1e-6))),
+            (b"x-ratelimit-remaining-requests", b"%d" % (requests[0] + 1e-6 if requests[0] > 0 else 0)),
             (b"x-ratelimit-reset-requests", go_duration(requests[2])),
         )
     if tokens is not None:
         fields += (
             (b"x-ratelimit-limit-tokens", b"%d" % tokens[1]),
-            (b"x-ratelimit-remaining-tokens", b"%d" % max(0, math.floor(tokens[0] + 1e-6))),
+            (b"x-ratelimit-remaining-tokens", b"%d" % (tokens[0] + 1e-6 if tokens[0] > 0 else 0)),
             (b"x-ratelimit-reset-tokens", go_duration(tokens[2])),
         )
     return fields

@@ -101,9 +101,11 @@ def refill(rule: Rule, state: State, moment: Moment) -> None:
     if passed > 0:
         state.at = moment.now
         if state.requests > 0:
-            state.requests = max(0.0, state.requests - passed * rule.request_rate)
+            left = state.requests - passed * rule.request_rate
+            state.requests = left if left > 0 else 0.0
         if state.tokens > 0:
-            state.tokens = max(0.0, state.tokens - passed * rule.token_rate)
+            left = state.tokens - passed * rule.token_rate
+            state.tokens = left if left > 0 else 0.0
     # A clock that was set back a little does not give the money back; one that was far ahead does not keep it.
     if not state.day - 1 <= moment.day <= state.day:
         state.day, state.spent_day = moment.day, 0
@@ -152,8 +154,10 @@ def take(rule: Rule, state: State, ask: Ask) -> None:
 def settle(rule: Rule, state: State, ask: Ask, used: Ask) -> None:
     """An exchange that asked for `ask` has ended, and has used `used`. `state` was brought to now."""
     if rule.tokens is not None:
-        state.tokens = max(0.0, state.tokens + used.tokens - min(ask.tokens, rule.token_burst))
-    state.streams = max(0, state.streams - 1)
+        left = state.tokens + used.tokens - min(ask.tokens, rule.token_burst)
+        state.tokens = left if left > 0 else 0.0
+    if state.streams > 0:
+        state.streams -= 1
     state.spent_day += used.cost  # before it is not reserved any more: another thread may look, and finds no less
     state.spent_month += used.cost
     state.reserved = max(0, state.reserved - ask.cost)

@@ -107,7 +107,9 @@ class _Admission:
             generates = asked.path.endswith(_GENERATES)
             expected = estimate(asked.body, generates=generates, output_tokens=self._output_tokens)
             price = self._prices.find(asked.upstream, asked.upstream_model, asked.model)
-            ask = Ask(expected.prompt + expected.completion, _cost(price, expected))
+            prompt, completion = expected
+            paid = 0 if price is None else cost(price, prompt=prompt, completion=completion)
+            ask = Ask(prompt + completion, paid if prompt or completion else 0)
         if not scopes:
             return _Slot(self, None, scopes, asked, price, expected, ask, ())
         verdict = await self._limits.store.admit(scopes, ask)
@@ -124,21 +126,18 @@ class _Admission:
         """What the exchange of a slot has used. `price` is that of the upstream that was to be asked first."""
         if not self._counts:
             return _ONE
-        tokens, usage = used_by(record, expected), record.usage
+        usage = record.usage
+        prompt, completion, cached, reasoning = (*used_by(record, expected), 0, 0) if usage is None else usage
         if record.upstream != asked.upstream or record.upstream_model != asked.upstream_model:
             price = self._prices.find(record.upstream, record.upstream_model or asked.upstream_model, asked.model)
-        cached, reasoning = (usage.cached, usage.reasoning) if usage is not None else (0, 0)
-        return Ask(tokens.prompt + tokens.completion, _cost(price, tokens, cached, reasoning))
+        paid = 0
+        if price is not None and (prompt or completion):  # else nothing was generated, so nothing was paid for
+            paid = cost(price, prompt=prompt, completion=completion, cached=cached, reasoning=reasoning)
+        return Ask(prompt + completion, paid)
 
 
 _NOTHING = Estimate()
 _ONE = Ask()
-
-
-def _cost(price: Price | None, used: Estimate, cached: int = 0, reasoning: int = 0) -> int:
-    if price is None or not (used.prompt or used.completion):  # nothing was generated, so nothing was paid for
-        return 0
-    return cost(price, prompt=used.prompt, completion=used.completion, cached=cached, reasoning=reasoning)
 
 
 @final
@@ -176,9 +175,7 @@ class _Slot:
 
 
 def used_by(record: ExchangeRecord, expected: Estimate) -> Estimate:
-    """Prompt and answer of an exchange: what the upstream said, else a guess."""
-    if record.usage is not None:
-        return Estimate(record.usage.prompt, record.usage.completion)
+    """Prompt and answer of an exchange of which the upstream has said nothing: a guess."""
     refused = record.status is not None and record.status >= 400
     sent = record.attempts > 0 and not (record.outcome is not Outcome.COMPLETED and record.phase in _NOT_SENT)
     return guess_used(

@@ -125,7 +125,8 @@ class MemoryStore:
         try:
             if self._unsettled:
                 self._catch_up()
-            return Verdict(*self.table.admit(scopes, ask, moment), self)
+            counted, why = self.table.admit(scopes, ask, moment)
+            return Verdict(counted, why, self)
         except Busy:
             self.errors += 1
             return None

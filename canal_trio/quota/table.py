@@ -63,6 +63,8 @@ class Table:
         self._lock = nullcontext() if lock is None else lock
         self._shared = True
         self._known: dict[int, State] = {}  # by its place, where nobody else has the table
+        self._named: dict[str, State] = {}  # the same by the scope's id, once it was asked for
+        self._names: dict[int, str] = {}  # place -> id, of those
         self._own_changes = 0  # the same
         self._size = _HEAD.size + columns * _CELL.size
         self._cells = struct.Struct(f"<{2 * columns}q")
@@ -88,6 +90,19 @@ class Table:
         """Let `ask` in everywhere, or nowhere: what each scope has counted by then, and why not."""
         counted: list[tuple[Scope, State]] = []
         worst: tuple[Scope, Refusal] | None = None
+        states = self._states(scopes)
+        if states is not None:  # nobody else has them: no place has to be looked at
+            for scope, state in zip(scopes, states, strict=True):
+                refill(scope.rule, state, moment)
+                why = refusal(scope.rule, state, ask, moment)
+                if why is not None and (worst is None or why.wait > worst[1].wait):
+                    worst = (scope, why)
+                counted.append((scope, state))
+            if worst is None:
+                for scope, state in counted:
+                    take(scope.rule, state, ask)
+                self._own_changes += ask.cost > 0
+            return counted, worst
         with self._lock:
             places: list[int] = []
             for scope in scopes:
@@ -112,6 +127,13 @@ class Table:
 
     def settle(self, scopes: Sequence[Scope], ask: Ask, used: Ask, moment: Moment) -> None:
         """What was let in by `admit` with these has ended."""
+        states = self._states(scopes)
+        if states is not None:
+            for scope, state in zip(scopes, states, strict=True):
+                refill(scope.rule, state, moment)
+                settle(scope.rule, state, ask, used)
+            self._own_changes += ask.cost > 0 or used.cost > 0
+            return
         with self._lock:
             for scope in scopes:
                 place = self._place(scope.id, moment)
@@ -123,6 +145,16 @@ class Table:
                 self._write(place, scope.id, state, -1, -ask.cost)
             if ask.cost or used.cost:
                 self._changed()
+
+    def _states(self, scopes: Sequence[Scope]) -> list[State] | None:
+        """Those of `scopes`, if nobody else has the table and each has its record; else None."""
+        named = self._named
+        if not named:
+            return None
+        try:
+            return [named[scope.id] for scope in scopes]
+        except KeyError:
+            return None
 
     # -- the others ----------------------------------------------------------------------------------------------------
 
@@ -220,6 +252,7 @@ class Table:
         place = spare if spare is not None else (None if least is None else least[1])
         if place is not None:
             self._known.pop(place, None)
+            self._named.pop(self._names.pop(place, ""), None)
             self._memory[place + _HEAD.size : place + size] = bytes(size - _HEAD.size)
             self._store(place, digest, State(at=moment.now, day=moment.day, month=moment.month))
         return place
@@ -246,8 +279,9 @@ class Table:
 
     def _write(self, place: int, name: str, state: State, streams: int, reserved: int) -> None:
         """Write `state`, in which that many streams and so much money have been added. Negative: taken away."""
-        if not self._shared:
-            return  # it is the one that is known
+        if not self._shared:  # it is the one that is known
+            self._named[name], self._names[place] = state, name
+            return
         digest = self._places[name][1]
         if not self._single:
             self._store(place, digest, state)

@@ -11,7 +11,7 @@ however long an event or a body is; what is not JSON is looked at and forgotten.
 from __future__ import annotations
 
 import re
-from typing import Any, Final, final
+from typing import Annotated, Any, Final, final
 
 import msgspec
 
@@ -37,17 +37,37 @@ _TELLING: Final = re.compile(rb'"usage"(?![ \t]*:[ \t]*null)').search
 
 # A letter of a member's name may be written as an escape: such a name is none that is looked for.
 _ESCAPED: Final = (b"\\u006", b"\\u007")
-_SURELY: Final = USAGE_BYTES // 2  # bytes of a value that is kept, whatever blanks are around it
+
+
+_Tokens = Annotated[int, msgspec.Meta(ge=0, lt=_MOST_TOKENS)]
+
+
+class _PromptDetails(msgspec.Struct):
+    cached_tokens: _Tokens | None = 0
+
+
+class _CompletionDetails(msgspec.Struct):
+    reasoning_tokens: _Tokens | None = 0
+
+
+class _Usual(msgspec.Struct):
+    """A `usage` as nearly everybody writes it. Under other names it is not looked for here."""
+
+    prompt_tokens: _Tokens
+    completion_tokens: _Tokens
+    prompt_tokens_details: _PromptDetails | None = None
+    completion_tokens_details: _CompletionDetails | None = None
+    input_tokens_details: None = None
+    output_tokens_details: None = None
 
 
 class _Text(msgspec.Struct):
     """A whole text, of which only this is looked at."""
 
-    usage: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    usage: _Usual | msgspec.UnsetType = msgspec.UNSET
 
 
 _decode_text: Final = msgspec.json.Decoder(_Text).decode
-_decode: Final = msgspec.json.Decoder().decode
 
 
 def usage_of(raw: object) -> Usage | None:
@@ -131,20 +151,25 @@ class BodyUsage:
             at = end
 
     def _whole(self, data: bytes) -> bool:
-        """Take note of a whole text. False: it is none, or may have to be read more closely; nothing was done then."""
-        if not data.endswith((b"}", b"}\n", b"}\r\n", b"}\n\n")) or data.count(b'"usage"') > 1:
+        """Take note of a whole text. False: it is none, or has to be read more closely; nothing was done then."""
+        if not data.endswith((b"}", b"}\n", b"}\r\n", b"}\n\n")) or _ESCAPED[0] in data or _ESCAPED[1] in data:
             return False
-        if _ESCAPED[0] in data or _ESCAPED[1] in data:
+        at = data.rfind(b'"usage"')
+        if at >= 0 and (len(data) - at > USAGE_BYTES or data.find(b'"usage"') < at):
             return False
         try:
-            value = _decode_text(data).usage
+            usage = _decode_text(data).usage
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return False
-        if isinstance(value, msgspec.UnsetType):
-            return b'"usage"' not in data or b'"response"' not in data
-        if len(memoryview(value)) > _SURELY:
-            return False
-        self._take(value)
+        if isinstance(usage, msgspec.UnsetType):
+            return at < 0 or b'"response"' not in data
+        prompt, completion = usage.prompt_tokens_details, usage.completion_tokens_details
+        self.usage = Usage(
+            usage.prompt_tokens,
+            usage.completion_tokens,
+            (prompt.cached_tokens or 0) if prompt else 0,
+            (completion.reasoning_tokens or 0) if completion else 0,
+        )
         return True
 
     def _string(self, data: bytes, at: int) -> int:
@@ -200,9 +225,9 @@ class BodyUsage:
         if self._name == _USAGE and (self._depth == 1 or (self._depth == 2 and self._in_response)):
             self._kept, self._kept_depth = bytearray(), self._depth
 
-    def _take(self, value: bytes | msgspec.Raw) -> None:
+    def _take(self, value: bytes) -> None:
         try:
-            found = usage_of(_decode(value))
+            found = usage_of(msgspec.json.decode(value))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return
         if found is not None:

@@ -96,7 +96,10 @@ def test_the_skimmer_agrees_with_a_json_reader(value: object, size: int, spaced:
 TOKENS = [
     *"{}[]:,\"\\ \n",
     *('"usage"', '"us\\u0061ge"', '"response"', '"x"', "null", "1"),
-    *('{"prompt_tokens":2}', '{"prompt_tokens":"\\ud800"}'),
+    *('{"prompt_tokens":2}', '{"prompt_tokens":"\\ud800"}', '{"prompt_tokens":2,"completion_tokens":3}'),
+    *('"prompt_tokens":6', '"completion_tokens":7.0', '"input_tokens":8'),
+    *('"prompt_tokens_details":{"cached_tokens":9}', '"input_tokens_details":{"cached_tokens":10}'),
+    *('"prompt_tokens_details":null', '"completion_tokens_details":{"reasoning_tokens":null}'),
     *('{"usage":{"prompt_tokens":3}}', '"usage":{"completion_tokens":4}', '{"response":{"usage":{"prompt_tokens":5}}}'),
 ]
 
@@ -116,16 +119,41 @@ def test_a_text_in_one_piece_counts_as_it_does_in_many(tokens: list[str], size: 
         assert whole.usage == parts.usage
 
 
+COUNTS = st.sampled_from(["0", "3", "3.0", "-1", "9007199254740992", "null", "true", '"3"', "1e2"])
+DETAILS = st.one_of(
+    st.sampled_from(["null", "[]", "{}", "3"]),
+    st.builds('{{"{}":{}}}'.format, st.sampled_from(["cached_tokens", "reasoning_tokens", "x"]), COUNTS),
+)
+NAMES = ["prompt_tokens", "completion_tokens", "input_tokens", "output_tokens"]
+MEMBERS = st.one_of(
+    st.builds('"{}":{}'.format, st.sampled_from(NAMES), COUNTS),
+    st.builds('"{}_details":{}'.format, st.sampled_from(NAMES), DETAILS),
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(MEMBERS, max_size=7), st.booleans())
+def test_a_usage_in_one_piece_has_the_counts_that_it_has_in_two(members: list[str], usual: bool):
+    """Whatever stands in a `usage`, twice or of a kind that it should not be, counts the same, read at once or not."""
+    members = ['"prompt_tokens":1', '"completion_tokens":2', *members] if usual else members
+    text = b'{"id":"x","usage":{%b}}' % ",".join(members).encode()
+    whole, parts = BodyUsage(), BodyUsage()
+    whole.feed(text)
+    parts.feed(text[:1])
+    parts.feed(text[1:])
+    assert whole.usage == parts.usage
+
+
 def test_a_long_usage_is_kept_to_the_same_byte_in_one_piece():
     """The bound on a `usage` is the same, whether its text comes whole or in parts."""
-    for blanks in (USAGE_BYTES // 2, *range(USAGE_BYTES - 30, USAGE_BYTES)):
-        text = b'{"usage":{"prompt_tokens":%b7}}' % (b" " * blanks)
+    for blanks in (USAGE_BYTES // 2, *range(USAGE_BYTES - 60, USAGE_BYTES)):
+        text = b'{"usage":{"completion_tokens":0,"prompt_tokens":%b7}}' % (b" " * blanks)
         whole, parts = BodyUsage(), BodyUsage()
         whole.feed(text)
         parts.feed(text[:3])
         parts.feed(text[3:])
         assert whole.usage == parts.usage
-        assert (whole.usage is None) == (blanks + len(b'{"prompt_tokens":7}') > USAGE_BYTES)
+        assert (whole.usage is None) == (blanks + len(b'{"completion_tokens":0,"prompt_tokens":7}') > USAGE_BYTES)
 
 
 @pytest.mark.parametrize(
