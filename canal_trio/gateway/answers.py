@@ -43,7 +43,7 @@ class ClientHeads:
 
     def block(self, head: ResponseHead, options: ForClient) -> bytes:
         """`head` as bytes for the client that `options` describes. Not a checkpoint."""
-        last, way = self._last, _way(options)
+        last, way = self._last, options[1:]
         if last is not None and last.way == way and (last.head is head or last.head == head):
             if last.request_id == options.request_id or b"x-request-id" in head.headers:
                 return last.block  # the upstream's own id is kept, and ours is not in it
@@ -51,20 +51,6 @@ class ClientHeads:
         block = write_response_head(for_client(head, options))
         self._last = _Last(head, way, options.request_id, block)
         return block
-
-
-def _way(options: ForClient) -> tuple[object, ...]:
-    """Everything in `options` but the request's id."""
-    return (
-        options.request_version,
-        options.request_method,
-        options.pseudonym,
-        options.body,
-        options.close,
-        options.event_stream,
-        options.upgrade,
-        options.date,
-    )
 
 
 _LINE_OF = b"%b: %b\r\n"

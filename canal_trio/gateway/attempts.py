@@ -30,6 +30,7 @@ from canal_trio.policy.exchange import Step, next_step, retries_status
 from canal_trio.policy.health import Standing, Verdict
 from canal_trio.policy.retries import pause
 from canal_trio.policy.routing import Plan, key_in
+from canal_trio.relay.course import checkpoint_if_cancelled, in_task
 from canal_trio.relay.flow import Ended, FlowReceiver
 from canal_trio.settings import Settings, Upstream
 from canal_trio.upstream.interface import AnswerBody, BodySource, StraightConnection
@@ -100,7 +101,7 @@ class Attempts:
             exchange.routed(eof_leaves=choices[index].upstream.on_client_eof == "abort")
         while True:
             if exchange.left or exchange.failure is not None:  # while its route was looked for
-                await trio.lowlevel.checkpoint_if_cancelled()
+                await checkpoint_if_cancelled()
             if not fresh:
                 self._tried.append(index)
             upstream = choices[index].upstream
@@ -144,6 +145,7 @@ class Attempts:
         exchange.routed(eof_leaves=upstream.on_client_eof == "abort")
         seconds = pause(len(self._tried), self._settings.retries, random.random())
         if seconds > 0:
+            await in_task()
             await trio.sleep(seconds)
 
     async def _give_up(self, failure: Failure) -> Failure | None:
@@ -185,13 +187,13 @@ class Attempts:
             if isinstance(lease, Failure):
                 failure = lease
                 return failure
-            if exchange.left or exchange.failure is not None:
+            straight = lease.connection.straight if self._goes_straight(upstream) else None
+            if straight is None or exchange.left or exchange.failure is not None:
                 await lease.unless_cancelled()  # in the pass that granted it
             if exchange.body is not None and len(self._tried) >= self._most and not lease.reused:
                 exchange.body.last_attempt(PEEK_BYTES)  # nothing that can happen to it would be tried again
             exchange.lease = lease
             exchange.phase = Phase.FIRST_BYTE if exchange.received else Phase.UPLOAD
-            straight = lease.connection.straight if self._goes_straight(upstream) else None
             if straight is not None:
                 failure = await self._straight(lease, straight, request, upstream)
             else:
@@ -209,7 +211,7 @@ class Attempts:
             verdict = Verdict.GOOD if failure is None else Verdict.NEITHER
         else:
             verdict = verdict_of(exchange, failure, self._status, upstream)
-        before, now = standing.ejections, trio.current_time()
+        before, now = standing.ejections, exchange.clock()
         standing.end(verdict, now, trial=trial)
         if standing.ejections != before:
             wait = standing.avoided(now) - now
@@ -246,11 +248,7 @@ class Attempts:
         )
 
     async def _straight(
-        self,
-        lease: Lease,
-        connection: StraightConnection,
-        request: UpstreamRequest,
-        upstream: Upstream,
+        self, lease: Lease, connection: StraightConnection, request: UpstreamRequest, upstream: Upstream
     ) -> Failure | None:
         exchange = self._exchange
         body = exchange.body.source() if exchange.body is not None else None
@@ -269,6 +267,7 @@ class Attempts:
             if isinstance(answer, Failure):
                 return answer
             if answer is None:
+                await in_task()
                 return await self._pair(lease, request, body, upstream)
             another = self._worth_another(answer, upstream)
             if another is not None:

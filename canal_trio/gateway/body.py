@@ -130,6 +130,7 @@ class HeldBody:
     def close(self) -> None:
         """The exchange is over: free everything and stop the client's upload. Idempotent."""
         self.stop_holding()
+        self._newest = None  # it knows us: a circle would wait for the garbage collector
         self._receiver.close()
 
 

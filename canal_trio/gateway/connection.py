@@ -8,14 +8,17 @@ happens in here, the stream is closed at the end and no other connection notices
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import logging
 import math
 import socket
 import struct
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, final
 
 import trio
+from outcome import Error, Value
 from trio.abc import HalfCloseableStream, Stream
 
 from canal_trio.errors import Failure, Kind, Phase, Side
@@ -23,13 +26,14 @@ from canal_trio.gateway.answers import ClientHeads
 from canal_trio.gateway.body import HeldBody, WholeBody
 from canal_trio.gateway.deliver import Delivery
 from canal_trio.gateway.exchange import Exchange
-from canal_trio.gateway.handoff import Handoff
+from canal_trio.gateway.handoff import Handoff, Work
 from canal_trio.gateway.pipeline import Pipeline
 from canal_trio.gateway.reader import ClientReader
 from canal_trio.gateway.requests import UpstreamRequests
 from canal_trio.gateway.respond import error_response, own_answer
 from canal_trio.gateway.writer import ClientWriter
 from canal_trio.messages import End, RequestHead
+from canal_trio.relay.course import Course
 from canal_trio.relay.flow import FlowSender, open_flow
 from canal_trio.relay.handover import can_hand_over, handover_end
 from canal_trio.relay.streams import TcpStream
@@ -58,6 +62,8 @@ class ClientConnection:
         self._stream = stream
         self._peer = peer
         self._certificate = certificate
+        self._handoff = Handoff()
+        self._context = contextvars.copy_context()
         self._requests = UpstreamRequests(peer=peer, scheme=scheme)
         self._answers = ClientHeads()
         self._writer = ClientWriter(stream, stall=gateway.settings.deadlines.client_write)
@@ -102,14 +108,14 @@ class ClientConnection:
         return None if self._reader is None else self._reader.idle_since()
 
     async def _serve(self) -> None:
-        requests = Handoff()
         settings = self._gateway.settings
         deadlines = settings.deadlines
         if self._gateway.draining:  # it came late; if it says nothing it must not hold up the end
             deadlines = replace(deadlines, keep_alive=min(deadlines.keep_alive, deadlines.linger))
         self._reader = ClientReader(
             self._stream,
-            requests,
+            begin=self._begin,
+            done=self._handoff.close,
             admit=self._admit,
             hold=self._hold,
             open_upload=self._open_upload,
@@ -120,25 +126,24 @@ class ClientConnection:
         )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._reader.run)
-            await self._exchanges(requests)
+            await self._exchanges()
             nursery.cancel_scope.cancel(reason="the connection is over")
         self._clean = not self._broken_off and self._writer.trouble is None
         if (self._unread or self._reader.superfluous) and self._clean:
             await self._linger()
 
-    async def _exchanges(self, requests: Handoff) -> None:
+    async def _exchanges(self) -> None:
         while True:
-            exchange = await requests.take()
-            if exchange is None:
+            work = await self._handoff.take()
+            if work is None:
                 return
-            again = False
+            exchange, again = work.exchange, False
             try:
-                again = await self._exchange(exchange) and not self._gateway.draining
+                again = await self._exchange(work) and not self._gateway.draining
                 if not again:
                     return
             except Exception as exc:
-                exchange.note(Failure(Side.GATEWAY, exchange.phase, Kind.INTERNAL, type(exc).__name__))
-                self._break(exchange)
+                self._bug(exchange, exc)
                 raise
             except BaseException:  # the whole connection was cancelled: the gateway stops now (nurseries make a group)
                 exchange.note(_stopped(exchange))
@@ -156,9 +161,9 @@ class ClientConnection:
         gateway = self._gateway
         bounds = gateway.settings.bounds
         client = client_address(head.headers, self._peer, gateway.trusts) if gateway.trusts_any else self._peer
-        exchange = Exchange(head, client=client, started=started, certificate=self._certificate)
+        exchange = Exchange(head, client=client, started=started, certificate=self._certificate, clock=gateway.clock)
         if gateway.settings.deadlines.exchange != math.inf:
-            exchange.scope.deadline = trio.current_time() + gateway.settings.deadlines.exchange
+            exchange.in_scope().deadline = trio.current_time() + gateway.settings.deadlines.exchange
         self.current = exchange
         gateway.begin(exchange)
         facts = exchange.facts
@@ -204,8 +209,8 @@ class ClientConnection:
 
     # -- one exchange --------------------------------------------------------------------------------------------------
 
-    async def _exchange(self, exchange: Exchange) -> bool:
-        """Run it to its end. True: the connection can carry another request."""
+    def _work(self, exchange: Exchange) -> Work:
+        """How `exchange` is to be worked on."""
         gateway, head = self._gateway, exchange.head
         generation = gateway.generation
         places = gateway.places
@@ -213,27 +218,86 @@ class ClientConnection:
         if gateway.draining:
             exchange.note(Failure(Side.GATEWAY, Phase.ROUTE, Kind.DRAINING))
         if head is None or exchange.failure is not None:
-            return await self._conclude(exchange, delivery, keep=False)
+            return Work(exchange, delivery, None, keep=False)
         assert exchange.facts is not None
         keep = exchange.facts.keep_alive and not gateway.draining
-        own = own_answer(head, request_id=exchange.id, close=not keep)
-        if own is not None:
-            exchange.status = own[0]
-            return await self._writer.write([own[1]], exchange.has_answer) and keep and exchange.received
         trusted = gateway.trusts_any and gateway.trusts(self._peer)
         pipeline = Pipeline(exchange, generation, places, self._writer, delivery, self._requests, trusted=trusted)
         pipeline.close = not keep
+        return Work(exchange, delivery, pipeline, keep=keep)
+
+    def _begin(self, exchange: Exchange, *, ahead: bool) -> None:
+        """The reader's: an exchange was read. `ahead`: whole, so it begins in this very step, before its driver wakes.
+
+        It goes on in steps until it needs a task, and if it needs none, the driver sleeps through it.
+        """
         try:
+            work = self._work(exchange)
+        except Exception as exc:
+            self._bug(exchange, exc)
+            raise
+        pipeline = work.pipeline
+        answers_itself = exchange.head is not None and exchange.head.method == b"OPTIONS"
+        if not ahead or pipeline is None or answers_itself or exchange.scope is not None or self._writer.direct is None:
+            self._handoff.put(work)
+            return
+        work.course = course = Course(pipeline.run(), partial(self._called, work), self._context)
+        self._handoff.ahead, exchange.summon = course, course.summon
+        if course.begin():
+            self._called(work)
+
+    def _called(self, work: Work) -> None:
+        """An exchange that ran ahead needs a task, or has ended: if so and all is well, the driver need not know."""
+        exchange, course = work.exchange, work.course
+        assert course is not None
+        self._handoff.ahead = exchange.summon = None
+        try:
+            if self._is_whole(work) and not self._gateway.draining:
+                work.delivery.forget()
+                self._finish(exchange)
+                return
+        except Exception as exc:  # the step is another one's: raised by the driver
+            course.result = Error(exc)
+        self._handoff.put(work)
+
+    def _is_whole(self, work: Work) -> bool:
+        """It ended without a task, its answer was delivered, and the connection can go on."""
+        course, exchange, delivery = work.course, work.exchange, work.delivery
+        return (
+            course is not None
+            and course.result is not None
+            and isinstance(course.result, Value)
+            and course.result.value is None
+            and exchange.failure is None
+            and not exchange.left
+            and delivery.complete
+            and work.keep
+            and not delivery.close
+            and exchange.received
+        )
+
+    async def _exchange(self, work: Work) -> bool:
+        """Run it to its end. True: the connection can carry another request."""
+        exchange, delivery, keep = work.exchange, work.delivery, work.keep
+        if work.pipeline is None:
+            return await self._conclude(exchange, delivery, keep=False)
+        assert exchange.head is not None
+        own = own_answer(exchange.head, request_id=exchange.id, close=not keep)
+        if own is not None:
+            exchange.status = own[0]
+            return await self._writer.write([own[1]], exchange.has_answer) and keep and exchange.received
+        try:
+            scope = exchange.in_scope()
             try:
-                with exchange.scope:
-                    failure = await pipeline.run()
+                with scope:
+                    failure = await work.run()
                     if failure is not None:
                         exchange.note(failure)
             except Exception as exc:
                 keep = False
                 exchange.note(Failure(Side.GATEWAY, exchange.phase, Kind.INTERNAL))
-                gateway.bug(ExceptionGroup("in the pipeline", [exc]), exchange)
-            if exchange.scope.cancelled_caught and exchange.failure is None and not exchange.left:
+                self._gateway.bug(ExceptionGroup("in the pipeline", [exc]), exchange)
+            if scope.cancelled_caught and exchange.failure is None and not exchange.left:
                 exchange.note(Failure(Side.GATEWAY, exchange.phase, Kind.TIMEOUT))
             return await self._conclude(exchange, delivery, keep=keep and not delivery.close)
         finally:
@@ -272,15 +336,19 @@ class ClientConnection:
         if _may_end_by_close(exchange):
             self._reset = True
 
+    def _bug(self, exchange: Exchange, exc: Exception) -> None:
+        exchange.note(Failure(Side.GATEWAY, exchange.phase, Kind.INTERNAL, type(exc).__name__))
+        self._break(exchange)
+
     def _finish(self, exchange: Exchange) -> None:
         if exchange.body is not None:
             exchange.body.close()
         if exchange.upgraded is not None:
             exchange.upgraded.set()
         self._gateway.end(exchange)
-        if exchange.placed is not None:
-            self._gateway.places.give(exchange.finished_at - exchange.placed)
-            exchange.placed = None
+        placed, exchange.placed = exchange.placed, None
+        if placed is not None:
+            self._gateway.places.give(exchange.finished_at - placed)
 
     async def _linger(self) -> None:
         """Close without losing the answer: a close on unread input would reset the connection (RFC 9112 9.6)."""

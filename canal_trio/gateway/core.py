@@ -105,6 +105,7 @@ class Gateway:
         self._standings = Standings()
         self._checks = Checks()
         self.reaper = Reaper()
+        self.clock = trio.lowlevel.current_clock().current_time  # `trio.current_time`, without looking for the run
         self.places = Places(settings)
         self.draining = False
         self._drained_by = math.inf

@@ -25,6 +25,7 @@ from canal_trio.gateway.respond import http_date
 from canal_trio.gateway.writer import BROKEN, BodyWriter, ClientWriter
 from canal_trio.messages import End, Headers, ResponseHead
 from canal_trio.policy.exchange import answer_for
+from canal_trio.relay.course import in_task
 from canal_trio.relay.flow import Aborted, Ended, FlowReceiver, FlowSender, Meter, Sink, open_flow
 from canal_trio.relay.idle import Reaper
 from canal_trio.settings import Settings
@@ -184,9 +185,9 @@ class Delivery:
         request = exchange.head
         assert request is not None
         options = ForClient(
+            request_id=exchange.id.encode("ascii"),
             request_version=request.version,
             request_method=request.method,
-            request_id=exchange.id.encode("ascii"),
             pseudonym=self._settings.pseudonym,
             body=body,
             close=close,
@@ -265,6 +266,7 @@ class Delivery:
             block = last = b""
             self._heads.forget()
             lasts()
+            await in_task()
             if free:
                 outlet: Outlet = writer if account is None else account.outlet(writer)
                 last = await connection.pass_on(outlet, self._settings.bounds.handover_bytes)
@@ -278,9 +280,7 @@ class Delivery:
                 return
         await self._finish(connection, block, last, settle)
 
-    async def _finish(
-        self, connection: AnswerBody, block: bytes, last: bytes, settle: Callable[[], None]
-    ) -> None:
+    async def _finish(self, connection: AnswerBody, block: bytes, last: bytes, settle: Callable[[], None]) -> None:
         """The upstream is done: write what came last, and the end, if it is one."""
         writer, end = self._body, connection.end
         assert writer is not None

@@ -70,6 +70,7 @@ class Exchange:
         "cancel_latency",
         "certificate",
         "client",
+        "clock",
         "drain",
         "draining",
         "entry",
@@ -107,6 +108,7 @@ class Exchange:
         "started",
         "started_at",
         "status",
+        "summon",
         "tried",
         "tunnel",
         "upgrade",
@@ -117,7 +119,13 @@ class Exchange:
     )
 
     def __init__(
-        self, head: RequestHead | None, *, client: str, started: float, certificate: str | None = None
+        self,
+        head: RequestHead | None,
+        *,
+        client: str,
+        started: float,
+        certificate: str | None = None,
+        clock: Callable[[], float] = trio.current_time,
     ) -> None:
         self.head = head
         self.id = request_id(head.headers if head is not None else Headers()).decode("ascii")
@@ -125,11 +133,13 @@ class Exchange:
         self.certificate = certificate  # whom the client's names
         self.started = started
         self.started_at = time.time()
-        self.headed = trio.current_time()  # the request's head was complete
+        self.clock = clock  # Trio's, perhaps by a shorter way
+        self.headed = clock()  # the request's head was complete
         facts = self.facts = request_facts(head) if head is not None else None
         self.upgrade = facts.upgrade if facts is not None else None
         self.phase = Phase.ROUTE if head is not None else Phase.HEAD
-        self.scope = trio.CancelScope()
+        self.scope: trio.CancelScope | None = None  # what its driver runs it in
+        self.summon: Callable[[], None] | None = None  # its driver, while it runs ahead of it
         self.finished = trio.Event()
         self.finished_at = 0.0
         self.failure: Failure | None = None
@@ -205,7 +215,18 @@ class Exchange:
         self.note(failure)
         if self.lease is not None:
             self.lease.abort()
-        self.scope.cancel(reason=str(failure))
+        self._unwind(str(failure))
+
+    def _unwind(self, reason: str) -> None:
+        self.in_scope().cancel(reason=reason)
+        if self.summon is not None:
+            self.summon()
+
+    def in_scope(self) -> trio.CancelScope:
+        """The scope in which it runs, as soon as it has a task. Not a checkpoint."""
+        if self.scope is None:
+            self.scope = trio.CancelScope()
+        return self.scope
 
     def leave(self, detail: str) -> None:
         """The client is gone: close the upstream and unwind. After the last event that is how SDKs say good-bye."""
@@ -223,7 +244,7 @@ class Exchange:
             self.flags |= {"left_after_terminal"}
             if self.lease is not None:
                 self.lease.abort()
-            self.scope.cancel(reason="the client left after the last event")
+            self._unwind("the client left after the last event")
         else:
             self.fail(failure)
         if had_lease:
@@ -282,7 +303,7 @@ class Exchange:
 
     def view(self, now: float, until: float = math.inf) -> ExchangeView:
         """How it looks from outside, just now; `until` is when the gateway ends it, if it does."""
-        left = min(self.scope.deadline, until) - now
+        left = min(self.scope.deadline if self.scope is not None else math.inf, until) - now
         return ExchangeView(
             id=self.id,
             client=self.client,
@@ -328,7 +349,7 @@ class Exchange:
 
     def finish(self) -> ExchangeRecord:
         """The exchange is over: its one record. Called once."""
-        now = self.finished_at = trio.current_time()
+        now = self.finished_at = self.clock()
         if self.failure is None and self.scanner is not None and not self.scanner.terminal:
             self.flags |= {"no_terminal_event"}
         usage, source = self._used()

@@ -1,7 +1,9 @@
-"""From a connection's reader to its driver: one exchange after the other.
+"""From a connection's reader to its driver: one exchange after the other, some of them begun already.
 
-The reader makes the next exchange only when the one before is finished, so one slot is all there is to it. Invariant:
-an exchange that was put is taken, or its connection is over.
+The reader makes the next exchange only when the one before is finished, so one slot is all there is to it. An exchange
+that runs ahead (`relay.course`), in the steps of the poller, is no business of the driver's until it needs a task.
+Invariants: an exchange that was put is taken, or its connection is over; the driver is not told that there is nothing
+more, and is not cancelled in its wait, while one runs ahead: it gets that one first.
 """
 
 from __future__ import annotations
@@ -11,48 +13,84 @@ from typing import Any, final
 import outcome
 import trio
 
-from canal_trio.errors import CanalError
+from canal_trio.errors import CanalError, Failure
+from canal_trio.gateway.deliver import Delivery
 from canal_trio.gateway.exchange import Exchange
+from canal_trio.gateway.pipeline import Pipeline
+from canal_trio.relay.course import Course
 
-__all__ = ["Handoff"]
+__all__ = ["Handoff", "Work"]
+
+
+@final
+class Work:
+    """One exchange, and how it is worked on. `pipeline` is None where there is nothing to do but to answer."""
+
+    __slots__ = ("course", "delivery", "exchange", "keep", "pipeline")
+
+    def __init__(self, exchange: Exchange, delivery: Delivery, pipeline: Pipeline | None, *, keep: bool) -> None:
+        self.exchange = exchange
+        self.delivery = delivery
+        self.pipeline = pipeline
+        self.keep = keep  # the client keeps the connection open
+        self.course: Course[Failure | None] | None = None  # of the pipeline, if it has begun
+
+    async def run(self) -> Failure | None:
+        """The pipeline, or what is left of it."""
+        assert self.pipeline is not None
+        if self.course is not None:
+            return await self.course.finish()
+        return await self.pipeline.run()
 
 
 @final
 class Handoff:
-    """`put` and `close` are the reader's, `take` is the driver's."""
+    """`put`, `ahead` and `close` are the reader's, `take` is the driver's."""
 
-    __slots__ = ("_closed", "_exchange", "_taker")
+    __slots__ = ("_closed", "_taker", "_work", "ahead")
 
     def __init__(self) -> None:
-        self._exchange: Exchange | None = None
+        self._work: Work | None = None
         self._taker: trio.lowlevel.Task | None = None
         self._closed = False
+        self.ahead: Course[Failure | None] | None = None  # what runs without the driver: it is put when it needs it
 
-    def put(self, exchange: Exchange) -> None:
+    def put(self, work: Work) -> None:
         """Not a checkpoint. Raises CanalError if the exchange before was not taken."""
-        if self._exchange is not None:
+        if self._work is not None:
             raise CanalError("the exchange before was not taken")
-        self._exchange = exchange
+        self._work = work
         self._wake()
 
     def close(self) -> None:
-        """There will be no more; what was put is still taken. Not a checkpoint; idempotent."""
+        """There will be no more; what was put, or runs ahead, is still taken. Not a checkpoint; idempotent."""
         self._closed = True
+        self._summon()
         self._wake()
 
-    async def take(self) -> Exchange | None:
+    async def take(self) -> Work | None:
         """The next exchange, None if there is none. A checkpoint only if it waits; cancelling it loses nothing."""
-        await trio.lowlevel.checkpoint_if_cancelled()
-        if self._exchange is None and not self._closed:
+        try:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            if self._work is None and not self._closed:
 
-            def abort(_raise_cancel: Any) -> trio.lowlevel.Abort:
-                self._taker = None
-                return trio.lowlevel.Abort.SUCCEEDED
+                def abort(_raise_cancel: Any) -> trio.lowlevel.Abort:
+                    self._taker = None
+                    return trio.lowlevel.Abort.SUCCEEDED
 
-            self._taker = trio.lowlevel.current_task()
-            await trio.lowlevel.wait_task_rescheduled(abort)
-        exchange, self._exchange = self._exchange, None
-        return exchange
+                self._taker = trio.lowlevel.current_task()
+                await trio.lowlevel.wait_task_rescheduled(abort)
+        except trio.Cancelled:
+            self._summon()
+            if self._work is None or self._work.course is None:
+                raise
+            # What was begun is to be unwound, for which there must be a task: it meets the same cancellation there.
+        work, self._work = self._work, None
+        return work
+
+    def _summon(self) -> None:
+        if self.ahead is not None:
+            self.ahead.summon()
 
     def _wake(self) -> None:
         task, self._taker = self._taker, None

@@ -13,6 +13,7 @@ import trio
 
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.messages import Headers, RequestHead
+from canal_trio.relay.course import in_task
 from canal_trio.wire.facts import request_facts
 from canal_trio.wire.form_fields import FormFields, form_fields, form_model_edit, is_form
 from canal_trio.wire.json_fields import JsonFields, json_fields, model_edit, usage_edit
@@ -69,6 +70,7 @@ async def judge(headers: Headers, body: bytes, *, strict: bool) -> Judged | Fail
     """
     if len(body) <= _IN_A_THREAD:
         return _judge(headers, body, strict)
+    await in_task()
     return await trio.to_thread.run_sync(_judge, headers, body, strict, abandon_on_cancel=True)
 
 

@@ -15,6 +15,7 @@ import trio
 
 from canal_trio.errors import Failure
 from canal_trio.messages import End, ResponseHead
+from canal_trio.relay.course import in_task
 from canal_trio.relay.flow import Aborted, Ended, Ending, FlowReceiver, FlowSender, FlowStatistics, Sink
 from canal_trio.upstream.interface import AnswerBody, Outlet
 from canal_trio.wire.sse import EventScanner
@@ -99,6 +100,7 @@ async def keep(answer: AnswerBody, head: ResponseHead, upstream: str) -> KeptAns
     """Read the rest of a refusal. None if it is too large, slow or broken. A checkpoint only if it has to wait."""
     taken = _Taken(_KEPT_BYTES + 1)
     taken.take(answer.early())
+    await in_task()
     with trio.move_on_after(_KEPT_SECONDS):
         if answer.end is None and answer.failure is None and taken.more():
             taken.take(await answer.pass_on(taken, _KEPT_BYTES))
@@ -163,6 +165,7 @@ async def hold_event(body: AnswerBody, most: int) -> HeldAnswer:
     """
     taken = _Taken(_EVENT_BYTES, EventScanner())
     taken.take(body.early())
+    await in_task()
     if taken.more() and body.end is None and body.failure is None:
         taken.take(await body.pass_on(taken, most))
     return HeldAnswer(body, taken.payload(), error=taken.error)

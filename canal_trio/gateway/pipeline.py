@@ -24,6 +24,7 @@ from canal_trio.gateway.writer import ClientWriter
 from canal_trio.hooks import Admission, Admitted, Asked, Refused
 from canal_trio.messages import Headers, RequestHead, ResponseHead
 from canal_trio.policy.routing import Choice, Plan
+from canal_trio.relay.course import in_task
 from canal_trio.settings import Settings
 from canal_trio.wire.form_fields import is_form
 from canal_trio.wire.model_lists import model_list
@@ -116,6 +117,7 @@ class Pipeline:
         early = self._delivery.early = self._early(plan)
         if early is None:
             return await attempts.run(plan)
+        await in_task()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(early.run)
             failure = await attempts.run(plan)
@@ -191,6 +193,7 @@ class Pipeline:
         else:
             if all(upstream.on_client_eof == "abort" for upstream in self._settings.upstreams):
                 exchange.routed(eof_leaves=True)  # wherever it may go: so it can be seen to leave the line
+            await in_task()
             refusal = await places.take()
             if refusal is not None:
                 return refusal
@@ -235,6 +238,7 @@ class Pipeline:
         """Answer with the models there are for this principal, or with the one that is `wanted`."""
         exchange, listing = self._exchange, self._generation.listing
         exchange.routed(eof_leaves=True)
+        await in_task()
         lists = await self._generation.catalogue.lists(listing.sources)
         if wanted:
             entry = listing.model(wanted, exchange.principal, lists)
@@ -292,6 +296,7 @@ class Pipeline:
             if not form:
                 content = body.beginning(self._settings.bounds.held_body_bytes)
         principal = exchange.principal.name if exchange.principal is not None else None
+        await in_task()
         verdict = await admission.admit(
             Asked(exchange.path, principal, exchange.model, first.upstream.name, first.model, content)
         )

@@ -20,13 +20,12 @@ import functools
 import math
 import select
 from collections.abc import Callable
-from typing import final
+from typing import Protocol, final
 
 import trio
 
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.gateway.exchange import Exchange
-from canal_trio.gateway.handoff import Handoff
 from canal_trio.gateway.patience import Mode, Patience
 from canal_trio.gateway.writer import BROKEN
 from canal_trio.messages import End, RequestHead
@@ -37,21 +36,33 @@ from canal_trio.settings import Bounds, Deadlines
 from canal_trio.wire.bodies import BodyDecoder
 from canal_trio.wire.heads import RequestHeadReader
 
-__all__ = ["Admission", "ClientReader"]
+__all__ = ["Admission", "Begin", "ClientReader"]
 
 Admission = Callable[[RequestHead, float], tuple[Exchange, BodyDecoder]]
 """Makes the exchange of a head that started to arrive at the given time, with its body's decoder."""
 
 
+class Begin(Protocol):
+    """Gets an exchange."""
+
+    def __call__(self, exchange: Exchange, *, ahead: bool) -> None:
+        """`exchange` is to be worked on; `ahead`: at once, as far as that goes. Not a checkpoint."""
+
+
 @final
 class ClientReader:
-    """Reads one client connection and puts an `Exchange` for each request into `out`, which it closes at the end."""
+    """Reads one client connection. `begin` gets the exchange of each request, `done` is told that there are no more.
+
+    The reader makes the next exchange only when the one before is finished. With `ahead` the request is here as a whole
+    and nothing has to be awaited.
+    """
 
     def __init__(
         self,
         stream: trio.abc.Stream,
-        out: Handoff,
         *,
+        begin: Begin,
+        done: Callable[[], None],
         admit: Admission,
         hold: Callable[[Exchange, bytes, End], bool],
         open_upload: Callable[[Exchange], FlowSender],
@@ -63,7 +74,8 @@ class ClientReader:
         self._stream = stream
         self._socket = handover_end(stream)
         self._direct = stream if can_hand_over(stream) else None
-        self._out = out
+        self._begin = begin
+        self._done = done
         self._admit = admit
         self._hold = hold
         self._open_upload = open_upload
@@ -89,10 +101,10 @@ class ClientReader:
             with self._scope:
                 await self._requests()
             if self.timed_out is not None and self._active is None:
-                self._out.put(self._refuse(self.timed_out, self._patience.since))
+                self._begin(self._refuse(self.timed_out, self._patience.since), ahead=False)
         finally:
             watch.cancel()
-            self._out.close()
+            self._done()
 
     def stop(self) -> None:
         """Begin no other request, whatever was read already (RFC 9112 9.6)."""
@@ -141,7 +153,7 @@ class ClientReader:
             if exchange is None:
                 return
             refused = exchange.failure is not None  # asked before the driver has it: it may fail for its own reasons
-            self._out.put(exchange)
+            self._begin(exchange, ahead=False)
             if refused:
                 return
 
@@ -208,8 +220,8 @@ class ClientReader:
         if self._held or exchange.failure is not None or exchange.upgrade is not None or not exchange.received:
             self._careful = exchange
             return False
-        self._out.put(exchange)
-        self._patience.enter(Mode.IDLE)
+        self._patience.mode = Mode.IDLE  # since when, is for the end of this exchange to say
+        self._begin(exchange, ahead=True)
         return True
 
     def _accept(self, head: RequestHead) -> Exchange:
@@ -222,7 +234,7 @@ class ClientReader:
             self._socket.watch(self._hung_up)
             if self._socket.hangup:
                 self._hung_up()
-        self._patience.enter(Mode.WAIT)
+        self._patience.mode = Mode.WAIT  # in the step that began the head: no need to look at the clock again
         return exchange
 
     def _hung_up(self) -> None:

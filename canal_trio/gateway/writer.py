@@ -17,7 +17,8 @@ from trio.abc import HalfCloseableStream, Stream
 from canal_trio.errors import Kind, Phase
 from canal_trio.gateway.exchange import Exchange
 from canal_trio.messages import End
-from canal_trio.relay.handover import HandoverStream, can_hand_over
+from canal_trio.relay.course import checkpoint_if_cancelled, in_task
+from canal_trio.relay.handover import Buffer, HandoverStream, can_hand_over
 from canal_trio.wire.bodies import encode_chunk, encode_last_chunk
 
 __all__ = ["BROKEN", "BodyWriter", "ClientWriter"]
@@ -39,7 +40,7 @@ class ClientWriter:
         self.trouble: Kind | None = None
         self._swallow: Callable[[bytes], int] | None = None  # what takes everything, once the client is to get no more
         self._patience: trio.CancelScope | None = None  # of a write that waits
-        self.unsent: list[memoryview] = []  # begun and not finished: nothing may be written after it but itself
+        self.unsent: list[Buffer] = []  # begun and not finished: nothing may be written after it but itself
 
     @property
     def direct(self) -> HandoverStream | None:
@@ -74,19 +75,22 @@ class ClientWriter:
         where the stream takes the plain path. Cancelled, what was not taken is left in `unsent`.
         """
         if self._swallow is not None:
-            await trio.lowlevel.checkpoint_if_cancelled()
+            await checkpoint_if_cancelled()
             self._swallow(b"")
             if taken is not None:
                 taken(len(pieces))
             return True
         if self.trouble is not None:
             return False
-        self.unsent += [memoryview(piece) for piece in pieces]
-        await trio.lowlevel.checkpoint_if_cancelled()
+        self.unsent += pieces
+        await checkpoint_if_cancelled()
         report = _Report(len(pieces), taken)
         try:
             if self._direct is not None:
-                await self._write_direct(self._direct, report)
+                self.unsent = [*self._direct.try_send_batch(self.unsent)]
+                report.left(len(self.unsent))
+                if self.unsent:
+                    await self._write_direct(self._direct, report)
             else:
                 await self._write_plain(report)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
@@ -110,18 +114,18 @@ class ClientWriter:
         return False
 
     async def _write_direct(self, stream: HandoverStream, report: _Report) -> None:
-        self.unsent = stream.try_send_batch(self.unsent)
-        report.left(len(self.unsent))
+        await in_task()
         while self.unsent:
             with trio.move_on_after(self._stall) as self._patience:
                 await stream.wait_send_all_might_not_block()
             if self._patience.cancelled_caught:
                 self.trouble = Kind.STALLED
                 return
-            self.unsent = stream.try_send_batch(self.unsent)
+            self.unsent = [*stream.try_send_batch(self.unsent)]
             report.left(len(self.unsent))
 
     async def _write_plain(self, report: _Report) -> None:
+        await in_task()
         while self.unsent:
             count = _group(self.unsent)
             with trio.move_on_after(self._stall) as self._patience:
@@ -151,7 +155,7 @@ class _Report:
             self._taken(count)
 
 
-def _group(pieces: Sequence[memoryview]) -> int:
+def _group(pieces: Sequence[Buffer]) -> int:
     """How many of `pieces` to send at once where progress cannot be seen."""
     size = 0
     for count, piece in enumerate(pieces, 1):
@@ -210,7 +214,7 @@ class BodyWriter:
 
     def sink(self, piece: bytes) -> bool:
         """Take a whole piece in the poller's step; False: the kernel did not take all of it, or the client is gone."""
-        return self.piece(piece, trio.current_time())()
+        return self.piece(piece, self._exchange.clock())()
 
     def piece(self, payload: bytes, now: float) -> Callable[[], bool]:
         """See `upstream.interface.Outlet`."""
@@ -244,7 +248,7 @@ class BodyWriter:
     def open(self, head: bytes, piece: bytes) -> bool:
         """Write the response head, and with it the piece that is here already, if any. Otherwise as `sink`."""
         if piece:
-            self.piece(piece, trio.current_time())
+            self.piece(piece, self._exchange.clock())
         block = head + self._framed
         try:
             sent = self._send(block)  # type: ignore[misc]  # only called when can_hand_over
@@ -300,7 +304,7 @@ class BodyWriter:
         """Pass on what the sink kept. False: the client stalled or is gone."""
         if not await self._writer.write(()) and not self._left():
             return False
-        self._now = trio.current_time()
+        self._now = self._exchange.clock()
         self._taken()
         return True
 
@@ -320,7 +324,7 @@ class BodyWriter:
 
         def taken(count: int) -> None:
             nonlocal done
-            now = trio.current_time()
+            now = self._exchange.clock()
             while done < len(ends) and ends[done] <= count:
                 self._delivered(batch[done], 0, len(batch[done]), now)
                 done += 1

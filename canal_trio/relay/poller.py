@@ -11,13 +11,14 @@ it would have gone back to sleep between two sends with a receive in the middle.
 all CPU per event. It holds nothing back: both halves are one step of the poller, and `MAX_EVENTS` bounds it.
 
 Invariants: a sink's exception is raised in the task that armed it, never here. While a task can run, one wake is
-bounded in rounds (`ROUNDS`), and a sink's turn by what its flow takes, so that one busy stream cannot starve the
-others; after that the scheduler gets its turn before the poller goes on.
+bounded in rounds (`ROUNDS`) and in time (`LONG`), and a sink's turn by what its flow takes, so that one busy stream
+cannot starve the others; after that the scheduler gets its turn before the poller goes on.
 """
 
 from __future__ import annotations
 
 import select
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
@@ -29,6 +30,7 @@ from canal_trio.relay.handover import Armed
 __all__ = ["HANGUP", "ROUNDS", "Pollable", "Poller"]
 
 ROUNDS = 8  # design, section 10: one round per wake cost 1.7 x nginx per event where eight cost 1.45
+LONG = 0.005  # seconds: no further round after them, where steps are more than pieces (a whole exchange runs in one)
 MAX_EVENTS = 32  # in one round: what is received first waits for so many others to be received before it is sent
 HANGUP = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _EVENTS = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET  # HUP and ERR are always reported
@@ -141,9 +143,10 @@ class Poller:
             self._epoll.close()
 
     def serve(self) -> None:
-        """Rounds without waiting, until nothing is ready or there were `ROUNDS`."""
+        """Rounds without waiting, until nothing is ready, there were `ROUNDS`, or it took `LONG`."""
+        until = time.perf_counter() + LONG
         for _ in range(ROUNDS):
-            if not self.round(0):
+            if not self.round(0) or time.perf_counter() > until:
                 return
 
     def round(self, timeout: float) -> bool:

@@ -24,6 +24,7 @@ import outcome
 import trio
 from trio.abc import HalfCloseableStream
 
+from canal_trio.relay.course import Course, checkpoint_if_cancelled, current_course, shielded_checkpoint
 from canal_trio.relay.handover import Armed, Buffer, HandoverStream, OneSender, handover_end, receive_limit, settled
 from canal_trio.relay.poller import HANGUP, ROUNDS, Poller
 
@@ -45,6 +46,8 @@ class TcpStream(HalfCloseableStream):
     pieces TCP_NODELAY is wanted, for early backpressure TCP_NOTSENT_LOWAT (`adopt` brings both). `socket` is the
     standard library's object, for options and addresses only.
     """
+
+    parks = True
 
     __slots__ = (
         "__weakref__",
@@ -77,7 +80,7 @@ class TcpStream(HalfCloseableStream):
         self._readable = True
         self._closed = False
         self._broken: str | None = None
-        self._receiver: trio.lowlevel.Task | None = None
+        self._receiver: trio.lowlevel.Task | Course[Any] | None = None
         self._receiving = False
         self._sending = False
         self._eof_sent = False
@@ -185,11 +188,11 @@ class TcpStream(HalfCloseableStream):
         self._check_receiver()
         self._receiving = True
         try:
-            await trio.lowlevel.checkpoint_if_cancelled()
+            await checkpoint_if_cancelled()
             self._raise_fault()
             data = self.try_receive(limit)
             if data is not None:
-                await trio.lowlevel.cancel_shielded_checkpoint()
+                await shielded_checkpoint()
                 return data
             while data is None:
                 await self._sleep()
@@ -367,13 +370,20 @@ class TcpStream(HalfCloseableStream):
 
     def _wake(self, result: outcome.Outcome[None]) -> None:
         task, self._receiver = self._receiver, None
-        if task is not None:
+        if isinstance(task, Course):
+            task.resume(result)
+        elif task is not None:
             trio.lowlevel.reschedule(task, result)
 
     async def _sleep(self) -> None:
         """Until something is readable, the sink is done, or the stream is closed."""
-        self._receiver = trio.lowlevel.current_task()
-        await trio.lowlevel.wait_task_rescheduled(self._on_cancel)
+        course = current_course()
+        if course is None:
+            self._receiver = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(self._on_cancel)
+        else:
+            self._receiver = course
+            await course.park(self._on_cancel)
 
     def _on_cancel(self, _raise_cancel: Any) -> trio.lowlevel.Abort:
         """In the step of the `cancel()`: from here on no sink is called for a task that is gone."""

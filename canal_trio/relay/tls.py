@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol, final
 import trio
 from trio.abc import HalfCloseableStream
 
+from canal_trio.relay.course import checkpoint_if_cancelled, parks, shielded_checkpoint
 from canal_trio.relay.handover import Armed, Buffer, HandoverStream, OneSender, receive_limit, settled
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class TlsStream(HalfCloseableStream):
         server_hostname: str | None = None,
     ) -> None:
         self.transport_stream = transport
+        self.parks = parks(transport)
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._tls = context.wrap_bio(
@@ -216,11 +218,11 @@ class TlsStream(HalfCloseableStream):
         self._check_receiver()
         self._receiving = True
         try:
-            await trio.lowlevel.checkpoint_if_cancelled()
+            await checkpoint_if_cancelled()
             self._check_open()
             data = self._decrypt(limit)
             if data is not None:
-                await trio.lowlevel.cancel_shielded_checkpoint()
+                await shielded_checkpoint()
             while data is None:
                 self._feed(await self.transport_stream.receive_some(RECORDS))
                 data = self._decrypt(limit)

@@ -347,7 +347,7 @@ def upstream_closed_a_pass_later() -> Replaced:
     def fail(self: Exchange, failure: Failure) -> None:
         if not self.finished.is_set():
             self.note(failure)
-            self.scope.cancel(reason=str(failure))
+            self._unwind(str(failure))
 
     yield Exchange, "fail", fail
 

@@ -23,6 +23,7 @@ import outcome
 import trio
 from trio.abc import HalfCloseableStream
 
+from canal_trio.relay.course import Course, checkpoint_if_cancelled, current_course, shielded_checkpoint
 from canal_trio.relay.handover import Armed, Buffer, OneSender, receive_limit, settled
 from canal_trio.testing.simlink import End, Fault, FaultKind, Pipe, SimLink, current_wheel
 
@@ -35,11 +36,13 @@ class SimStream(HalfCloseableStream):
     A `trio.abc.HalfCloseableStream`. The end that can also hand over implements `canal_trio.relay.HandoverStream`.
     """
 
+    parks = True
+
     def __init__(self, incoming: Pipe, outgoing: Pipe) -> None:
         self.incoming = incoming
         self.outgoing = outgoing
         self._closed = False
-        self._receiver: trio.lowlevel.Task | None = None
+        self._receiver: trio.lowlevel.Task | Course[Any] | None = None
         self._sender: trio.lowlevel.Task | None = None
         self._receiving = False
         self._sending = False
@@ -93,11 +96,11 @@ class SimStream(HalfCloseableStream):
         """As `trio.abc.ReceiveStream.receive_some`."""
         limit = receive_limit(max_bytes, self.incoming.link.buffer)
         self._check_receiver()
-        await trio.lowlevel.checkpoint_if_cancelled()
+        await checkpoint_if_cancelled()
         self._check_receiver()
         data = self._receive(limit)
         if data is not None:
-            await trio.lowlevel.cancel_shielded_checkpoint()
+            await shielded_checkpoint()
             return data
         self._receiving = True
         try:
@@ -191,7 +194,9 @@ class SimStream(HalfCloseableStream):
 
     def _wake_receiver(self, result: outcome.Outcome[None]) -> None:
         task, self._receiver = self._receiver, None
-        if task is not None:
+        if isinstance(task, Course):
+            task.resume(result)
+        elif task is not None:
             trio.lowlevel.reschedule(task, result)
 
     def _wake_sender(self, result: outcome.Outcome[None]) -> None:
@@ -204,8 +209,13 @@ class SimStream(HalfCloseableStream):
             self._receiver = self._sink = None
             return trio.lowlevel.Abort.SUCCEEDED
 
-        self._receiver = trio.lowlevel.current_task()
-        await trio.lowlevel.wait_task_rescheduled(abort)
+        course = current_course()
+        if course is None:
+            self._receiver = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(abort)
+        else:
+            self._receiver = course
+            await course.park(abort)
 
     async def _wait_room(self) -> None:
         def abort(_raise_cancel: Any) -> trio.lowlevel.Abort:

@@ -25,6 +25,7 @@ from trio.abc import Stream
 
 from canal_trio.errors import Failure, Kind, Phase, Retry, Side
 from canal_trio.messages import End, RequestHead, ResponseHead
+from canal_trio.relay.course import in_task, parks
 from canal_trio.relay.flow import Aborted, FlowSender
 from canal_trio.relay.handover import Buffer, HandoverStream, can_hand_over
 from canal_trio.relay.idle import Reaper
@@ -53,6 +54,7 @@ class Http1Connection:
     ) -> None:
         self._stream = stream
         self._raw = raw
+        self._parks = parks(stream)
         self._bounds = bounds
         # Who tells us of trouble must not own us: a circle would wait for the garbage collector, which seldom looks.
         self._note_weakly = _weakly(WeakMethod(self._note))
@@ -185,7 +187,7 @@ class Http1Connection:
             pass  # it may have answered before it stopped reading (RFC 9112 9.5): what we receive decides
         if not rest and (body is None or upgrading or body.ending is not None):
             self._sent = True
-            self._turns.begin(Turn.ANSWER)
+            self._turns.turn = Turn.ANSWER  # the turn that ends here began in this very step, or the send moved bytes
         return rest
 
     async def _upload(self, rest: list[Buffer], body: BodySource | None, chunked: bool) -> None:
@@ -316,6 +318,8 @@ class Http1Connection:
     ) -> Failure | ResponseHead | None:
         """Send a whole request and wait for the final head. See `interface.StraightConnection`; so for what follows."""
         self._reset()
+        if not self._parks:
+            await in_task()
         try:
             rest = await self._begin(block, body, chunked=chunked, upgrading=False)
             if rest:

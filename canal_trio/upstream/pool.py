@@ -19,6 +19,7 @@ import trio
 from canal_trio.errors import Failure, Kind, Phase, Retry, Side
 from canal_trio.policy.pace import Pace
 from canal_trio.policy.pool import Dial, Full, Grant, PoolCore, Reuse
+from canal_trio.relay.course import checkpoint_if_cancelled, current_course, in_task
 from canal_trio.relay.idle import Reaper
 from canal_trio.settings import Bounds, Deadlines, Upstream
 from canal_trio.upstream.interface import Connection
@@ -67,9 +68,13 @@ class Lease:
             self._pool._released(self.connection, self._since)
 
     async def unless_cancelled(self) -> None:
-        """Give it back, unused, if the task was cancelled after it was woken with it. A checkpoint only then."""
+        """Give it back, unused, if the task was cancelled after it was woken with it. A checkpoint only then.
+
+        From here on there is a task.
+        """
         try:
-            await trio.lowlevel.checkpoint_if_cancelled()
+            await in_task()
+            await checkpoint_if_cancelled()
         except trio.Cancelled:
             self.release() if self.reused else self.abort()  # a dial that is cancelled leaves nothing either
             raise
@@ -132,7 +137,10 @@ class Pool:
                 return await self._dial(dialling)
             if isinstance(verdict, Full):
                 return self.refuse()
-            return await self._wait(ticket, dialling)
+            if current_course() is None:
+                return await self._wait(ticket, dialling)
+            self._core.abandon(ticket)  # nobody would be woken: come again as a task
+            await in_task()
 
     async def _wait(self, ticket: _Ticket, dialling: Callable[[], None] | None) -> Lease | Failure:
         def abandon(_raise_cancel: Any) -> trio.lowlevel.Abort:
@@ -154,10 +162,11 @@ class Pool:
         return await self._dial(dialling)
 
     async def _dial(self, dialling: Callable[[], None] | None) -> Lease | Failure:
-        if dialling is not None:
-            dialling()
-        self._dialled += 1
         try:
+            await in_task()
+            if dialling is not None:
+                dialling()
+            self._dialled += 1
             connection = await self._connect(self._upstream)
         except BaseException:
             self._lost()

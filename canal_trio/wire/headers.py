@@ -13,7 +13,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.messages import Headers, RequestHead, ResponseHead
@@ -270,13 +270,12 @@ def _forwarded(head: RequestHead, options: ForUpstream) -> Fields:
 # -- to the client -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class ForClient:
-    """What the gateway knows about a response on its way to a client."""
+class ForClient(NamedTuple):
+    """What the gateway knows about a response on its way to a client. A tuple, as there is one for each answer."""
 
+    request_id: bytes  # the first, so that what is behind it is what answers have in common
     request_version: bytes
     request_method: bytes
-    request_id: bytes
     pseudonym: str
     body: int | None = None  # bytes; None: not known, so chunked for HTTP/1.1 and close-delimited for HTTP/1.0
     close: bool = False  # the connection is closed after this response

@@ -11,9 +11,42 @@ from relay_pairs import local_pair, socket_pair, tcp_pair
 from trio.testing import wait_all_tasks_blocked
 
 from canal_trio.relay import TcpStream
-from canal_trio.relay.poller import ROUNDS
+from canal_trio.relay import poller as poller_module
+from canal_trio.relay.poller import LONG, ROUNDS
 
 pytestmark = pytest.mark.usefixtures("waits")
+
+
+async def test_steps_that_take_long_leave_the_scheduler_its_turn(monkeypatch):
+    """A round whose steps took `LONG` is the last one of its wake, however much is ready: tasks run in between."""
+    a, b = local_pair()
+    rounds, stop, now = 0, False, 0.0
+
+    def slow() -> bool:
+        nonlocal rounds, now
+        rounds += 1
+        now += LONG * 1.01
+        return not stop
+
+    class Clock:
+        @staticmethod
+        def perf_counter() -> float:
+            return now
+
+    monkeypatch.setattr(poller_module, "time", Clock)
+    await a.send_all(b"never received, so always readable")
+    b.arm(slow)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(b.wait_disarmed)
+        while rounds < 3 * ROUNDS:  # its owner has had its own first turn
+            await trio.lowlevel.checkpoint()
+        for _ in range(20):
+            before = rounds
+            await trio.lowlevel.checkpoint()
+            assert rounds - before <= 2  # the scheduler may run it last in one pass and first in the next
+        stop = True
+    for stream in (a, b):
+        stream.close()
 
 
 async def test_a_stream_that_is_always_ready_does_not_keep_others_waiting():

@@ -93,7 +93,7 @@ def test_what_goes_to_the_client_is_right_for_any_fields(
 ) -> None:
     """One framing, the one that fits; nothing that Connection named; and our own strict reader reads it back."""
     head = ResponseHead(status, Headers(fields))
-    options = replace(CLIENT, request_version=version, request_method=method, body=body, event_stream=stream)
+    options = CLIENT._replace(request_version=version, request_method=method, body=body, event_stream=stream)
     seen = for_client(head, options)
     reader = ResponseHeadReader(head_bytes=HEAD_BYTES, head_fields=200)
     assert reader.feed(write_response_head(seen)) == seen

@@ -315,27 +315,27 @@ def test_via_is_appended_to() -> None:
 
 # -- to the client -----------------------------------------------------------------------------------------------------
 
-HEAD_CLIENT = replace(CLIENT, request_method=b"HEAD")
-OLD_CLIENT = replace(CLIENT, request_version=b"1.0")
+HEAD_CLIENT = CLIENT._replace(request_method=b"HEAD")
+OLD_CLIENT = CLIENT._replace(request_version=b"1.0")
 
 
 @pytest.mark.parametrize(
     ("options", "status", "framing"),
     [
         (CLIENT, 200, {b"transfer-encoding": b"chunked"}),
-        (replace(CLIENT, body=7), 200, {b"content-length": b"7"}),
-        (replace(CLIENT, body=0, close=True), 200, {b"content-length": b"0", b"connection": b"close"}),
-        (replace(OLD_CLIENT, close=True), 200, {b"connection": b"close"}),
-        (replace(OLD_CLIENT, body=7), 200, {b"content-length": b"7", b"connection": b"keep-alive"}),
+        (CLIENT._replace(body=7), 200, {b"content-length": b"7"}),
+        (CLIENT._replace(body=0, close=True), 200, {b"content-length": b"0", b"connection": b"close"}),
+        (OLD_CLIENT._replace(close=True), 200, {b"connection": b"close"}),
+        (OLD_CLIENT._replace(body=7), 200, {b"content-length": b"7", b"connection": b"keep-alive"}),
         (HEAD_CLIENT, 200, {}),
-        (replace(HEAD_CLIENT, body=7), 200, {b"content-length": b"7"}),
-        (replace(CLIENT, body=7), 304, {b"content-length": b"7"}),
+        (HEAD_CLIENT._replace(body=7), 200, {b"content-length": b"7"}),
+        (CLIENT._replace(body=7), 304, {b"content-length": b"7"}),
         (CLIENT, 304, {}),
-        (replace(CLIENT, body=7), 204, {}),
+        (CLIENT._replace(body=7), 204, {}),
         (CLIENT, 204, {}),
-        (replace(CLIENT, body=0), 103, {}),
-        (replace(CLIENT, close=True), 103, {}),
-        (replace(CLIENT, upgrade=b"websocket"), 101, {b"connection": b"Upgrade", b"upgrade": b"websocket"}),
+        (CLIENT._replace(body=0), 103, {}),
+        (CLIENT._replace(close=True), 103, {}),
+        (CLIENT._replace(upgrade=b"websocket"), 101, {b"connection": b"Upgrade", b"upgrade": b"websocket"}),
         (CLIENT, 101, {}),
     ],
 )
@@ -361,9 +361,9 @@ def test_informational_heads_lose_their_hop_by_hop_fields_too() -> None:
 
 def test_what_a_response_gains() -> None:
     """A request id where the upstream has none, what keeps proxies from buffering events, a date, a Via."""
-    plain = client((b"Set-Cookie", b"a"), (b"X-Canal-Secret", b"x"), options=replace(CLIENT, body=0))
+    plain = client((b"Set-Cookie", b"a"), (b"X-Canal-Secret", b"x"), options=CLIENT._replace(body=0))
     assert plain == {b"set-cookie": b"a", b"content-length": b"0", b"x-request-id": b"req_1", b"via": b"1.1 canal"}
-    stream = replace(CLIENT, event_stream=True, date=b"now")
+    stream = CLIENT._replace(event_stream=True, date=b"now")
     added = client(options=stream)
     assert (added[b"cache-control"], added[b"x-accel-buffering"], added[b"date"]) == (b"no-cache", b"no", b"now")
     own = [(b"Cache-Control", b"private"), (b"X-Accel-Buffering", b"yes"), (b"Date", b"then"), (b"X-Request-Id", b"up")]

@@ -1,0 +1,218 @@
+"""A coroutine that begins without a task: in steps of others, until it needs a task of its own.
+
+Waking a task for each of two short steps costs more than the steps: a pass of Trio's loop, a rescheduling, a cancel
+scope entered and left (measured: a seventh of the CPU of a small exchange). A `Course` runs the coroutine in the step
+that begins it. Where it sleeps for a stream it is parked there, and the step that finds the stream readable runs it on.
+As soon as it has to do what only a task can, which it says with `in_task()`, it stands still until a task takes it over
+with `finish()`; from then on it runs there as any coroutine, in the scopes and nurseries of that task.
+
+Invariants: until then it has entered no cancel scope and no nursery, and has asked for no task. It cannot be cancelled
+without a task: whoever wants that cancels the scope in which it is to be finished, and calls `summon()`. News that is
+no readiness (the stream was closed) is never dealt with in the step that brings it, which may be in the midst of
+something: a task gets it. `call` is called once at most, and only if it did not end in `begin()`.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+import types
+from collections.abc import Callable, Coroutine, Generator
+from contextvars import Context
+from typing import Any, Generic, TypeVar, final
+
+import outcome
+import trio
+
+from canal_trio.errors import CanalError
+
+__all__ = ["Course", "checkpoint_if_cancelled", "current_course", "in_task", "parks", "shielded_checkpoint"]
+
+T = TypeVar("T")
+
+
+class _State(enum.Enum):
+    STEPS = enum.auto()  # runs, in somebody's step
+    PARKED = enum.auto()  # sleeps, without a task
+    CALLING = enum.auto()  # waits for a task
+    TASK = enum.auto()  # has one
+    OVER = enum.auto()
+
+
+class _Here(threading.local):
+    """What runs in this thread's present step."""
+
+    course: Course[Any] | None = None
+
+
+_here = _Here()
+_PARKS = object()
+_NEEDS_TASK = object()
+
+
+def current_course() -> Course[Any] | None:
+    """The course whose step this is; None in a task. Not a checkpoint."""
+    return _here.course
+
+
+async def in_task() -> None:
+    """From here on there is a task. A checkpoint only if there was none."""
+    if _here.course is not None:
+        await _give(_NEEDS_TASK)
+
+
+async def checkpoint_if_cancelled() -> None:
+    """As `trio.lowlevel.checkpoint_if_cancelled`; a course that is wanted in its task goes there."""
+    course = _here.course
+    if course is None:
+        await trio.lowlevel.checkpoint_if_cancelled()
+    elif course.summoned:
+        await _give(_NEEDS_TASK)
+
+
+async def shielded_checkpoint() -> None:
+    """As `trio.lowlevel.cancel_shielded_checkpoint`; nothing where the step of another is under way, which is short."""
+    if _here.course is None:
+        await trio.lowlevel.cancel_shielded_checkpoint()
+
+
+def parks(stream: object) -> bool:
+    """May a course receive from `stream`: does that know of `park`? Ours do; for any other there must be a task."""
+    return bool(getattr(stream, "parks", False))
+
+
+@types.coroutine
+def _give(message: object) -> Generator[object, Any, Any]:
+    return (yield message)
+
+
+@final
+class Course(Generic[T]):
+    """Runs `coroutine`, in steps within `context`, which nobody else may be using then: a copy of that of its task.
+
+    `call` is told, in a step, when it is over or needs a task; it must not raise.
+    """
+
+    __slots__ = ("_abort", "_call", "_context", "_coroutine", "_news", "_state", "_task", "result", "summoned")
+
+    def __init__(self, coroutine: Coroutine[Any, Any, T], call: Callable[[], None], context: Context) -> None:
+        self._coroutine = coroutine
+        self._context = context
+        self._call: Callable[[], None] | None = call
+        self._state = _State.STEPS
+        self._abort: Callable[[Any], trio.lowlevel.Abort] | None = None  # of its sleep; None: it does not sleep
+        self._news: outcome.Outcome[None] | None = None  # what ended its sleep, for the task to deal with
+        self._task: trio.lowlevel.Task | None = None  # sleeps in its place
+        self.summoned = False  # it is wanted in its task
+        self.result: outcome.Outcome[T] | None = None  # how it ended, if that was without a task
+
+    def __repr__(self) -> str:
+        name = getattr(self._coroutine, "__qualname__", "of something")
+        return f"<Course {name}, {self._state.name.lower()}>"
+
+    # -- without a task ------------------------------------------------------------------------------------------------
+
+    def begin(self) -> bool:
+        """Run it as far as it goes. False: it is parked, and `call` follows. Call it once. Not a checkpoint."""
+        self._step()
+        if self._state is _State.PARKED:
+            return False
+        self._call = None
+        return True
+
+    def summon(self) -> None:
+        """It is wanted in its task. Not a checkpoint; idempotent, of no effect once it is there or over."""
+        self.summoned = True
+        if self._state is _State.PARKED:
+            self._needs_task()
+
+    async def park(self, abort: Callable[[Any], trio.lowlevel.Abort]) -> None:
+        """For a stream, in this course's own step: sleep until `resume`. `abort` as in `wait_task_rescheduled`."""
+        self._abort = abort
+        await _give(_PARKS)
+
+    def resume(self, news: outcome.Outcome[None]) -> None:
+        """For the stream where it sleeps: it sleeps no longer. Not a checkpoint, raises nothing."""
+        if self._task is not None:
+            task, self._task = self._task, None
+            trio.lowlevel.reschedule(task, news)
+        elif self._state is _State.PARKED and isinstance(news, outcome.Value):
+            self._state, self._abort = _State.STEPS, None
+            self._step()
+            if self._state is not _State.PARKED:
+                self._tell()
+        else:
+            self._news, self._abort = news, None
+            if self._state is _State.PARKED:
+                self._needs_task()
+
+    def _needs_task(self) -> None:
+        self._state = _State.CALLING
+        self._tell()
+
+    def _tell(self) -> None:
+        call, self._call = self._call, None  # it may know us: a circle would wait for the garbage collector
+        assert call is not None  # it calls once: then it is parked no longer, and never again
+        call()
+
+    def _step(self) -> None:
+        before, _here.course = _here.course, self
+        try:
+            message = self._context.run(self._coroutine.send, None)
+        except StopIteration as stop:
+            self._over(outcome.Value(stop.value))
+        except BaseException as exc:
+            self._over(outcome.Error(exc))
+        else:
+            if message is _NEEDS_TASK or (message is _PARKS and self.summoned):
+                self._state = _State.CALLING
+            elif message is _PARKS:
+                self._state = _State.PARKED
+            else:  # what it waits for knows whom to wake, and that is not us
+                self._coroutine.close()
+                self._over(outcome.Error(CanalError("a course waited for something that needs a task")))
+        finally:
+            _here.course = before
+
+    def _over(self, result: outcome.Outcome[T]) -> None:
+        self._state = _State.OVER
+        self.result = result
+
+    # -- in a task -----------------------------------------------------------------------------------------------------
+
+    async def finish(self) -> T:
+        """Run the rest of it in this task. What it returns or raises. A checkpoint, unless it is over."""
+        if self.result is not None:
+            result, self.result = self.result, None
+            return result.unwrap()
+        self._state = _State.TASK
+        try:
+            if self._abort is not None:
+                abort, self._abort = self._abort, None
+                self._task = trio.lowlevel.current_task()
+                await trio.lowlevel.wait_task_rescheduled(abort)
+            else:
+                await trio.lowlevel.checkpoint_if_cancelled()
+        except BaseException as exc:
+            self._news = outcome.Error(exc)
+        self._task = None
+        return await self._rest()
+
+    @types.coroutine
+    def _rest(self) -> Generator[Any, Any, T]:
+        """The coroutine from where it stands on: what `await` cannot do, which begins one."""
+        coroutine: Any = self._coroutine
+        message: object
+        news, self._news = self._news or outcome.Value(None), None
+        while True:
+            try:
+                message = news.send(coroutine)
+            except StopIteration as stop:
+                value: T = stop.value
+                return value
+            finally:
+                del news  # an error, its traceback and this frame would be a circle
+            try:
+                news = outcome.Value((yield message))
+            except BaseException as exc:
+                news = outcome.Error(exc)
