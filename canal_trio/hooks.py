@@ -210,6 +210,10 @@ class Admission(Protocol):
     def wants_usage(self) -> bool:
         """It settles by what was used: accounting is on for what it admits."""
 
+    @property
+    def waits(self) -> bool:
+        """`admit` may have to wait. False is a promise that it never awaits anything: there need not be a task yet."""
+
     async def admit(self, asked: Asked) -> Slot | Refused:
         """A slot, or why not. A checkpoint only where the answer is not in this process.
 

@@ -296,7 +296,8 @@ class Pipeline:
             if not form:
                 content = body.beginning(self._settings.bounds.held_body_bytes)
         principal = exchange.principal.name if exchange.principal is not None else None
-        await in_task()
+        if admission.waits:
+            await in_task()
         verdict = await admission.admit(
             Asked(exchange.path, principal, exchange.model, first.upstream.name, first.model, content)
         )

@@ -53,6 +53,10 @@ class Store(Protocol):
     def errors(self) -> int:
         """How often it did not answer."""
 
+    @property
+    def waits(self) -> bool:
+        """`admit` may have to wait for an answer; False: it awaits nothing."""
+
     async def admit(self, scopes: Sequence[Scope], ask: Ask) -> Verdict | None:
         """Let it in everywhere or nowhere, or why not; None: nobody can tell. Cancelling it leaves nothing counted."""
 
@@ -98,6 +102,7 @@ class _Admission:
         self._counts = scopes.tokens or scopes.spend
         self.wants_usage = self._counts
         self.wants_body = self._counts or scopes.models
+        self.waits = limits.store.waits
 
     async def admit(self, asked: Asked) -> Slot | Refused:
         """`hooks.Admission`."""

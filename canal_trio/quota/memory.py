@@ -109,6 +109,7 @@ class MemoryStore:
     """A `quota.admission.Store` over a table. `clock` gives seconds that all who share the table agree on."""
 
     away = False  # memory is always there
+    waits = False
 
     def __init__(
         self, table: Table, *, clock: Callable[[], float] = trio.current_time, wall: Callable[[], float] = time.time

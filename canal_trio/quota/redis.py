@@ -63,6 +63,8 @@ class _Away(Exception):
 class RedisStore:
     """A `quota.admission.Store` in the Redis that `settings` name. `local` counts meanwhile, if that was chosen."""
 
+    waits = True
+
     def __init__(self, settings: LimitStore, local: MemoryStore) -> None:
         assert settings.redis is not None
         self._settings = settings
