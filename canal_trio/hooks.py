@@ -184,8 +184,8 @@ class Slot(Protocol):
     """An admitted exchange's place. It lasts exactly as long as the exchange."""
 
     @property
-    def fields(self) -> tuple[tuple[bytes, bytes], ...]:
-        """Header fields for the answer, whoever gives it; lower-case names."""
+    def fields(self) -> bytes:
+        """Header fields for the answer, whoever gives it: lines with lower-case names, each ended by CR LF."""
 
     def release(self, record: ExchangeRecord) -> None:
         """The exchange has ended: settle by what it used. Called exactly once, not a checkpoint."""
@@ -193,10 +193,10 @@ class Slot(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Not admitted: the failure to answer with, and header fields for that answer."""
+    """Not admitted: the failure to answer with, and header fields for that answer, as a `Slot` has them."""
 
     failure: Failure
-    fields: tuple[tuple[bytes, bytes], ...] = ()
+    fields: bytes = b""
 
 
 class Admission(Protocol):

@@ -7,7 +7,6 @@ is the same and goes out in the same way, only the request's id is new.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain
 from typing import final
 
 from canal_trio.messages import Headers, ResponseHead
@@ -53,19 +52,15 @@ class ClientHeads:
         return block
 
 
-_LINE_OF = b"%b: %b\r\n"
-Fields = tuple[tuple[bytes, bytes], ...]
-
-
-def without_fields(head: ResponseHead, fields: Fields) -> ResponseHead:
-    """`head` without what it says under the names in `fields`, which tell of limits: those of another."""
+def without_fields(head: ResponseHead, fields: bytes) -> ResponseHead:
+    """`head` without what it says under the names in `fields` (lines), which tell of limits: those of another."""
     if not response_facts(head).tells_limits:
         return head
-    names = {name for name, _ in fields}
+    names = {line.partition(b":")[0] for line in fields.split(b"\r\n")}
     kept = Headers([(name, value) for name, lower, value in head.headers.lowered() if lower not in names])
     return ResponseHead(head.status, kept, head.reason, head.version)
 
 
-def with_fields(block: bytes, fields: Fields) -> bytes:
-    """The head `block`, with `fields` at its end."""
-    return b"%b%b\r\n" % (block[:-2], _LINE_OF * len(fields) % tuple(chain.from_iterable(fields)))
+def with_fields(block: bytes, fields: bytes) -> bytes:
+    """The head `block`, with `fields` (lines) at its end."""
+    return b"%b%b\r\n" % (block[:-2], fields)

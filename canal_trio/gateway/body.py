@@ -45,6 +45,8 @@ class Budget:
 class HeldBody:
     """One request body. `source()` starts it from the beginning, for as long as it is `replayable`."""
 
+    whole = False  # it has to be waited for, with `hold_all`
+
     def __init__(self, receiver: FlowReceiver, budget: Budget, limit: int) -> None:
         self._receiver = receiver
         self._budget = budget
@@ -188,20 +190,21 @@ class WholeBody:
     """A request body of one read at most, all of it here and taken from `budget`. Otherwise as `HeldBody`."""
 
     __slots__ = ("_budget", "_content", "edits", "ending", "replayable")
+    whole = True
 
     def __init__(self, content: bytes, end: End, budget: Budget) -> None:
         self._content = content
         self._budget = budget
         self.ending: Ending | None = Ended(end)
-        self.replayable = True
+        self.replayable = True  # and held
         self.edits: tuple[Edit, ...] = ()
+
+    def keep_back(self) -> None:
+        """Of no effect: nothing is to come."""
 
     async def hold_all(self) -> Failure | None:
         """It is here. Not a checkpoint."""
         return None
-
-    def keep_back(self) -> None:
-        """Of no effect: nothing is to come."""
 
     def beginning(self, most: int) -> bytes | None:
         """The body, if it is still held and no longer than `most` bytes."""

@@ -169,7 +169,7 @@ class Exchange:
         self.attempts = 0
         self.tried: tuple[Tried, ...] = ()
         self.slot: Slot | None = None  # what it was admitted with
-        self.fields: tuple[tuple[bytes, bytes], ...] = ()  # for the answer's head, whoever gives it
+        self.fields = b""  # lines for the answer's head, whoever gives it
         # what was delivered
         self.status: int | None = None
         self.scanner: EventScanner | None = None

@@ -12,27 +12,16 @@ from typing import Final, final
 import trio
 
 from canal_trio.errors import Failure, Kind, Phase, Side
-from canal_trio.messages import Headers, RequestHead
+from canal_trio.messages import RequestHead
 from canal_trio.relay.course import in_task
 from canal_trio.wire.facts import request_facts
 from canal_trio.wire.form_fields import FormFields, form_fields, form_model_edit, is_form
 from canal_trio.wire.json_fields import JsonFields, json_fields, model_edit, usage_edit
 from canal_trio.wire.splice import Edit
 
-__all__ = ["Judged", "judge", "names_model"]
+__all__ = ["Judged", "judge", "judge_now"]
 
 _IN_A_THREAD: Final = 1024 * 1024  # bytes: up to these it takes a millisecond or two
-# Uploads that have no model in OpenAI's API, and may be far larger than what is held.
-_NAMELESS: Final = ("/v1/files", "/v1/uploads")
-
-
-def names_model(head: RequestHead) -> bool:
-    """Is the body of a kind that names its model: JSON, or a form that is no upload of files?"""
-    facts = request_facts(head)
-    if facts.json:
-        return True
-    return is_form(head.headers.get(b"content-type") or b"") and not facts.path.startswith(_NAMELESS)
-
 
 @final
 class Judged:
@@ -44,7 +33,7 @@ class Judged:
     def __init__(self, body: bytes, fields: JsonFields | FormFields) -> None:
         self.model = fields.model
         self._fields = fields
-        self._usage = usage_edit(body, fields) if isinstance(fields, JsonFields) else None
+        self._usage = usage_edit(body, fields) if isinstance(fields, JsonFields) and fields.stream else None
         self.can_ask_usage = self._usage is not None
 
     @property
@@ -62,23 +51,24 @@ class Judged:
         return (*edits, edit)
 
 
-async def judge(headers: Headers, body: bytes, *, strict: bool) -> Judged | Failure | None:
-    """What `body` says. MALFORMED if it says it twice or cannot be read; None for the latter if not `strict`.
+async def judge(head: RequestHead, body: bytes, *, strict: bool) -> Judged | Failure | None:
+    """`judge_now`, in a thread where that takes long: the loop goes on meanwhile.
 
-    A checkpoint for large bodies only, which are read in a thread: the loop goes on meanwhile. Cancelling it leaves the
-    thread to end by itself.
+    A checkpoint for large bodies only. Cancelling it leaves the thread to end by itself.
     """
     if len(body) <= _IN_A_THREAD:
-        return _judge(headers, body, strict)
+        return judge_now(head, body, strict)
     await in_task()
-    return await trio.to_thread.run_sync(_judge, headers, body, strict, abandon_on_cancel=True)
+    return await trio.to_thread.run_sync(judge_now, head, body, strict, abandon_on_cancel=True)
 
 
-def _judge(headers: Headers, body: bytes, strict: bool) -> Judged | Failure | None:
-    types = headers.get_all(b"content-type")
-    if len(types) > 1:
+def judge_now(head: RequestHead, body: bytes, strict: bool) -> Judged | Failure | None:
+    """What `body` says. MALFORMED if it says it twice or cannot be read; None for the latter if not `strict`."""
+    headers, facts = head.headers, request_facts(head)
+    if not facts.one_type:
         return _malformed("There is more than one Content-Type.")
-    fields = form_fields(types[0], body) if types and is_form(types[0]) else json_fields(body)
+    kind = b"" if facts.json else headers.get(b"content-type") or b""
+    fields = form_fields(kind, body) if is_form(kind) else json_fields(body)
     if not isinstance(fields, str):
         return Judged(body, fields)
     if b"content-encoding" in headers and strict:

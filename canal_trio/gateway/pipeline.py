@@ -16,7 +16,7 @@ from canal_trio.gateway.deliver import Delivery
 from canal_trio.gateway.drain import Draining
 from canal_trio.gateway.early import EarlyHead
 from canal_trio.gateway.exchange import GENERATING, Exchange
-from canal_trio.gateway.judged import judge, names_model
+from canal_trio.gateway.judged import judge
 from canal_trio.gateway.places import Places
 from canal_trio.gateway.requests import UpstreamRequests
 from canal_trio.gateway.respond import continue_head
@@ -176,7 +176,10 @@ class Pipeline:
         return Draining(self._exchange, limits, owner, self._generation.drains, self._delivery)
 
     def _authenticate(self) -> Failure | None:
-        verdict = self._generation.router.authenticate(self._head.headers, self._exchange.started_at)
+        router = self._generation.router
+        if not router.keyed:
+            return None
+        verdict = self._requests.identity.principal(self._head, router, self._exchange.started_at)
         if isinstance(verdict, Failure):
             return verdict
         self._exchange.principal = verdict
@@ -223,7 +226,7 @@ class Pipeline:
                 return await self._list(wanted)
         tunnel = exchange.upgrade is not None  # its bytes are no body: there is nothing to wait for
         if body is not None and not tunnel:
-            named = names_model(self._head)
+            named = self._facts.names_model
             decides = plan is None and router.needs_model(exchange.principal, named=named)
             useful = named and (self._settings.accounting or router.early_heads)
             if decides or (useful and (plan is None or self._generates())):
@@ -261,12 +264,15 @@ class Pipeline:
         """Hold the body and judge it. `strict`: it is of a kind that can be read, so it must be."""
         exchange = self._exchange
         exchange.phase = Phase.UPLOAD
-        failure = self._too_large() or await body.hold_all()
-        if failure is not None:
-            return failure
-        content = body.beginning(self._settings.bounds.held_body_bytes)
+        most = self._settings.bounds.held_body_bytes
+        content = body.beginning(most) if body.whole else None
+        if content is None:
+            failure = self._too_large() or await body.hold_all()
+            if failure is not None:
+                return failure
+            content = body.beginning(most)
         if content:
-            judged = await judge(self._head.headers, content, strict=strict)
+            judged = await judge(self._head, content, strict=strict)
             if isinstance(judged, Failure):
                 return judged
             if judged is not None:
@@ -288,7 +294,7 @@ class Pipeline:
         headers = self._head.headers
         if admission.wants_body and body is not None and exchange.upgrade is None:
             form = not self._facts.json and is_form(headers.get(b"content-type") or b"")
-            if exchange.judged is None and ((named := names_model(self._head)) or not form):
+            if exchange.judged is None and ((named := self._facts.names_model) or not form):
                 failure = await self._read(body, strict=named)
                 if failure is not None:
                     return failure

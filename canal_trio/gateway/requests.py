@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, final
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.gateway.exchange import Exchange
 from canal_trio.messages import RequestHead
+from canal_trio.policy.routing import Identity
 from canal_trio.settings import Upstream
 from canal_trio.wire.headers import ForUpstream, for_upstream
 from canal_trio.wire.heads import write_request_head
@@ -85,10 +86,12 @@ class UpstreamRequests:
         self._peer = peer
         self._scheme = scheme
         self._last: dict[str, _Last] = {}  # by the upstream's name
+        self.identity = Identity()
 
     def forget(self) -> None:
         """Remember nothing: a stream goes on for long, and thousands of them each have a connection."""
         self._last = {}
+        self.identity.forget()
 
     def make(
         self, exchange: Exchange, upstream: Upstream, generation: Generation, *, trusted: bool

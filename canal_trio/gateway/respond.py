@@ -10,6 +10,7 @@ import time
 from email.utils import formatdate
 
 from canal_trio.errors import Failure, Kind
+from canal_trio.gateway.answers import with_fields
 from canal_trio.messages import Headers, RequestHead, ResponseHead
 from canal_trio.policy.exchange import Answer, answer_for
 from canal_trio.wire.error_bodies import error_body
@@ -41,9 +42,9 @@ def error_response(
     request_id: str,
     head: RequestHead | None,
     close: bool,
-    more: tuple[tuple[bytes, bytes], ...] = (),
+    more: bytes = b"",
 ) -> tuple[int, bytes]:
-    """The status and the whole response for `failure`, as bytes; `more` are further fields."""
+    """The status and the whole response for `failure`, as bytes; `more` are further fields, as lines."""
     answer = answer_for(failure)
     body = error_body(answer.message, answer.type, answer.code, answer.param)
     fields = [
@@ -52,10 +53,11 @@ def error_response(
         (b"content-length", b"%d" % len(body)),
         (b"x-request-id", request_id.encode("ascii")),
         *_hints(answer, failure),
-        *more,
         (b"connection", b"close" if close else b"keep-alive"),
     ]
     response = write_response_head(ResponseHead(answer.status, Headers(fields), _REASONS.get(answer.status, b"")))
+    if more:
+        response = with_fields(response, more)
     if head is not None and head.method == b"HEAD":
         return answer.status, response
     return answer.status, response + body

@@ -74,7 +74,10 @@ class Balancer:
         """What `pick` says while everything is well, if that needs neither a clock nor chance; else None."""
         if self.options.strategy != "in_order" or not self._first_tier:
             return None
-        return self._first_tier[0] if self._all_calm() else None
+        for standing in self._standings:
+            if not standing.calm:
+                return None
+        return self._first_tier[0]
 
     def available(self, now: float) -> bool:
         """Could an exchange that begins now be sent anywhere?"""

@@ -34,8 +34,14 @@ def go_duration(seconds: float) -> bytes:
     return f"{minutes}m{text}s".encode("ascii") if minutes else f"{text}s".encode("ascii")
 
 
-def limit_fields(counted: Counted) -> tuple[tuple[bytes, bytes], ...]:
-    """The fields for an answer; none where neither requests nor tokens are limited."""
+_REQUESTS, _TOKENS = (
+    b"x-ratelimit-limit-%b: %%d\r\nx-ratelimit-remaining-%b: %%d\r\nx-ratelimit-reset-%b: %%b\r\n" % ((name,) * 3)
+    for name in (b"requests", b"tokens")
+)
+
+
+def limit_fields(counted: Counted) -> bytes:
+    """The fields for an answer, as lines; none where neither requests nor tokens are limited."""
     requests = tokens = None
     for scope, state in counted:
         rule = scope.rule
@@ -47,19 +53,13 @@ def limit_fields(counted: Counted) -> tuple[tuple[bytes, bytes], ...]:
             left = rule.token_burst - state.tokens
             if tokens is None or left < tokens[0]:
                 tokens = (left, rule.tokens, state.tokens / rule.token_rate)
-    fields: tuple[tuple[bytes, bytes], ...] = ()
+    fields = b""
     if requests is not None:
-        fields += (
-            (b"x-ratelimit-limit-requests", b"%d" % requests[1]),
-            (b"x-ratelimit-remaining-requests", b"%d" % (requests[0] + 1e-6 if requests[0] > 0 else 0)),
-            (b"x-ratelimit-reset-requests", go_duration(requests[2])),
-        )
+        left, most, reset = requests
+        fields = _REQUESTS % (most, left + 1e-6 if left > 0 else 0, go_duration(reset))
     if tokens is not None:
-        fields += (
-            (b"x-ratelimit-limit-tokens", b"%d" % tokens[1]),
-            (b"x-ratelimit-remaining-tokens", b"%d" % (tokens[0] + 1e-6 if tokens[0] > 0 else 0)),
-            (b"x-ratelimit-reset-tokens", go_duration(tokens[2])),
-        )
+        left, most, reset = tokens
+        fields += _TOKENS % (most, left + 1e-6 if left > 0 else 0, go_duration(reset))
     return fields
 
 

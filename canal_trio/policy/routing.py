@@ -17,11 +17,11 @@ from typing import final
 
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.hooks import Principal
-from canal_trio.messages import Headers
+from canal_trio.messages import Headers, RequestHead
 from canal_trio.policy.names import Names
 from canal_trio.settings import Key, Model, Route, Settings, Upstream
 
-__all__ = ["Choice", "Plan", "Router", "key_in"]
+__all__ = ["Choice", "Identity", "Plan", "Router", "key_in"]
 
 
 _KEY_PROTOCOL = b"openai-insecure-api-key."
@@ -52,6 +52,14 @@ class _Holder:
     routes: Names[bool]
     expires: float | None
     revoked: bool
+
+    def at(self, now: float) -> Principal | Failure:
+        """The principal, if the key is one at `now` (Unix time)."""
+        if self.revoked:
+            return _unauthenticated(f"the key '{self.principal.key}' is revoked")
+        if self.expires is not None and self.expires <= now:
+            return _unauthenticated(f"the key '{self.principal.key}' has expired")
+        return self.principal
 
 
 def key_in(headers: Headers) -> bytes | None:
@@ -84,6 +92,7 @@ class Router:
         # Looked up by digest: the time it takes says nothing about any key.
         self._holders: dict[str, _Holder] = {}
         self._by_key: dict[str, _Holder] = {}
+        self.keyed = bool(settings.keys)  # the client's key is ours, and never goes to an upstream
         opened: dict[tuple[str, ...], Names[bool]] = {}  # many keys open the same
         for key in settings.keys:
             self._holders[key.sha256] = self._by_key[key.name] = _holder(key, opened)
@@ -94,15 +103,15 @@ class Router:
 
     # -- who -----------------------------------------------------------------------------------------------------------
 
-    @property
-    def keyed(self) -> bool:
-        """Keys are configured: the client's key is ours, and never goes to an upstream."""
-        return bool(self._holders)
-
     def authenticate(self, headers: Headers, now: float) -> Principal | Failure | None:
         """The principal, None where no keys are configured, or the failure to answer with. `now` is Unix time."""
-        if not self._holders:
+        if not self.keyed:
             return None
+        holder = self.holder(headers)
+        return holder if isinstance(holder, Failure) else holder.at(now)
+
+    def holder(self, headers: Headers) -> _Holder | Failure:
+        """What the key in these fields opens, whether or not it may still be used."""
         shown = key_in(headers)
         if not shown:
             detail = "Send it as 'Authorization: Bearer KEY'."
@@ -111,11 +120,7 @@ class Router:
         holder = self._holders.get(digest)
         if holder is None:
             return _unauthenticated(f"the key is unknown; its SHA-256 begins with {digest[:8]}")
-        if holder.revoked:
-            return _unauthenticated(f"the key '{holder.principal.key}' is revoked")
-        if holder.expires is not None and holder.expires <= now:
-            return _unauthenticated(f"the key '{holder.principal.key}' has expired")
-        return holder.principal
+        return holder
 
     def limited(self, principal: Principal | None) -> bool:
         """Does the principal's key open certain models only?"""
@@ -164,6 +169,36 @@ class Router:
             return Failure(Side.CLIENT, Phase.ROUTE, Kind.NOT_FOUND, f"The model '{model}' does not exist.")
         plan, star = found
         return plan if star is None else _with_star(plan, star)
+
+
+@final
+class Identity:
+    """Who sends the requests of one client connection: found out once for each head, which comes again and again.
+
+    Asked anew where the head or the router is another one; whether a key has expired is asked each time.
+    """
+
+    __slots__ = ("_head", "_holder", "_router")
+
+    def __init__(self) -> None:
+        self._head: RequestHead | None = None
+        self._router: Router | None = None
+        self._holder: _Holder | None = None
+
+    def principal(self, head: RequestHead, router: Router, now: float) -> Principal | Failure:
+        """As `Router.authenticate`, which has keys. The very same object stands for the same head."""
+        holder = self._holder
+        if holder is None or self._head is not head or self._router is not router:
+            found = router.holder(head.headers)
+            if isinstance(found, Failure):
+                return found
+            self._head, self._router, self._holder = head, router, found
+            holder = found
+        return holder.principal if holder.expires is None and not holder.revoked else holder.at(now)
+
+    def forget(self) -> None:
+        """Remember nothing."""
+        self._head = self._router = self._holder = None
 
 
 def _holder(key: Key, opened: dict[tuple[str, ...], Names[bool]]) -> _Holder:

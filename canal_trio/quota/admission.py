@@ -116,11 +116,11 @@ class _Admission:
             paid = 0 if price is None else cost(price, prompt=prompt, completion=completion)
             ask = Ask(prompt + completion, paid if prompt or completion else 0)
         if not scopes:
-            return _Slot(self, None, scopes, asked, price, expected, ask, ())
+            return _Slot(self, None, scopes, asked, price, expected, ask, b"")
         verdict = await self._limits.store.admit(scopes, ask)
         if verdict is None:
             if self._fail_open:
-                return _Slot(self, None, scopes, asked, price, expected, ask, ())
+                return _Slot(self, None, scopes, asked, price, expected, ask, b"")
             return Refused(Failure(Side.GATEWAY, Phase.ROUTE, Kind.UNCOUNTED, retry_after=1.0))
         fields = limit_fields(verdict.counted)
         if verdict.why is not None:
@@ -160,7 +160,7 @@ class _Slot:
         price: Price | None,
         expected: Estimate,
         ask: Ask,
-        fields: tuple[tuple[bytes, bytes], ...],
+        fields: bytes,
     ) -> None:
         self._admission = admission
         self._keeper = keeper  # None: nobody counts it

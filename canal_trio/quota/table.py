@@ -90,9 +90,9 @@ class Table:
         """Let `ask` in everywhere, or nowhere: what each scope has counted by then, and why not."""
         counted: list[tuple[Scope, State]] = []
         worst: tuple[Scope, Refusal] | None = None
-        states = self._states(scopes)
-        if states is not None:  # nobody else has them: no place has to be looked at
-            for scope, state in zip(scopes, states, strict=True):
+        if self._named and self._are_named(scopes):  # nobody else has them: no place has to be looked at
+            for scope in scopes:
+                state = self._named[scope.id]
                 refill(scope.rule, state, moment)
                 why = refusal(scope.rule, state, ask, moment)
                 if why is not None and (worst is None or why.wait > worst[1].wait):
@@ -101,7 +101,8 @@ class Table:
             if worst is None:
                 for scope, state in counted:
                     take(scope.rule, state, ask)
-                self._own_changes += ask.cost > 0
+                if ask.cost:
+                    self._own_changes += 1
             return counted, worst
         with self._lock:
             places: list[int] = []
@@ -127,12 +128,13 @@ class Table:
 
     def settle(self, scopes: Sequence[Scope], ask: Ask, used: Ask, moment: Moment) -> None:
         """What was let in by `admit` with these has ended."""
-        states = self._states(scopes)
-        if states is not None:
-            for scope, state in zip(scopes, states, strict=True):
+        if self._named and self._are_named(scopes):
+            for scope in scopes:
+                state = self._named[scope.id]
                 refill(scope.rule, state, moment)
                 settle(scope.rule, state, ask, used)
-            self._own_changes += ask.cost > 0 or used.cost > 0
+            if ask.cost or used.cost:
+                self._own_changes += 1
             return
         with self._lock:
             for scope in scopes:
@@ -146,15 +148,11 @@ class Table:
             if ask.cost or used.cost:
                 self._changed()
 
-    def _states(self, scopes: Sequence[Scope]) -> list[State] | None:
-        """Those of `scopes`, if nobody else has the table and each has its record; else None."""
-        named = self._named
-        if not named:
-            return None
-        try:
-            return [named[scope.id] for scope in scopes]
-        except KeyError:
-            return None
+    def _are_named(self, scopes: Sequence[Scope]) -> bool:
+        """Nobody else has the table, and each of these has its record."""
+        if len(scopes) == 1:
+            return scopes[0].id in self._named
+        return all(scope.id in self._named for scope in scopes)
 
     # -- the others ----------------------------------------------------------------------------------------------------
 

@@ -12,9 +12,13 @@ from dataclasses import dataclass
 from canal_trio.errors import Failure
 from canal_trio.messages import RequestHead, ResponseHead
 from canal_trio.wire.bodies import content_length, request_framing
+from canal_trio.wire.form_fields import is_form
 from canal_trio.wire.headers import is_event_stream, is_json, keep_alive, upgrade_of, wants_continue
 
 __all__ = ["RequestFacts", "ResponseFacts", "request_facts", "response_facts"]
+
+# Uploads that have no model in OpenAI's API, and may be far larger than what is held.
+_NAMELESS = ("/v1/files", "/v1/uploads")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,8 @@ class RequestFacts:
     wants_continue: bool | Failure
     upgrade: bytes | None  # the protocol it wants to switch to
     json: bool  # the content type says that the body is JSON
+    names_model: bool  # the body is of a kind that names its model: JSON, or a form that is no upload of files
+    one_type: bool  # there is one content type at most
     method: str  # for people
     path: str  # the same; without the query, which may hold secrets
 
@@ -50,15 +56,19 @@ def request_facts(head: RequestHead) -> RequestFacts:
     if isinstance(kept, RequestFacts):
         return kept
     headers = head.headers
+    json, types = is_json(headers), headers.get_all(b"content-type")
+    path = head.target.partition(b"?")[0].decode("ascii", "backslashreplace")
     facts = RequestFacts(
         framing=request_framing(head),
         length=content_length(headers),
         keep_alive=keep_alive(head.version, headers),
         wants_continue=wants_continue(head),
         upgrade=upgrade_of(head),
-        json=is_json(headers),
+        json=json,
+        names_model=json or (bool(types) and is_form(types[0]) and not path.startswith(_NAMELESS)),
+        one_type=len(types) <= 1,
         method=head.method.decode("ascii", "backslashreplace"),
-        path=head.target.partition(b"?")[0].decode("ascii", "backslashreplace"),
+        path=path,
     )
     head.keep(facts)
     return facts

@@ -89,7 +89,10 @@ class JsonFields(NamedTuple):
 def json_fields(body: bytes) -> JsonFields | str:
     """The judged fields of `body`; a `str` says why it is refused, for people. Not a checkpoint."""
     try:
-        said = _decode(body)
+        try:
+            said = _decode_body(body)
+        except msgspec.DecodeError:
+            said = _decode_mended(body)
     except msgspec.DecodeError as exc:
         return f"The body is not the JSON expected: {exc}."
     except UnicodeDecodeError:  # msgspec's, for a string that it is asked for
@@ -105,16 +108,10 @@ def json_fields(body: bytes) -> JsonFields | str:
     return _judged(body, said, places)
 
 
-def _decode(body: bytes) -> _Body:
-    """What msgspec reads, which does not take half a surrogate pair. Clients that cut a text in two send some, and it
-    is for the upstream to say what it makes of them; only a model's name may not have any."""
-    try:
-        return _decode_body(body)
-    except msgspec.DecodeError:
-        mended = _SURROGATE.sub(rb"\\ufffd", body)
-        if mended == body:
-            raise
-    said = _decode_body(mended)
+def _decode_mended(body: bytes) -> _Body:
+    """What msgspec would read, if it took half a surrogate pair. Clients that cut a text in two send some, and it is
+    for the upstream to say what it makes of them; only a model's name may not have any."""
+    said = _decode_body(_SURROGATE.sub(rb"\\ufffd", body))
     if isinstance(said.model, str) and "\ufffd" in said.model:
         raise msgspec.DecodeError("the model's name cannot be read")
     return said
@@ -132,14 +129,14 @@ def _judged_by_scan(body: bytes, said: _Body) -> JsonFields | str:
 
 def _judged(body: bytes, said: _Body, places: dict[str, int]) -> JsonFields:
     usage: bool | None = None
-    options = said.stream_options
+    options, at = said.stream_options, places.get("model")
     if isinstance(options, msgspec.Raw):
         usage = _include_usage(bytes(options))
     return JsonFields(
         said.model if isinstance(said.model, str) else None,
         isinstance(said.stream, msgspec.Raw) and bytes(said.stream) == b"true",
         usage,
-        None if said.model is msgspec.UNSET else (places["model"], _value_end(body, places["model"])),
+        None if at is None or said.model is msgspec.UNSET else (at, _value_end(body, at)),
         None if options is msgspec.UNSET else places["stream_options"],
         options is msgspec.UNSET and "stream_options" in places,
     )

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from types import FrameType
 
 import pytest
 
 from canal_trio.errors import Failure, Kind
 from canal_trio.hooks import Principal
-from canal_trio.messages import Headers
+from canal_trio.messages import Headers, RequestHead
 from canal_trio.policy.exchange import answer_for
-from canal_trio.policy.routing import Choice, Plan, Router, key_in
+from canal_trio.policy.routing import Choice, Identity, Plan, Router, key_in
 from canal_trio.settings import Key, Model, Route, Settings, Target, Upstream
 
 ONE = Upstream("one", "http://127.0.0.1:1/v1")
@@ -289,3 +290,23 @@ def test_looking_up_takes_as_long_with_ten_thousand_keys():
         counts.append([_events(job) for job in jobs])
     assert min(counts[0]) > 3
     assert counts[0] == counts[1]
+
+
+def test_who_a_connection_belongs_to_is_asked_anew_with_another_head_or_router():
+    """Remembered for the very same head only: a reload that revokes the key counts at once, so does its expiry, and a
+    refusal is not remembered as anything else."""
+    identity, head = Identity(), RequestHead(b"GET", b"/v1/models", bearer("sk-team"))
+    routes = router(keys=(replace(TEAM, expires=NOW + 5),), models=MODELS)
+    first = identity.principal(head, routes, NOW)
+    assert first == who(routes, "sk-team")
+    assert identity.principal(head, routes, NOW + 4) is first
+    refused(identity.principal(head, routes, NOW + 5), Kind.UNAUTHENTICATED)
+    other = RequestHead(b"GET", b"/v1/models", bearer("sk-other"))
+    refused(identity.principal(other, routes, NOW), Kind.UNAUTHENTICATED)
+    assert identity.principal(head, routes, NOW) is first
+    reloaded = router(keys=(replace(TEAM, revoked=True),), models=MODELS)
+    refused(identity.principal(head, reloaded, NOW), Kind.UNAUTHENTICATED)
+    renamed = router(keys=(replace(TEAM, name="again"),), models=MODELS)
+    assert identity.principal(head, renamed, NOW) == who(renamed, "sk-team")
+    identity.forget()
+    assert identity.principal(head, renamed, NOW) == who(renamed, "sk-team")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,8 +35,9 @@ STEPS = st.lists(
 )
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2])
 @settings(deadline=None)
-@given(st.sampled_from([0, 1, 2]), STEPS)
+@given(STEPS)
 def test_several_workers_count_as_one(workers: int, steps: list[tuple[int, float, int, int, bool]]):
     """Whichever worker asks and settles, the table says what the arithmetic says of one state for each scope; so does
     a table that nobody shares (0)."""

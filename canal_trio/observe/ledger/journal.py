@@ -28,7 +28,7 @@ __all__ = ["Journal", "JournalError", "JournalReader", "claim", "left_behind"]
 SEGMENT_BYTES: Final = 1024 * 1024
 ENDING_BYTES: Final = 1024  # set aside for the ending of each open row; a usual one has half of it
 _MANIFEST: Final = "run.json"
-_ENCODER: Final = msgspec.json.Encoder()
+_encode: Final = msgspec.json.Encoder().encode
 _BEGUN: Final = re.compile(rb'\+\{"seq":(\d{1,18}),').match  # an open row: its number comes first
 
 
@@ -58,7 +58,7 @@ class Journal:
             os.makedirs(self.folder, mode=0o700)
             self._lock = os.open(os.path.join(self.folder, _MANIFEST), os.O_CREAT | os.O_RDWR, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.write(self._lock, _ENCODER.encode(self.run))
+            os.write(self._lock, _encode(self.run))
             self._number = 1
             self._size = 0
             self._fd = self._segment()
@@ -82,8 +82,9 @@ class Journal:
 
     def admit(self, row: Row) -> bool:
         """Write the open `row`. False: the journal is full, or the disk is; nothing may be done for this exchange."""
-        line = b"+%b\n" % _ENCODER.encode(row)
-        ahead = self.backlog + len(line) + (self.open + 1) * ENDING_BYTES
+        line = b"+%b\n" % _encode(row)
+        backlog = self.backlog if self._late else self.written - self.applied
+        ahead = backlog + len(line) + (self.open + 1) * ENDING_BYTES
         if ahead > self._most or (self._late and not self.retry()) or not self._write(line):
             return False
         self.open += 1
@@ -92,7 +93,7 @@ class Journal:
     def end(self, row: Row) -> None:
         """Write the whole `row`, now or as soon as the disk takes it."""
         self.open -= 1
-        line = b"=%b\n" % _ENCODER.encode(row)
+        line = b"=%b\n" % _encode(row)
         if (self._late and not self.retry()) or not self._write(line):
             self._late.append(line)
 

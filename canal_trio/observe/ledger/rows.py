@@ -85,39 +85,52 @@ def _text(text: str | None) -> str | None:
     return _few(text) if len(text) <= _TEXT else _cut(text)
 
 
+def _texts(*texts: str | None) -> tuple[str | None, ...]:
+    return tuple([_text(text) for text in texts])
+
+
+_few_texts = lru_cache(1024)(_texts)  # the same few go together nearly always: one look-up for all of them
+
+
 def opened(seq: int, admitted: Admitted) -> Row:
     """The row of an exchange that is about to go upstream."""
+    id_, started, path, principal, key, model, upstream = admitted
+    few = _few_texts if len(path) + len(model or "") <= _TEXT else _texts
+    path_text, principal, key, model, upstream = few(path, principal, key, model, upstream)
     return Row(
         seq=seq,
-        started_at=admitted.started_at,
-        request_id=_cut(admitted.request_id),
-        principal=_text(admitted.principal),
-        key_name=_text(admitted.key),
-        path=_text(admitted.path) or "",
-        model=_text(admitted.model),
-        upstream=_text(admitted.upstream),
+        started_at=started,
+        request_id=_cut(id_),
+        principal=principal,
+        key_name=key,
+        path=path_text or "",
+        model=model,
+        upstream=upstream,
     )
 
 
 def ended(row: Row, record: ExchangeRecord, prices: Prices) -> Row:
     """The whole row of an exchange that has ended: the open `row`, filled in. What names the exchange stays."""
-    if record.model is not None:
-        row.model = _text(record.model)  # perhaps nobody had to know it before
-    row.upstream, row.upstream_model = _text(record.upstream), _text(record.upstream_model)
+    model, upstream_model = record.model, record.upstream_model
+    few = _few_texts if len(model or "") + len(upstream_model or "") <= _TEXT else _texts
+    model, row.upstream, row.upstream_model = few(model, record.upstream, upstream_model)
+    if model is not None:
+        row.model = model  # perhaps nobody had to know it before
     row.attempts, row.status = record.attempts, record.status
     row.outcome = record.outcome._value_  # .value is a Python call or two
     row.phase, row.usage_source = record.phase._value_, record.usage_source._value_
     usage = record.usage
     if usage is not None:
-        prompt, completion, cached, reasoning = usage.prompt, usage.completion, usage.cached, usage.reasoning
+        prompt, completion, cached, reasoning = usage
         row.prompt_tokens, row.completion_tokens = prompt, completion
         row.cached_tokens, row.reasoning_tokens = cached, reasoning
-        price = prices.find(record.upstream, record.upstream_model, record.model)
+        price = prices.find(record.upstream, upstream_model, record.model)
         if price is not None:
             row.cost = cost(price, prompt=prompt, completion=completion, cached=cached, reasoning=reasoning)
     row.request_bytes, row.response_bytes, row.events = record.request_bytes, record.response_bytes, record.events
     row.first_byte, row.duration, row.cancel_latency = record.first_byte, record.duration, record.cancel_latency
-    row.flags = ",".join(record.flags)
+    if record.flags:
+        row.flags = ",".join(record.flags)
     return row
 
 
