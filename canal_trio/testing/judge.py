@@ -122,7 +122,10 @@ def _reloaded(seen: Seen) -> Deadlines:
 
 def _leaving(seen: Seen, peer: ClientPeer, ask: Ask, noted: Noted) -> Iterator[str]:
     """A client's leaving closes the upstream in the step that noticed it, and asks no other."""
-    noticed = seen.client_ends[peer.number].noticed
+    end = seen.client_ends[peer.number]
+    noticed = end.noticed
+    if ask.upgrade and noted.record.status == 101:
+        noticed = end.broke or noticed  # in a tunnel an end is no leaving
     if noted.record.outcome is not Outcome.CLIENT_GONE or not noticed:
         return
     first, steps = noticed[0], {moment.step for moment in noticed}

@@ -115,6 +115,7 @@ class GatewayEnd(SimStream):
         self.name = name
         self.client = int(name[1:]) if name.startswith("c") else -1
         self.noticed: list[Moment] = []  # the other side's leaving was seen, so and so often
+        self.broke: list[Moment] = []  # …and it was more than an end of what the other side says
         self.closed_at: Moment | None = None
         self.received = 0
         self.heard = -math.inf  # when that was, the last time
@@ -132,6 +133,8 @@ class GatewayEnd(SimStream):
 
     def _notice(self, how: str) -> None:
         self.noticed.append(self.network.now)
+        if self.incoming.broken or how == "a broken pipe":
+            self.broke.append(self.network.now)
         self.network.note(self.name, f"sees {how}")
         self._moved()
 

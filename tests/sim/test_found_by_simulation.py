@@ -274,3 +274,9 @@ def test_a_head_that_comes_slowly_while_nothing_is_read_is_stalling() -> None:
 def test_a_refusal_in_the_middle_of_an_upload_is_neither_relayed_nor_made_good() -> None:
     """While it was read more of the body was sent on than is held, so nobody else could be asked any more: a 502."""
     assert not check(plan_of(700017814)).complaints
+
+
+def test_a_tunnel_that_has_both_its_ends_is_closed_before_its_client_leaves() -> None:
+    """The judge was wrong. The client's end was passed on, and so was the upstream's, whose connection was over
+    then; that the client left before it had read all was seen later."""
+    assert not check(plan_of(800015935)).complaints
