@@ -280,3 +280,9 @@ def test_a_tunnel_that_has_both_its_ends_is_closed_before_its_client_leaves() ->
     """The judge was wrong. The client's end was passed on, and so was the upstream's, whose connection was over
     then; that the client left before it had read all was seen later."""
     assert not check(plan_of(800015935)).complaints
+
+
+def test_a_bug_that_strikes_in_a_heartbeat_comes_after_silence() -> None:
+    """The judge was wrong. A bug ends an exchange at once, and the bytes at which this one was planted were the
+    gateway's own, sent when nothing had moved for a while."""
+    assert not check(plan_of(800028070)).complaints
