@@ -89,7 +89,7 @@ class Delivery:
         if request.version == b"1.0" or head.status == 100 or self.early is not None:
             return
         if not await self._writer.write([self._head(head, body=0, close=False)]):
-            self._lost()
+            self.lost()
 
     # -- a head before its time ----------------------------------------------------------------------------------------
 
@@ -102,7 +102,7 @@ class Delivery:
         exchange.phase = phase
         written = await self._writer.write([block])
         if not written:
-            self._lost()
+            self.lost()
         return written
 
     async def ping(self) -> bool:
@@ -111,7 +111,7 @@ class Delivery:
         assert writer is not None
         written = await writer.inject(_PING)
         if not written:
-            self._lost()
+            self.lost()
         return written
 
     async def no_longer_early(self) -> bool:
@@ -129,7 +129,7 @@ class Delivery:
         if written:
             return
         if not await self._writer.write([block], self._exchange.has_answer if whole else None):
-            self._lost()
+            self.lost()
 
     async def own(self, head: ResponseHead, body: bytes, *, close: bool) -> None:
         """Write a whole answer that the gateway makes itself."""
@@ -140,7 +140,7 @@ class Delivery:
         if await writer.write([] if bodyless else [body], End(), block):
             self.complete = True
         else:
-            self._lost()
+            self.lost()
 
     def begin(self, head: ResponseHead, *, close: bool) -> None:
         """For `straight`: the final head, which is on its way from here on. Not a checkpoint."""
@@ -178,7 +178,7 @@ class Delivery:
         exchange.phase = Phase.STREAM
         self._body = BodyWriter(self._writer, exchange, chunked=False, on_terminal=self._terminal)
         if not await self._writer.write([self._head(head, body=0, close=False)]):
-            self._lost()
+            self.lost()
 
     def _head(self, head: ResponseHead, *, body: int | None, close: bool) -> bytes:
         exchange = self._exchange
@@ -238,7 +238,7 @@ class Delivery:
         if flow.ending is not None and self._writer.trouble is None:
             self._ended(flow.ending)
         else:
-            self._lost()
+            self.lost()
 
     async def straight(
         self,
@@ -292,7 +292,7 @@ class Delivery:
         self._relaying = False
         settle()
         if not await writer.write([last] if last else [], end, block):
-            self._lost()
+            self.lost()
             return
         self._exchange.handed_over += bool(last)
         self._ended(Ended(end) if end is not None else Aborted(failure))
@@ -317,7 +317,7 @@ class Delivery:
                 if await self._flushed(writer):
                     await self.body(sender, flow)
                 else:
-                    self._lost()
+                    self.lost()
                 nursery.cancel_scope.cancel(reason="the answer was delivered or given up")
 
     async def _flushed(self, writer: BodyWriter) -> bool:
@@ -341,7 +341,7 @@ class Delivery:
         scanner = exchange.scanner
         speaks = scanner is not None and scanner.at_boundary and not scanner.terminal
         if speaks and not await writer.inject(_PING):
-            self._lost()  # now, and not at the upstream's next word
+            self.lost()  # now, and not at the upstream's next word
         return trio.current_time() + interval
 
     def _ended(self, ending: Ended | Aborted) -> None:
@@ -408,8 +408,8 @@ class Delivery:
         answer = answer_for(failure)
         await writer.inject(error_event(answer.message, answer.type, answer.code, responses_api=responses_api))
 
-    def _lost(self) -> None:
-        """The last write failed: the client stalled, or is gone."""
+    def lost(self) -> None:
+        """The last write failed: the client stalled, or is gone. Not a checkpoint."""
         exchange = self._exchange
         if self._writer.trouble is Kind.STALLED:
             detail = f"The client took no byte for {self._settings.deadlines.client_write:g} s."

@@ -208,8 +208,10 @@ class Pipeline:
         wanted = self._facts.wants_continue
         if isinstance(wanted, Failure):
             return wanted
-        if wanted and not self._exchange.received and not self._exchange.request_bytes:
-            await self._writer.write([continue_head()])
+        waits = wanted and not self._exchange.received and not self._exchange.request_bytes
+        if waits and not await self._writer.write([continue_head()]):
+            self._delivery.lost()  # nobody is left to ask anything for
+            return self._exchange.failure
         return None
 
     # -- routing -------------------------------------------------------------------------------------------------------

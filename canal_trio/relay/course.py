@@ -18,6 +18,7 @@ import enum
 import threading
 import types
 from collections.abc import Callable, Coroutine, Generator
+from contextlib import suppress
 from contextvars import Context
 from typing import Any, Generic, TypeVar, final
 
@@ -169,7 +170,8 @@ class Course(Generic[T]):
             elif message is _PARKS:
                 self._state = _State.PARKED
             else:  # what it waits for knows whom to wake, and that is not us
-                self._coroutine.close()
+                with suppress(RuntimeError):  # it waits again, in a `finally`
+                    self._coroutine.close()
                 self._over(outcome.Error(CanalError("a course waited for something that needs a task")))
         finally:
             _here.course = before

@@ -318,6 +318,8 @@ def compare(one: Seen, other: Seen) -> tuple[list[str], int]:
             inside = any(reply.into or (reply.early and reply.out) for reply in ask.replies)
             if not (inside and _is_own(peer, index) and _is_own(twin, index)):
                 found += [f"{ask.tag}: {text}" for text in _same_bytes(peer, twin, index)]
+            if pair[0].failure is not None and ask.body is not None:
+                break  # refused within an upload: whether the connection goes on hangs by how much of that had come
     return [f"[the two paths] {text}" for text in found], count
 
 

@@ -307,6 +307,21 @@ async def test_a_wait_for_what_needs_a_task_is_a_bug_and_says_so():
         await begun.course.finish()
 
 
+async def test_one_that_waits_again_while_it_is_ended_is_ended_all_the_same():
+    """The bug may have a `finally` that waits, too: still nothing is raised in the step, which is another one's."""
+
+    async def work() -> None:
+        try:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+        finally:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+
+    begun = Begun(work)
+    assert begun.ended_at_once
+    with pytest.raises(CanalError, match="needs a task"):
+        await begun.course.finish()
+
+
 async def test_it_runs_in_the_context_that_it_was_given(ends):
     """What its task has set is seen in each step, whoever's step that is, and what it sets stays with it."""
     near, far = ends

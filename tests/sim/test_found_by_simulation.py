@@ -286,3 +286,19 @@ def test_a_bug_that_strikes_in_a_heartbeat_comes_after_silence() -> None:
     """The judge was wrong. A bug ends an exchange at once, and the bytes at which this one was planted were the
     gateway's own, sent when nothing had moved for a while."""
     assert not check(plan_of(800028070)).complaints
+
+
+def test_an_upstream_was_asked_for_a_client_that_had_not_taken_the_invitation() -> None:
+    """The product was wrong. `100 Continue` could not be written, as the client was gone, and the request went out."""
+    assert not check(plan_of(700033761)).complaints
+
+
+def test_whether_a_refused_upload_leaves_a_connection_hangs_by_how_much_of_it_had_come() -> None:
+    """The judge was wrong. Refused for its size while its last bytes come, a request is read to its end or not, and
+    only then may the connection go on; which it is may differ between the two paths."""
+    assert not check(plan_of(700027688)).complaints
+
+
+def test_an_idle_connection_that_went_dead_unseen_costs_the_next_one_its_deadline() -> None:
+    """The judge was wrong. A link that was cut without a word cannot be told from one that is idle."""
+    assert not check(plan_of(700025997)).complaints

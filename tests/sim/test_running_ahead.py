@@ -15,7 +15,7 @@ from canal_trio.errors import Kind, Phase, Side
 from canal_trio.gateway.places import Places
 from canal_trio.hooks import Outcome
 from canal_trio.settings import Deadlines, Upstream
-from canal_trio.testing.simstream import HandoverSimStream, sim_stream_pair
+from canal_trio.testing.simstream import HandoverSimStream, SimLink, sim_stream_pair
 
 
 class DriverSteps(trio.abc.Instrument):
@@ -205,3 +205,15 @@ async def test_a_stream_of_the_users_own_that_knows_nothing_of_it(
         for _ in range(2):
             await client.send(chat())
             assert (await client.response()).status == 200
+
+
+async def test_nobody_is_left_to_be_invited(autojump_clock: Any) -> None:
+    """A client that is gone before `100 Continue` was written has no upstream asked for it."""
+    async with world(answer_ok, handover=True) as here:
+        # Its end is on its way for a second; that nobody takes what is written is seen at once.
+        client = here.connect(to_gateway=SimLink(latency=1), to_client=SimLink(buffer=5))
+        await client.send(request("POST", "/", b"x" * 10, "Expect: 100-continue")[:-10])
+        await trio.sleep(2)
+        client.stream.close()  # type: ignore[attr-defined]  # a simulated stream
+        assert (await only_record(here)).outcome is Outcome.CLIENT_GONE
+        assert here.conversations == []
