@@ -45,8 +45,6 @@ class Budget:
 class HeldBody:
     """One request body. `source()` starts it from the beginning, for as long as it is `replayable`."""
 
-    whole = False  # it has to be waited for, with `hold_all`
-
     def __init__(self, receiver: FlowReceiver, budget: Budget, limit: int) -> None:
         self._receiver = receiver
         self._budget = budget
@@ -190,7 +188,6 @@ class WholeBody:
     """A request body of one read at most, all of it here and taken from `budget`. Otherwise as `HeldBody`."""
 
     __slots__ = ("_budget", "_content", "edits", "ending", "replayable")
-    whole = True
 
     def __init__(self, content: bytes, end: End, budget: Budget) -> None:
         self._content = content

@@ -221,6 +221,10 @@ class ClientConnection:
             return Work(exchange, delivery, None, keep=False)
         assert exchange.facts is not None
         keep = exchange.facts.keep_alive and not gateway.draining
+        own = own_answer(head, request_id=exchange.id, close=not keep)
+        if own is not None:
+            exchange.status = own[0]
+            return Work(exchange, delivery, None, keep=keep, own=own[1])
         trusted = gateway.trusts_any and gateway.trusts(self._peer)
         pipeline = Pipeline(exchange, generation, places, self._writer, delivery, self._requests, trusted=trusted)
         pipeline.close = not keep
@@ -237,8 +241,7 @@ class ClientConnection:
             self._bug(exchange, exc)
             raise
         pipeline = work.pipeline
-        answers_itself = exchange.head is not None and exchange.head.method == b"OPTIONS"
-        if not ahead or pipeline is None or answers_itself or exchange.scope is not None or self._writer.direct is None:
+        if not ahead or pipeline is None or exchange.scope is not None or self._writer.direct is None:
             self._handoff.put(work)
             return
         work.course = course = Course(pipeline.run(), partial(self._called, work), self._context)
@@ -262,12 +265,11 @@ class ClientConnection:
 
     def _is_whole(self, work: Work) -> bool:
         """It ended without a task, its answer was delivered, and the connection can go on."""
-        course, exchange, delivery = work.course, work.exchange, work.delivery
+        assert work.course is not None
+        result, exchange, delivery = work.course.result, work.exchange, work.delivery
         return (
-            course is not None
-            and course.result is not None
-            and isinstance(course.result, Value)
-            and course.result.value is None
+            isinstance(result, Value)
+            and result.value is None
             and exchange.failure is None
             and not exchange.left
             and delivery.complete
@@ -279,13 +281,10 @@ class ClientConnection:
     async def _exchange(self, work: Work) -> bool:
         """Run it to its end. True: the connection can carry another request."""
         exchange, delivery, keep = work.exchange, work.delivery, work.keep
+        if work.own is not None:
+            return await self._writer.write([work.own], exchange.has_answer) and keep and exchange.received
         if work.pipeline is None:
             return await self._conclude(exchange, delivery, keep=False)
-        assert exchange.head is not None
-        own = own_answer(exchange.head, request_id=exchange.id, close=not keep)
-        if own is not None:
-            exchange.status = own[0]
-            return await self._writer.write([own[1]], exchange.has_answer) and keep and exchange.received
         try:
             scope = exchange.in_scope()
             try:

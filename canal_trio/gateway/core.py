@@ -28,7 +28,7 @@ from canal_trio.gateway.places import Places
 from canal_trio.hooks import Admission, Bookkeeper, Recorder
 from canal_trio.policy.listing import Listing
 from canal_trio.policy.routing import Router
-from canal_trio.relay.idle import Reaper
+from canal_trio.relay.idle import Reaper, clock_of_run
 from canal_trio.settings import Settings, Upstream
 from canal_trio.upstream.connect import Connector, Dialer
 from canal_trio.upstream.pool import Pool, PoolStatistics
@@ -105,7 +105,7 @@ class Gateway:
         self._standings = Standings()
         self._checks = Checks()
         self.reaper = Reaper()
-        self.clock = trio.lowlevel.current_clock().current_time  # `trio.current_time`, without looking for the run
+        self.clock = clock_of_run()
         self.places = Places(settings)
         self.draining = False
         self._drained_by = math.inf

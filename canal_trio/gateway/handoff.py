@@ -24,15 +24,27 @@ __all__ = ["Handoff", "Work"]
 
 @final
 class Work:
-    """One exchange, and how it is worked on. `pipeline` is None where there is nothing to do but to answer."""
+    """One exchange, and how it is worked on. `pipeline` is None where there is nothing to do but to answer.
 
-    __slots__ = ("course", "delivery", "exchange", "keep", "pipeline")
+    With `own`, the whole answer, if the request ends here by its own wish; else with what was noted.
+    """
 
-    def __init__(self, exchange: Exchange, delivery: Delivery, pipeline: Pipeline | None, *, keep: bool) -> None:
+    __slots__ = ("course", "delivery", "exchange", "keep", "own", "pipeline")
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        delivery: Delivery,
+        pipeline: Pipeline | None,
+        *,
+        keep: bool,
+        own: bytes | None = None,
+    ) -> None:
         self.exchange = exchange
         self.delivery = delivery
         self.pipeline = pipeline
         self.keep = keep  # the client keeps the connection open
+        self.own = own
         self.course: Course[Failure | None] | None = None  # of the pipeline, if it has begun
 
     async def run(self) -> Failure | None:

@@ -19,9 +19,10 @@ from canal_trio.wire.form_fields import FormFields, form_fields, form_model_edit
 from canal_trio.wire.json_fields import JsonFields, json_fields, model_edit, usage_edit
 from canal_trio.wire.splice import Edit
 
-__all__ = ["Judged", "judge", "judge_now"]
+__all__ = ["Judged", "judge"]
 
 _IN_A_THREAD: Final = 1024 * 1024  # bytes: up to these it takes a millisecond or two
+
 
 @final
 class Judged:
@@ -52,18 +53,18 @@ class Judged:
 
 
 async def judge(head: RequestHead, body: bytes, *, strict: bool) -> Judged | Failure | None:
-    """`judge_now`, in a thread where that takes long: the loop goes on meanwhile.
+    """What `body` says. MALFORMED if it says it twice or cannot be read; None for the latter if not `strict`.
 
-    A checkpoint for large bodies only. Cancelling it leaves the thread to end by itself.
+    A checkpoint for large bodies only, which are read in a thread: the loop goes on meanwhile. Cancelling it leaves the
+    thread to end by itself.
     """
     if len(body) <= _IN_A_THREAD:
-        return judge_now(head, body, strict)
+        return _judge(head, body, strict)
     await in_task()
-    return await trio.to_thread.run_sync(judge_now, head, body, strict, abandon_on_cancel=True)
+    return await trio.to_thread.run_sync(_judge, head, body, strict, abandon_on_cancel=True)
 
 
-def judge_now(head: RequestHead, body: bytes, strict: bool) -> Judged | Failure | None:
-    """What `body` says. MALFORMED if it says it twice or cannot be read; None for the latter if not `strict`."""
+def _judge(head: RequestHead, body: bytes, strict: bool) -> Judged | Failure | None:
     headers, facts = head.headers, request_facts(head)
     if not facts.one_type:
         return _malformed("There is more than one Content-Type.")

@@ -11,8 +11,7 @@ import enum
 import math
 from typing import final
 
-import trio
-
+from canal_trio.relay.idle import clock_of_run
 from canal_trio.settings import Deadlines
 
 __all__ = ["Mode", "Patience"]
@@ -35,7 +34,7 @@ class Patience:
 
     def __init__(self, deadlines: Deadlines) -> None:
         self._deadlines = deadlines
-        self._clock = trio.lowlevel.current_clock().current_time  # `trio.current_time`, without looking for the run
+        self._clock = clock_of_run()
         self._body_waited = 0.0
         self.body_bytes = 0
         self.mode = Mode.IDLE

@@ -267,12 +267,10 @@ class Pipeline:
         exchange = self._exchange
         exchange.phase = Phase.UPLOAD
         most = self._settings.bounds.held_body_bytes
-        content = body.beginning(most) if body.whole else None
-        if content is None:
-            failure = self._too_large() or await body.hold_all()
-            if failure is not None:
-                return failure
-            content = body.beginning(most)
+        failure = self._too_large() or await body.hold_all()
+        if failure is not None:
+            return failure
+        content = body.beginning(most)
         if content:
             judged = await judge(self._head, content, strict=strict)
             if isinstance(judged, Failure):

@@ -194,7 +194,7 @@ class Identity:
                 return found
             self._head, self._router, self._holder = head, router, found
             holder = found
-        return holder.principal if holder.expires is None and not holder.revoked else holder.at(now)
+        return holder.at(now)
 
     def forget(self) -> None:
         """Remember nothing."""

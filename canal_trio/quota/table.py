@@ -89,10 +89,20 @@ class Table:
     ) -> tuple[list[tuple[Scope, State]], tuple[Scope, Refusal] | None]:
         """Let `ask` in everywhere, or nowhere: what each scope has counted by then, and why not."""
         counted: list[tuple[Scope, State]] = []
+        places: list[int] = []
         worst: tuple[Scope, Refusal] | None = None
-        if self._named and self._are_named(scopes):  # nobody else has them: no place has to be looked at
+        named = self._are_named(scopes)
+        with self._lock:
             for scope in scopes:
-                state = self._named[scope.id]
+                if named:  # nobody else has it: no place has to be looked at
+                    state = self._named[scope.id]
+                else:
+                    place = self._place(scope.id, moment)
+                    if place is None or place in places:  # the latter: it would push out this exchange's other one
+                        self.overflows += 1
+                        continue
+                    state = self._read(place)
+                    places.append(place)
                 refill(scope.rule, state, moment)
                 why = refusal(scope.rule, state, ask, moment)
                 if why is not None and (worst is None or why.wait > worst[1].wait):
@@ -101,50 +111,26 @@ class Table:
             if worst is None:
                 for scope, state in counted:
                     take(scope.rule, state, ask)
-                if ask.cost:
-                    self._own_changes += 1
-            return counted, worst
-        with self._lock:
-            places: list[int] = []
-            for scope in scopes:
-                place = self._place(scope.id, moment)
-                if place is None or place in places:  # the latter: it would have to push out this exchange's other one
-                    self.overflows += 1
-                    continue
-                state = self._read(place)
-                refill(scope.rule, state, moment)
-                why = refusal(scope.rule, state, ask, moment)
-                if why is not None and (worst is None or why.wait > worst[1].wait):
-                    worst = (scope, why)
-                places.append(place)
-                counted.append((scope, state))
-            if worst is None:
-                for place, (scope, state) in zip(places, counted, strict=True):
-                    take(scope.rule, state, ask)
-                    self._write(place, scope.id, state, 1, ask.cost)
+                if not named:
+                    for place, (scope, state) in zip(places, counted, strict=True):
+                        self._write(place, scope.id, state, 1, ask.cost)
                 if ask.cost:
                     self._changed()
         return counted, worst
 
     def settle(self, scopes: Sequence[Scope], ask: Ask, used: Ask, moment: Moment) -> None:
         """What was let in by `admit` with these has ended."""
-        if self._named and self._are_named(scopes):
-            for scope in scopes:
-                state = self._named[scope.id]
-                refill(scope.rule, state, moment)
-                settle(scope.rule, state, ask, used)
-            if ask.cost or used.cost:
-                self._own_changes += 1
-            return
+        named = self._are_named(scopes)
         with self._lock:
             for scope in scopes:
-                place = self._place(scope.id, moment)
-                if place is None:
+                place = None if named else self._place(scope.id, moment)
+                if place is None and not named:
                     continue
-                state = self._read(place)
+                state = self._named[scope.id] if place is None else self._read(place)
                 refill(scope.rule, state, moment)
                 settle(scope.rule, state, ask, used)
-                self._write(place, scope.id, state, -1, -ask.cost)
+                if place is not None:
+                    self._write(place, scope.id, state, -1, -ask.cost)
             if ask.cost or used.cost:
                 self._changed()
 

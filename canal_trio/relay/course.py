@@ -20,14 +20,25 @@ import types
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import suppress
 from contextvars import Context
-from typing import Any, Generic, TypeVar, final
+from typing import Any, Generic, TypeAlias, TypeVar, final
 
 import outcome
 import trio
 
 from canal_trio.errors import CanalError
 
-__all__ = ["Course", "checkpoint_if_cancelled", "current_course", "in_task", "parks", "shielded_checkpoint"]
+__all__ = [
+    "Course",
+    "Sleeper",
+    "checkpoint_if_cancelled",
+    "current_course",
+    "in_task",
+    "parks",
+    "shielded_checkpoint",
+    "sleep",
+    "sleeper",
+    "wake",
+]
 
 T = TypeVar("T")
 
@@ -77,8 +88,31 @@ async def shielded_checkpoint() -> None:
         await trio.lowlevel.cancel_shielded_checkpoint()
 
 
+def sleeper() -> Sleeper:
+    """Who is about to `sleep` here: the course whose step this is, or the task. Not a checkpoint."""
+    return _here.course or trio.lowlevel.current_task()
+
+
+async def sleep(abort: Callable[[Any], trio.lowlevel.Abort]) -> None:
+    """Until `wake` is called with the `sleeper()`. `abort` as in `trio.lowlevel.wait_task_rescheduled`."""
+    course = _here.course
+    if course is None:
+        await trio.lowlevel.wait_task_rescheduled(abort)
+    else:
+        course._abort = abort
+        await _give(_PARKS)
+
+
+def wake(one: Sleeper | None, news: outcome.Outcome[None]) -> None:
+    """`one`, if there is one, sleeps no longer. Not a checkpoint, raises nothing."""
+    if isinstance(one, Course):
+        one._resume(news)
+    elif one is not None:
+        trio.lowlevel.reschedule(one, news)
+
+
 def parks(stream: object) -> bool:
-    """May a course receive from `stream`: does that know of `park`? Ours do; for any other there must be a task."""
+    """May a course receive from `stream`: does that sleep by `sleep`? Ours do; for any other there must be a task."""
     return bool(getattr(stream, "parks", False))
 
 
@@ -127,13 +161,7 @@ class Course(Generic[T]):
         if self._state is _State.PARKED:
             self._needs_task()
 
-    async def park(self, abort: Callable[[Any], trio.lowlevel.Abort]) -> None:
-        """For a stream, in this course's own step: sleep until `resume`. `abort` as in `wait_task_rescheduled`."""
-        self._abort = abort
-        await _give(_PARKS)
-
-    def resume(self, news: outcome.Outcome[None]) -> None:
-        """For the stream where it sleeps: it sleeps no longer. Not a checkpoint, raises nothing."""
+    def _resume(self, news: outcome.Outcome[None]) -> None:
         if self._task is not None:
             task, self._task = self._task, None
             trio.lowlevel.reschedule(task, news)
@@ -218,3 +246,7 @@ class Course(Generic[T]):
                 news = outcome.Value((yield message))
             except BaseException as exc:
                 news = outcome.Error(exc)
+
+
+Sleeper: TypeAlias = trio.lowlevel.Task | Course[Any]
+"""Who sleeps for a stream."""

@@ -24,7 +24,7 @@ from typing import TypeAlias, final
 
 import trio
 
-__all__ = ["Check", "Reaper", "ReaperStatistics", "Watch"]
+__all__ = ["Check", "Reaper", "ReaperStatistics", "Watch", "clock_of_run"]
 
 Check: TypeAlias = Callable[[float], float]
 """Gets the time (Trio's clock), acts if something is due, answers the time of the next look; `math.inf`: no more."""
@@ -36,6 +36,11 @@ CATCH_UP = 4  # passes of the scheduler that others get before a late look; the 
 SWEEP_AT = 64  # marked entries below this number are not worth a sweep
 
 _log = logging.getLogger("canal_trio.relay")
+
+
+def clock_of_run() -> Callable[[], float]:
+    """`trio.current_time`, for as long as this run lasts, without looking for the run each time. Not a checkpoint."""
+    return trio.lowlevel.current_clock().current_time
 
 
 @dataclass(frozen=True, slots=True)

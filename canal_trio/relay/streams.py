@@ -24,7 +24,7 @@ import outcome
 import trio
 from trio.abc import HalfCloseableStream
 
-from canal_trio.relay.course import Course, checkpoint_if_cancelled, current_course, shielded_checkpoint
+from canal_trio.relay.course import Sleeper, checkpoint_if_cancelled, shielded_checkpoint, sleep, sleeper, wake
 from canal_trio.relay.handover import Armed, Buffer, HandoverStream, OneSender, handover_end, receive_limit, settled
 from canal_trio.relay.poller import HANGUP, ROUNDS, Poller
 
@@ -80,7 +80,7 @@ class TcpStream(HalfCloseableStream):
         self._readable = True
         self._closed = False
         self._broken: str | None = None
-        self._receiver: trio.lowlevel.Task | Course[Any] | None = None
+        self._receiver: Sleeper | None = None
         self._receiving = False
         self._sending = False
         self._eof_sent = False
@@ -369,21 +369,13 @@ class TcpStream(HalfCloseableStream):
             raise fault
 
     def _wake(self, result: outcome.Outcome[None]) -> None:
-        task, self._receiver = self._receiver, None
-        if isinstance(task, Course):
-            task.resume(result)
-        elif task is not None:
-            trio.lowlevel.reschedule(task, result)
+        one, self._receiver = self._receiver, None
+        wake(one, result)
 
     async def _sleep(self) -> None:
         """Until something is readable, the sink is done, or the stream is closed."""
-        course = current_course()
-        if course is None:
-            self._receiver = trio.lowlevel.current_task()
-            await trio.lowlevel.wait_task_rescheduled(self._on_cancel)
-        else:
-            self._receiver = course
-            await course.park(self._on_cancel)
+        self._receiver = sleeper()
+        await sleep(self._on_cancel)
 
     def _on_cancel(self, _raise_cancel: Any) -> trio.lowlevel.Abort:
         """In the step of the `cancel()`: from here on no sink is called for a task that is gone."""

@@ -295,13 +295,14 @@ def compare(one: Seen, other: Seen) -> tuple[list[str], int]:
         twin = peers.get(peer.number)
         if twin is None:
             continue
+        refused = False  # within an upload: whether the connection goes on hangs by how much of that had come
         for index, ask in enumerate(peer.plan.asks):
             pair = _records(one, peer.number, index), _records(other, peer.number, index)
             hazards = hazards_of(one.plan, peer.plan, ask)
             if hazards & _FAULTY or peer.plan.out is not None or _way(one, ask) != _way(other, ask):
                 break  # what follows on this connection began elsewhere
             if pair[0] is None or pair[1] is None:
-                if pair[0] is not pair[1]:
+                if pair[0] is not pair[1] and not refused:
                     found.append(f"{ask.tag}: a record on one path only")
                 break
             if _held_up(ask, pair[0].failure, pair[1].failure):
@@ -318,8 +319,7 @@ def compare(one: Seen, other: Seen) -> tuple[list[str], int]:
             inside = any(reply.into or (reply.early and reply.out) for reply in ask.replies)
             if not (inside and _is_own(peer, index) and _is_own(twin, index)):
                 found += [f"{ask.tag}: {text}" for text in _same_bytes(peer, twin, index)]
-            if pair[0].failure is not None and ask.body is not None:
-                break  # refused within an upload: whether the connection goes on hangs by how much of that had come
+            refused = pair[0].failure is not None and ask.body is not None
     return [f"[the two paths] {text}" for text in found], count
 
 

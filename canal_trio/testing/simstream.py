@@ -23,7 +23,7 @@ import outcome
 import trio
 from trio.abc import HalfCloseableStream
 
-from canal_trio.relay.course import Course, checkpoint_if_cancelled, current_course, shielded_checkpoint
+from canal_trio.relay.course import Sleeper, checkpoint_if_cancelled, shielded_checkpoint, sleep, sleeper, wake
 from canal_trio.relay.handover import Armed, Buffer, OneSender, receive_limit, settled
 from canal_trio.testing.simlink import End, Fault, FaultKind, Pipe, SimLink, current_wheel
 
@@ -42,7 +42,7 @@ class SimStream(HalfCloseableStream):
         self.incoming = incoming
         self.outgoing = outgoing
         self._closed = False
-        self._receiver: trio.lowlevel.Task | Course[Any] | None = None
+        self._receiver: Sleeper | None = None
         self._sender: trio.lowlevel.Task | None = None
         self._receiving = False
         self._sending = False
@@ -193,11 +193,8 @@ class SimStream(HalfCloseableStream):
         self._wake_sender(outcome.Value(None))
 
     def _wake_receiver(self, result: outcome.Outcome[None]) -> None:
-        task, self._receiver = self._receiver, None
-        if isinstance(task, Course):
-            task.resume(result)
-        elif task is not None:
-            trio.lowlevel.reschedule(task, result)
+        one, self._receiver = self._receiver, None
+        wake(one, result)
 
     def _wake_sender(self, result: outcome.Outcome[None]) -> None:
         task, self._sender = self._sender, None
@@ -209,13 +206,8 @@ class SimStream(HalfCloseableStream):
             self._receiver = self._sink = None
             return trio.lowlevel.Abort.SUCCEEDED
 
-        course = current_course()
-        if course is None:
-            self._receiver = trio.lowlevel.current_task()
-            await trio.lowlevel.wait_task_rescheduled(abort)
-        else:
-            self._receiver = course
-            await course.park(abort)
+        self._receiver = sleeper()
+        await sleep(abort)
 
     async def _wait_room(self) -> None:
         def abort(_raise_cancel: Any) -> trio.lowlevel.Abort:

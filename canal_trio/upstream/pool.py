@@ -20,7 +20,7 @@ from canal_trio.errors import Failure, Kind, Phase, Retry, Side
 from canal_trio.policy.pace import Pace
 from canal_trio.policy.pool import Dial, Full, Grant, PoolCore, Reuse
 from canal_trio.relay.course import checkpoint_if_cancelled, current_course, in_task
-from canal_trio.relay.idle import Reaper
+from canal_trio.relay.idle import Reaper, clock_of_run
 from canal_trio.settings import Bounds, Deadlines, Upstream
 from canal_trio.upstream.interface import Connection
 
@@ -108,7 +108,7 @@ class Pool:
         self._core: PoolCore[Connection, _Ticket] = PoolCore(
             limit=limit, waiters=bounds.waiters, idle_seconds=deadlines.upstream_keep_alive
         )
-        self._clock = trio.lowlevel.current_clock().current_time  # `trio.current_time`, without looking for the run
+        self._clock = clock_of_run()
         self._closed = False
         self._pace = Pace()  # of its leases
         self._dialled = self._reused = self._failed = self._stale = self._timeouts = self._refused = 0

@@ -15,7 +15,7 @@ from typing import final
 import trio
 
 from canal_trio.errors import Failure, Kind, Phase, Retry, Side
-from canal_trio.relay.idle import Reaper, Watch
+from canal_trio.relay.idle import Reaper, Watch, clock_of_run
 from canal_trio.settings import Deadlines
 
 __all__ = ["Turn", "Turns"]
@@ -56,7 +56,7 @@ class Turns:
         self._expire = expire
         self._limits = _limits(deadlines)
         self._period = min(self._limits.values())  # no deadline is shorter, so none is ever seen late
-        self.clock = trio.lowlevel.current_clock().current_time  # `trio.current_time`, without looking for the run
+        self.clock = clock_of_run()
         self.turn = Turn.NOBODY
         self.moved = trio.current_time()  # when the turn began, or when a byte last moved
         self._watch: Watch = reaper.add(self._check, self.moved + self._period)

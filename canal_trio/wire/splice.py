@@ -61,10 +61,4 @@ def spliced(body: bytes, edits: Sequence[Edit]) -> bytes:
     if len(edits) == 1:
         start, end, text = edits[0]
         return b"%b%b%b" % (body[:start], text, body[end:])
-    out: list[bytes] = []
-    done = 0
-    for start, end, text in sorted(edits, key=_place):
-        out += (body[done:start], text)
-        done = end
-    out.append(body[done:])
-    return b"".join(out)
+    return b"".join(splice([body], edits))

@@ -160,10 +160,7 @@ async def test_summoned_while_it_sleeps_it_goes_on_sleeping_in_its_task(ends):
     """It calls at once; the task takes over the very sleep, and nothing that arrives is lost."""
     near, far = ends
 
-    async def work() -> bytes:
-        return bytes(await near.receive_some(100))
-
-    begun = Begun(work)
+    begun = Begun(lambda: near.receive_some(100))
     begun.course.summon()
     begun.course.summon()
     assert begun.calls == 1
@@ -183,10 +180,7 @@ async def test_what_arrives_before_the_task_comes_is_not_lost(ends):
     """Between the call and the task the stream may have news: readiness is passed on."""
     near, far = ends
 
-    async def work() -> bytes:
-        return bytes(await near.receive_some(100))
-
-    begun = Begun(work)
+    begun = Begun(lambda: near.receive_some(100))
     begun.course.summon()
     await far.send_all(b"abc")
     await wait_all_tasks_blocked(0.01)
