@@ -128,7 +128,7 @@ class Course(Generic[T]):
     `call` is told, in a step, when it is over or needs a task; it must not raise.
     """
 
-    __slots__ = ("_abort", "_call", "_context", "_coroutine", "_news", "_state", "_task", "result", "summoned")
+    __slots__ = ("_abort", "_call", "_context", "_coroutine", "_error", "_state", "_task", "result", "summoned")
 
     def __init__(self, coroutine: Coroutine[Any, Any, T], call: Callable[[], None], context: Context) -> None:
         self._coroutine = coroutine
@@ -136,7 +136,7 @@ class Course(Generic[T]):
         self._call: Callable[[], None] | None = call
         self._state = _State.STEPS
         self._abort: Callable[[Any], trio.lowlevel.Abort] | None = None  # of its sleep; None: it does not sleep
-        self._news: outcome.Outcome[None] | None = None  # what ended its sleep, for the task to deal with
+        self._error: BaseException | None = None  # what ended its sleep, for the task to deal with
         self._task: trio.lowlevel.Task | None = None  # sleeps in its place
         self.summoned = False  # it is wanted in its task
         self.result: outcome.Outcome[T] | None = None  # how it ended, if that was without a task
@@ -171,7 +171,9 @@ class Course(Generic[T]):
             if self._state is not _State.PARKED:
                 self._tell()
         else:
-            self._news, self._abort = news, None
+            self._abort = None
+            if isinstance(news, outcome.Error):
+                self._error = news.error
             if self._state is _State.PARKED:
                 self._needs_task()
 
@@ -214,7 +216,10 @@ class Course(Generic[T]):
         """Run the rest of it in this task. What it returns or raises. A checkpoint, unless it is over."""
         if self.result is not None:
             result, self.result = self.result, None
-            return result.unwrap()
+            try:
+                return result.unwrap()
+            finally:
+                del result  # as in `_rest`
         self._state = _State.TASK
         try:
             if self._abort is not None:
@@ -224,28 +229,32 @@ class Course(Generic[T]):
             else:
                 await trio.lowlevel.checkpoint_if_cancelled()
         except BaseException as exc:
-            self._news = outcome.Error(exc)
+            self._error = exc
         self._task = None
         return await self._rest()
 
     @types.coroutine
     def _rest(self) -> Generator[Any, Any, T]:
-        """The coroutine from where it stands on: what `await` cannot do, which begins one."""
-        coroutine: Any = self._coroutine
-        message: object
-        news, self._news = self._news or outcome.Value(None), None
+        """The coroutine from where it stands on: what `await` cannot do, which begins one.
+
+        What is passed on is kept in no frame: Trio's value may hold an error, which with its traceback and such a frame
+        would be a circle, and wait for the garbage collector, which seldom looks.
+        """
+        coroutine = self._coroutine
+        value: Any = None
+        error, self._error = self._error, None
         while True:
             try:
-                message = news.send(coroutine)
+                message = coroutine.send(value) if error is None else coroutine.throw(error)
             except StopIteration as stop:
-                value: T = stop.value
-                return value
+                result: T = stop.value
+                return result
             finally:
-                del news  # an error, its traceback and this frame would be a circle
+                value = error = None
             try:
-                news = outcome.Value((yield message))
+                value = yield message
             except BaseException as exc:
-                news = outcome.Error(exc)
+                error = exc
 
 
 Sleeper: TypeAlias = trio.lowlevel.Task | Course[Any]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextvars
+import gc
+import weakref
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -274,6 +277,47 @@ async def test_a_task_that_is_dropped_ends_it_too():
     assert way == []
     finishing.close()
     assert way == ["closed"]
+
+
+@pytest.mark.parametrize("ends", [sim_pair], ids=["sim"], indirect=True)
+@pytest.mark.parametrize("where", ["in its task", "asleep at a stream", "in a step"])
+async def test_memory_grew_with_each_client_that_left_while_it_blocked(ends, where):
+    """What ends with an error is freed when it has unwound, without the garbage collector, wherever it was.
+
+    The error, its traceback, and a frame that had passed on what held it were a circle.
+    """
+    near, _ = ends
+
+    class Held:
+        pass
+
+    held: list[weakref.ref[Held]] = []
+
+    async def work() -> None:
+        thing = Held()
+        held.append(weakref.ref(thing))
+        if where == "in a step":
+            raise ZeroDivisionError
+        if where == "in its task":
+            await in_task()
+            await trio.sleep_forever()
+        await near.receive_some(100)
+
+    async def finish(course: Course[None]) -> None:
+        with suppress(ZeroDivisionError):
+            await course.finish()
+
+    gc.disable()
+    try:
+        begun = Begun(work)
+        begun.course.summon()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(finish, begun.course)
+            await wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        assert [one() for one in held] == [None]
+    finally:
+        gc.enable()
 
 
 async def test_to_be_summoned_when_it_is_over_means_nothing():
