@@ -75,10 +75,10 @@ class Trial:
 
     def state(self) -> State:
         """Now."""
+        descriptors = sum(map(_descriptors, descendants(self.pid)))  # before the question, whose connection is one, too
         metrics = self.metrics()
-        pids = descendants(self.pid)
         return State(
-            sum(map(_descriptors, pids)),
+            descriptors,
             resident(self.pid),
             int(metrics.get("canal_tasks", 0)),
             {name: metrics[name] for name in IDLE_GAUGES if metrics.get(name)},
