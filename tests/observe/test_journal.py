@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ from canal_trio.observe.ledger.journal import (
     claim,
     left_behind,
 )
-from canal_trio.observe.ledger.rows import LINE_BYTES, Row, _few, ended, opened
+from canal_trio.observe.ledger.rows import LINE_BYTES, Row, _few, decode, ended, opened
 from canal_trio.observe.ledger.sqlite import SqliteStore
 from canal_trio.policy.prices import Prices
 
@@ -65,7 +66,7 @@ def read_all(reader: JournalReader, most: int = 10_000) -> dict[int, str]:
 
 def test_every_row_is_read_once_and_its_segment_removed(journal: Journal) -> None:
     """Open rows and whole ones come in order, over many segments; what the store has is removed, but for the newest."""
-    numbers = [start(journal) for _ in range(30)]
+    numbers = [start(journal) for _ in range(50)]
     for number in numbers[:20]:
         finish(journal, number)
     reader = JournalReader(journal.folder)
@@ -188,11 +189,68 @@ def test_cut_in_the_middle_of_a_line(journal: Journal) -> None:
         started, finished = JournalReader(journal.folder).read(MUCH)
         assert (len(started), len(finished)) == [(0, 0), (1, 0), (0, 1)][whole]
     path.write_bytes(data[:-5])
-    (Path(journal.folder) / "00000009.log").write_bytes(data.replace(b'"seq":1', b'"seq":7'))
+    (Path(journal.folder) / "00000009.log").write_bytes(data.replace(b"[1,", b"[7,"))
     reader = JournalReader(journal.folder)
     assert read_all(reader) == {1: "open", 7: "completed"}
     assert reader.broken == 1
     assert reader.consumed == 2 * len(data) - 5
+
+
+# Lines as an earlier version wrote them, and what they say.
+OLDER = (
+    b'+{"seq":1,"started_at":5.5,"request_id":"r1","path":"/v1/x","model":"m"}\n'
+    b'+{"seq":2,"started_at":6.5,"request_id":"r2"}\n'
+    b'={"seq":1,"started_at":5.5,"request_id":"r1","path":"/v1/x","model":"m","attempts":1,"status":200,'
+    b'"outcome":"completed","phase":"deliver","usage_source":"upstream","prompt_tokens":3,"cost":7,"duration":0.5}\n'
+)
+
+
+def test_a_journal_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """What a gateway left behind when it was replaced by this one: lines that are objects, and one that was cut."""
+    (tmp_path / "00000001.log").write_bytes(OLDER + b'={"seq":2,"started_at":6.5,"requ\n={"seq":"3"}\n+{"seq":4,"s"}\n')
+    reader = JournalReader(str(tmp_path))
+    started, finished = reader.read(MUCH)
+    assert started == [Row(2, 6.5, "r2")]
+    assert finished == [
+        Row(
+            *(1, 5.5, "r1"),
+            path="/v1/x",
+            model="m",
+            attempts=1,
+            status=200,
+            outcome="completed",
+            phase="deliver",
+            usage_source="upstream",
+            prompt_tokens=3,
+            cost=7,
+            duration=0.5,
+        )
+    ]
+    assert reader.broken == 3
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_many_lines_are_read_as_each_of_them_is(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Lines that are read together give the rows that they give one by one, wherever some of them were cut."""
+    texts = st.text(max_size=12) | st.sampled_from(['],["', ",[1,", '"', "\\", "\n=[", "]"])
+    lines = []
+    for number in range(data.draw(st.integers(1, 6))):
+        row = opened(number, admitted(number, request_id=data.draw(texts), model=data.draw(texts)))
+        if data.draw(st.booleans()):
+            row = ended(row, record(number, model=row.model), NO_PRICES)
+        line = data.draw(st.sampled_from([b"+", b"="])) + msgspec.json.encode(row)
+        lines.append(line[: data.draw(st.just(len(line)) | st.integers(0, len(line)))])
+    folder = tmp_path_factory.mktemp("lines")
+    (folder / "00000001.log").write_bytes(b"".join(line + b"\n" for line in lines))
+    reader = JournalReader(str(folder))
+    started, finished = reader.read(MUCH)
+    shutil.rmtree(folder)
+    each = [(line[:1], decode(line[1:])) for line in lines]
+    assert finished == [row for mark, row in each if mark == b"=" and row is not None]
+    over = {row.seq for row in finished}
+    assert started == [row for mark, row in each if mark == b"+" and row is not None and row.seq not in over]
+    assert reader.broken <= len(lines) - len(finished) - len(started)
 
 
 @settings(deadline=None)

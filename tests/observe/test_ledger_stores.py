@@ -148,8 +148,7 @@ def test_sums(opening: Callable[[], Store], by: str) -> None:
         ended(opened(3, admitted(3, key=None, principal=None, started_at=day + 9)), record(3, usage=None), NO_PRICES),
         opened(4, admitted(4, started_at=3 * day)),
     ]
-    rows[2].outcome = "client_gone"
-    rows[2].principal = None
+    rows[2] = rows[2]._replace(outcome="client_gone", principal=None)
     store.apply(RUN, [], rows)
     groups = {
         "key": [("-", 1), ("team-a-1", 3)],

@@ -18,7 +18,7 @@ from canal_trio.observe.ledger.store import Store, StoreError
 
 __all__ = ["BATCH_BYTES", "Filler"]
 
-BATCH_BYTES: Final = 512 * 1024  # of the journal, for one transaction: some 800 exchanges
+BATCH_BYTES: Final = 512 * 1024  # of the journal, for one transaction: some 1,200 exchanges
 
 
 @final

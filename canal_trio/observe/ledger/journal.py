@@ -21,7 +21,7 @@ from typing import Final, final
 import msgspec
 
 from canal_trio.errors import CanalError
-from canal_trio.observe.ledger.rows import LINE_BYTES, Row, Run, decode
+from canal_trio.observe.ledger.rows import LINE_BYTES, Row, Run, decode, decode_all
 
 __all__ = ["Journal", "JournalError", "JournalReader", "claim", "left_behind"]
 
@@ -29,7 +29,7 @@ SEGMENT_BYTES: Final = 1024 * 1024
 ENDING_BYTES: Final = 1024  # set aside for the ending of each open row; a usual one has half of it
 _MANIFEST: Final = "run.json"
 _encode: Final = msgspec.json.Encoder().encode
-_BEGUN: Final = re.compile(rb'\+\{"seq":(\d{1,18}),').match  # an open row: its number comes first
+_BEGUN: Final = re.compile(rb'\+(?:\[|\{"seq":)(\d{1,18}),').match  # an open row: its number comes first
 
 
 class JournalError(CanalError):
@@ -156,7 +156,7 @@ class JournalReader:
 
     def read(self, most: int) -> tuple[list[Row], list[Row]]:
         """The next rows, open ones and whole ones, from up to `most` bytes (but at least a line). Raises OSError."""
-        begun: dict[int, bytes] = {}
+        begun: dict[bytes, bytes] = {}  # by their number
         finished: list[Row] = []
         number, offset, taken = self._number, self._offset, 0
         while taken < most:
@@ -164,8 +164,7 @@ class JournalReader:
             # Read behind that look: if there is a later one, nothing is written here any more.
             data = self._data(number, offset, max(most - taken, 2 * LINE_BYTES))
             end = data.rfind(b"\n") + 1
-            for line in data[:end].split(b"\n")[:-1]:
-                self._line(line, begun, finished)
+            self._lines(data[:end].split(b"\n"), begun, finished)
             offset += end
             taken += end
             if end == 0:
@@ -177,8 +176,9 @@ class JournalReader:
         self.full = taken >= most
         self._next = (number, offset, taken)
         # A row that has ended meanwhile needs to be written once only, and so read once only: it is most of them.
-        for row in finished:
-            begun.pop(row.seq, None)
+        if begun:
+            for row in finished:
+                begun.pop(b"%d" % row[0], None)
         started = [row for row in map(decode, begun.values()) if row is not None]
         self.broken += len(begun) - len(started)
         return started, finished
@@ -193,13 +193,20 @@ class JournalReader:
         self.consumed += taken
         self._next = (number, offset, 0)
 
-    def _line(self, line: bytes, begun: dict[int, bytes], finished: list[Row]) -> None:
-        if match := _BEGUN(line):
-            begun[int(match[1])] = line[1:]
-        elif line.startswith(b"=") and (row := decode(line[1:])) is not None:
-            finished.append(row)
-        elif line:
-            self.broken += 1
+    def _lines(self, lines: list[bytes], begun: dict[bytes, bytes], finished: list[Row]) -> None:
+        """Take note of many lines, in few steps for each: the loop waits for the interpreter meanwhile."""
+        whole = [line[1:] for line in lines if line.startswith(b"=")]
+        rows = decode_all(whole)
+        if rows is None:  # one is broken, or of the older kind
+            rows = [row for row in map(decode, whole) if row is not None]
+            self.broken += len(whole) - len(rows)
+        finished += rows
+        others = len(lines) - len(whole) - lines.count(b"")
+        for line in lines:
+            if line.startswith(b"+") and (match := _BEGUN(line)):
+                begun[match[1]] = line[1:]
+                others -= 1
+        self.broken += others
 
     def _data(self, number: int, offset: int, most: int) -> bytes:
         try:

@@ -11,7 +11,7 @@ from typing import Any, Final, final
 
 import psycopg
 
-from canal_trio.observe.ledger.rows import INTERRUPTED, OPEN, Row, Run, values
+from canal_trio.observe.ledger.rows import INTERRUPTED, OPEN, Row, Run
 from canal_trio.observe.ledger.store import ALL, GROUPS, KEY, SUMS, StoreError, Sums
 
 __all__ = ["PostgresStore"]
@@ -78,9 +78,9 @@ class PostgresStore:
             connection = self._connected()
             with connection.transaction(), connection.cursor() as cursor:
                 if started:
-                    cursor.executemany(_OPEN, [name + values(row) for row in started])
+                    cursor.executemany(_OPEN, [name + row for row in started])
                 if finished:
-                    cursor.executemany(_WHOLE, [name + values(row) for row in finished])
+                    cursor.executemany(_WHOLE, [name + row for row in finished])
         except (psycopg.Error, OSError) as exc:
             raise self._trouble(exc) from None
 

@@ -3,20 +3,23 @@
 A row is written twice: `open` when the exchange was admitted, and whole when it has ended. Its name is (boot, worker,
 seq), which no other row of any gateway has; so both may be applied to a store any number of times. Money is in
 billionths, so that sums are exact. Texts that came from a client are cut to what a row may hold, so a line is bounded.
+
+A row is a tuple and its line a JSON array in the same order: neither a name nor an object is made for a value, on any
+way from an exchange to the store. What is added goes to the end. (Once a line was an object; that is still read.)
 """
 
 from __future__ import annotations
 
 import re
 from functools import lru_cache
-from typing import Any, Final
+from typing import Final, NamedTuple
 
 import msgspec
 
 from canal_trio.hooks import Admitted, ExchangeRecord
 from canal_trio.policy.prices import Prices, cost
 
-__all__ = ["COLUMNS", "INTERRUPTED", "LINE_BYTES", "OPEN", "Row", "Run", "decode", "ended", "opened", "values"]
+__all__ = ["COLUMNS", "INTERRUPTED", "LINE_BYTES", "OPEN", "Row", "Run", "decode", "decode_all", "ended", "opened"]
 
 OPEN: Final = "open"  # the outcome of a row whose exchange has not ended
 INTERRUPTED: Final = "interrupted"  # ... and never will, because its process is gone
@@ -34,7 +37,7 @@ class Run(msgspec.Struct, frozen=True):
     worker: int
 
 
-class Row(msgspec.Struct, kw_only=True, omit_defaults=True):
+class Row(NamedTuple):
     """What is kept of an exchange. Seconds, bytes, tokens; `started_at` is Unix time, `cost` is in billionths."""
 
     seq: int
@@ -65,8 +68,8 @@ class Row(msgspec.Struct, kw_only=True, omit_defaults=True):
     flags: str = ""
 
 
-COLUMNS: Final = Row.__struct_fields__
-_decoder = msgspec.json.Decoder(Row)
+COLUMNS: Final = Row._fields
+_decoder: Final = msgspec.json.Decoder(Row)
 
 
 def _cut(text: str) -> str:
@@ -97,51 +100,73 @@ def opened(seq: int, admitted: Admitted) -> Row:
     id_, started, path, principal, key, model, upstream = admitted
     few = _few_texts if len(path) + len(model or "") <= _TEXT else _texts
     path_text, principal, key, model, upstream = few(path, principal, key, model, upstream)
-    return Row(
-        seq=seq,
-        started_at=started,
-        request_id=_cut(id_),
-        principal=principal,
-        key_name=key,
-        path=path_text or "",
-        model=model,
-        upstream=upstream,
-    )
+    return Row(seq, started, _cut(id_), principal, key, path_text or "", model, None, upstream)
 
 
 def ended(row: Row, record: ExchangeRecord, prices: Prices) -> Row:
     """The whole row of an exchange that has ended: the open `row`, filled in. What names the exchange stays."""
-    model, upstream_model = record.model, record.upstream_model
-    few = _few_texts if len(model or "") + len(upstream_model or "") <= _TEXT else _texts
-    model, row.upstream, row.upstream_model = few(model, record.upstream, upstream_model)
-    if model is not None:
-        row.model = model  # perhaps nobody had to know it before
-    row.attempts, row.status = record.attempts, record.status
-    row.outcome = record.outcome._value_  # .value is a Python call or two
-    row.phase, row.usage_source = record.phase._value_, record.usage_source._value_
-    usage = record.usage
+    model, upstream, upstream_model, usage = record.model, record.upstream, record.upstream_model, record.usage
+    prompt = completion = cached = reasoning = paid = None
     if usage is not None:
         prompt, completion, cached, reasoning = usage
-        row.prompt_tokens, row.completion_tokens = prompt, completion
-        row.cached_tokens, row.reasoning_tokens = cached, reasoning
-        price = prices.find(record.upstream, upstream_model, record.model)
+        price = prices.find(upstream, upstream_model, model)
         if price is not None:
-            row.cost = cost(price, prompt=prompt, completion=completion, cached=cached, reasoning=reasoning)
-    row.request_bytes, row.response_bytes, row.events = record.request_bytes, record.response_bytes, record.events
-    row.first_byte, row.duration, row.cancel_latency = record.first_byte, record.duration, record.cancel_latency
-    if record.flags:
-        row.flags = ",".join(record.flags)
-    return row
+            paid = cost(price, prompt=prompt, completion=completion, cached=cached, reasoning=reasoning)
+    few = _few_texts if len(model or "") + len(upstream_model or "") <= _TEXT else _texts
+    model, upstream, upstream_model = few(model, upstream, upstream_model)
+    seq, started, id_, principal, key, path, known, *_ = row
+    if model is None:  # else perhaps nobody had to know it before
+        model = known
+    fields = (
+        seq,
+        started,
+        id_,
+        principal,
+        key,
+        path,
+        model,
+        upstream_model,
+        upstream,
+        record.attempts,
+        record.status,
+        record.outcome._value_,  # .value is a Python call or two
+        record.phase._value_,
+        record.usage_source._value_,
+        prompt,
+        completion,
+        cached,
+        reasoning,
+        paid,
+        record.request_bytes,
+        record.response_bytes,
+        record.events,
+        record.first_byte,
+        record.duration,
+        record.cancel_latency,
+        ",".join(record.flags) if record.flags else "",
+    )
+    return tuple.__new__(Row, fields)  # as `Row._make`, without asking how many they are
 
 
 def decode(line: bytes) -> Row | None:
     """The row of a journal's line; None if it is no whole one (the disk was full, the process died in it)."""
     try:
-        return _decoder.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+        return _older(line) if line.startswith(b"{") else _decoder.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
 
 
-def values(row: Row) -> tuple[Any, ...]:
-    """In the order of `COLUMNS`."""
-    return msgspec.structs.astuple(row)
+def decode_all(lines: list[bytes]) -> list[Row] | None:
+    """The rows of many lines at once; None if not each of them is one."""
+    try:
+        # No row goes over the end of a line: a string may not, and where an array may, the next line is no part of it.
+        found = _decoder.decode_lines(b"\n".join(lines))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return found if len(found) == len(lines) else None
+
+
+def _older(line: bytes) -> Row:
+    """Of a line that is an object. Raises as msgspec does."""
+    said = msgspec.json.decode(line, type=dict[str, object])
+    return msgspec.convert([said.get(name, Row._field_defaults.get(name)) for name in COLUMNS], Row)

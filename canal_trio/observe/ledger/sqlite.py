@@ -10,9 +10,9 @@ import os
 import sqlite3
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any, Final, final
+from typing import Final, final
 
-from canal_trio.observe.ledger.rows import INTERRUPTED, OPEN, Row, Run, values
+from canal_trio.observe.ledger.rows import COLUMNS, INTERRUPTED, OPEN, Row, Run
 from canal_trio.observe.ledger.store import ALL, GROUPS, KEY, SUMS, StoreError, Sums
 
 __all__ = ["SqliteStore"]
@@ -32,7 +32,7 @@ CREATE TABLE IF NOT EXISTS exchanges (
 CREATE INDEX IF NOT EXISTS exchanges_started ON exchanges (started_at);
 """
 _INTO: Final = f"INSERT INTO exchanges ({', '.join(ALL)}) VALUES "
-_ROW: Final = f"({', '.join('?' * len(ALL))})"
+_ROW: Final = f"(?1, ?2, ?3, {', '.join('?' * len(COLUMNS))})"  # the run's name is the same for all of them
 _CONFLICT: Final = f" ON CONFLICT ({', '.join(KEY)}) DO "
 _OPEN: Final = _CONFLICT + "NOTHING"
 _WHOLE: Final = _CONFLICT + "UPDATE SET " + ", ".join(f"{name} = excluded.{name}" for name in ALL if name not in KEY)
@@ -41,12 +41,13 @@ _WHOLE: Final = _CONFLICT + "UPDATE SET " + ", ".join(f"{name} = excluded.{name}
 _AT_ONCE: Final = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 
 
-def _insert(connection: sqlite3.Connection, rows: Sequence[tuple[Any, ...]], conflict: str) -> None:
+def _insert(connection: sqlite3.Connection, run: Run, rows: Sequence[Row], conflict: str) -> None:
     at = 0
     for count in _AT_ONCE:
         while len(rows) - at >= count:
             statement = _INTO + ",".join([_ROW] * count) + conflict
-            connection.execute(statement, tuple(chain.from_iterable(rows[at : at + count])))
+            values = chain.from_iterable(rows[at : at + count])
+            connection.execute(statement, (run.instance, run.boot, run.worker, *values))
             at += count
 
 
@@ -92,13 +93,12 @@ class SqliteStore:
 
     def apply(self, run: Run, started: Sequence[Row], finished: Sequence[Row]) -> None:
         """See `Store`."""
-        name = (run.instance, run.boot, run.worker)
         try:
             connection = self._connected()
             connection.execute("BEGIN IMMEDIATE")
             try:
-                _insert(connection, [name + values(row) for row in started], _OPEN)
-                _insert(connection, [name + values(row) for row in finished], _WHOLE)
+                _insert(connection, run, started, _OPEN)
+                _insert(connection, run, finished, _WHOLE)
                 connection.execute("COMMIT")
             except BaseException:
                 if connection.in_transaction:
