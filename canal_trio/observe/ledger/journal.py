@@ -143,10 +143,13 @@ class JournalReader:
     """Reads the rows of one run from its files, in order, in another thread than the writer's if need be.
 
     `read` gives what is there; `commit` says that the store has it, and removes the segments that are done with.
+    `followed`: it is this process's own, so that no segment is missing between two others. It asks the system for as
+    little as it can: each time the interpreter's lock is let go, and got back from a loop that is busy.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, *, followed: bool = False) -> None:
         self.folder = folder
+        self._followed = followed
         self.broken = 0  # lines that were none
         self.consumed = 0  # bytes, committed
         self._number = min(_segments(folder), default=1)
@@ -160,9 +163,9 @@ class JournalReader:
         finished: list[Row] = []
         number, offset, taken = self._number, self._offset, 0
         while taken < most:
-            later = min((other for other in _segments(self.folder) if other > number), default=None)
+            later, room = self._later(number), max(most - taken, 2 * LINE_BYTES)
             # Read behind that look: if there is a later one, nothing is written here any more.
-            data = self._data(number, offset, max(most - taken, 2 * LINE_BYTES))
+            data = self._data(number, offset, room)
             end = data.rfind(b"\n") + 1
             self._lines(data[:end].split(b"\n"), begun, finished)
             offset += end
@@ -173,6 +176,8 @@ class JournalReader:
                 self.broken += bool(data)  # half a line at the end is none
                 taken += len(data)
                 number, offset = later, 0
+            elif later is None and len(data) < room:
+                break
         self.full = taken >= most
         self._next = (number, offset, taken)
         # A row that has ended meanwhile needs to be written once only, and so read once only: it is most of them.
@@ -186,12 +191,19 @@ class JournalReader:
     def commit(self) -> None:
         """What was read last is in the store. Raises OSError."""
         number, offset, taken = self._next
-        for done in _segments(self.folder):
-            if done < number:
-                os.unlink(os.path.join(self.folder, _name(done)))
+        if number != self._number:
+            for done in _segments(self.folder):
+                if done < number:
+                    os.unlink(os.path.join(self.folder, _name(done)))
         self._number, self._offset = number, offset
         self.consumed += taken
         self._next = (number, offset, 0)
+
+    def _later(self, number: int) -> int | None:
+        """The segment behind that one, if it was begun."""
+        if self._followed:
+            return number + 1 if os.path.exists(os.path.join(self.folder, _name(number + 1))) else None
+        return min((other for other in _segments(self.folder) if other > number), default=None)
 
     def _lines(self, lines: list[bytes], begun: dict[bytes, bytes], finished: list[Row]) -> None:
         """Take note of many lines, in few steps for each: the loop waits for the interpreter meanwhile."""
@@ -210,11 +222,13 @@ class JournalReader:
 
     def _data(self, number: int, offset: int, most: int) -> bytes:
         try:
-            with open(os.path.join(self.folder, _name(number)), "rb") as file:
-                file.seek(offset)
-                return file.read(most)
+            fd = os.open(os.path.join(self.folder, _name(number)), os.O_RDONLY)
         except FileNotFoundError:
             return b""
+        try:
+            return os.pread(fd, most, offset)
+        finally:
+            os.close(fd)
 
 
 def _segments(folder: str) -> list[int]:

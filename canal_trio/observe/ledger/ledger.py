@@ -26,7 +26,7 @@ from canal_trio.settings import Price
 
 __all__ = ["Ledger", "LedgerStatistics"]
 
-GATHER: Final = 0.25  # seconds in which rows gather for one transaction: each costs a busy loop a few stumbles
+GATHER: Final = 1.0  # seconds in which rows gather for one transaction: each costs a busy loop some stumbles
 LOOK: Final = 1.0  # seconds after which the disk is asked again for what it did not take
 BACK_OFF_FIRST, BACK_OFF_LAST = 0.1, 5.0  # seconds between tries while the store is away
 FINISH: Final = 5.0  # seconds for the last rows, when the process ends
@@ -121,7 +121,7 @@ class Ledger:
                     await self._finishing.wait()
             else:
                 if last:
-                    await trio.sleep(GATHER)
+                    await trio.sleep(BACK_OFF_FIRST)
                 else:
                     with trio.move_on_after(back_off):
                         await self._finishing.wait()

@@ -27,6 +27,7 @@ INTERRUPTED: Final = "interrupted"  # ... and never will, because its process is
 _TEXT: Final = 200  # characters of each text; JSON makes six bytes of one at most
 _plain: Final = re.compile(rf"[\x20-\x7e]{{0,{_TEXT}}}").fullmatch
 LINE_BYTES: Final = 16 * 1024  # a line is never longer
+_AT_ONCE: Final = 512  # lines decoded in one call, in which the loop waits: a fraction of a millisecond
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -159,8 +160,10 @@ def decode(line: bytes) -> Row | None:
 def decode_all(lines: list[bytes]) -> list[Row] | None:
     """The rows of many lines at once; None if not each of them is one."""
     try:
-        # No row goes over the end of a line: a string may not, and where an array may, the next line is no part of it.
-        found = _decoder.decode_lines(b"\n".join(lines))
+        found: list[Row] = []
+        for at in range(0, len(lines), _AT_ONCE):
+            # No row goes over the end of a line: a string may not, and a line that goes on an array is no part of it.
+            found += _decoder.decode_lines(b"\n".join(lines[at : at + _AT_ONCE]))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     return found if len(found) == len(lines) else None

@@ -38,7 +38,7 @@ _OPEN: Final = _CONFLICT + "NOTHING"
 _WHOLE: Final = _CONFLICT + "UPDATE SET " + ", ".join(f"{name} = excluded.{name}" for name in ALL if name not in KEY)
 # Rows of one statement. sqlite3 lets go of the interpreter's lock for each statement, and to get it back from a busy
 # loop costs more than the row does: with one statement for each row a small exchange cost 100 microseconds more.
-_AT_ONCE: Final = (256, 128, 64, 32, 16, 8, 4, 2, 1)
+_AT_ONCE: Final = (512, 256, 128, 64, 32, 16, 8, 4, 2, 1)
 
 
 def _insert(connection: sqlite3.Connection, run: Run, rows: Sequence[Row], conflict: str) -> None:
