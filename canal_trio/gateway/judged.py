@@ -68,8 +68,12 @@ def _judge(head: RequestHead, body: bytes, strict: bool) -> Judged | Failure | N
     headers, facts = head.headers, request_facts(head)
     if not facts.one_type:
         return _malformed("There is more than one Content-Type.")
-    kind = b"" if facts.json else headers.get(b"content-type") or b""
-    fields = form_fields(kind, body) if is_form(kind) else json_fields(body)
+    fields: JsonFields | FormFields | str
+    if facts.json:
+        fields = json_fields(body)
+    else:
+        kind = headers.get(b"content-type") or b""
+        fields = form_fields(kind, body) if is_form(kind) else json_fields(body)
     if not isinstance(fields, str):
         return Judged(body, fields)
     if b"content-encoding" in headers and strict:

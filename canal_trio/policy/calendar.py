@@ -32,7 +32,8 @@ class Calendar:
         wall = self._wall()
         if not self._begins <= wall < self._ends:
             self._turn(int(wall // _DAY))
-        return Moment(now, self._day, self._month, self._ends - wall, self._month_ends - wall)
+        fields = (now, self._day, self._month, self._ends - wall, self._month_ends - wall)
+        return tuple.__new__(Moment, fields)  # twice for each exchange: half the time
 
     def _turn(self, day: int) -> None:
         self._begins, self._ends = day * _DAY, (day + 1) * _DAY

@@ -38,6 +38,7 @@ _REQUESTS, _TOKENS = (
     b"x-ratelimit-limit-%b: %%d\r\nx-ratelimit-remaining-%b: %%d\r\nx-ratelimit-reset-%b: %%b\r\n" % ((name,) * 3)
     for name in (b"requests", b"tokens")
 )
+_BOTH = _REQUESTS + _TOKENS
 
 
 def limit_fields(counted: Counted) -> bytes:
@@ -53,14 +54,15 @@ def limit_fields(counted: Counted) -> bytes:
             left = rule.token_burst - state.tokens
             if tokens is None or left < tokens[0]:
                 tokens = (left, rule.tokens, state.tokens / rule.token_rate)
-    fields = b""
-    if requests is not None:
-        left, most, reset = requests
-        fields = _REQUESTS % (most, left + 1e-6 if left > 0 else 0, go_duration(reset))
-    if tokens is not None:
-        left, most, reset = tokens
-        fields += _TOKENS % (most, left + 1e-6 if left > 0 else 0, go_duration(reset))
-    return fields
+    if requests is None:
+        return _TOKENS % _words(*tokens) if tokens is not None else b""
+    if tokens is None:
+        return _REQUESTS % _words(*requests)
+    return _BOTH % (*_words(*requests), *_words(*tokens))
+
+
+def _words(left: float, most: float, reset: float) -> tuple[float, float, bytes]:
+    return most, left + 1e-6 if left > 0 else 0, go_duration(reset)
 
 
 _UNITS = {

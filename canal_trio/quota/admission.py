@@ -112,7 +112,8 @@ class _Admission:
             generates = asked.path.endswith(_GENERATES)
             expected = estimate(asked.body, generates=generates, output_tokens=self._output_tokens)
             price = self._prices.find(asked.upstream, asked.upstream_model, asked.model)
-            ask = Ask(expected.prompt + expected.completion, _cost(price, *expected))
+            prompt, completion = expected
+            ask = _ask(price, prompt, completion)
         if not scopes:
             return _Slot(self, None, scopes, asked, price, expected, ask, b"")
         verdict = await self._limits.store.admit(scopes, ask)
@@ -133,17 +134,20 @@ class _Admission:
         prompt, completion, cached, reasoning = (*used_by(record, expected), 0, 0) if usage is None else usage
         if record.upstream != asked.upstream or record.upstream_model != asked.upstream_model:
             price = self._prices.find(record.upstream, record.upstream_model or asked.upstream_model, asked.model)
-        return Ask(prompt + completion, _cost(price, prompt, completion, cached, reasoning))
+        return _ask(price, prompt, completion, cached, reasoning)
 
 
 _NOTHING = Estimate()
 _ONE = Ask()
 
 
-def _cost(price: Price | None, prompt: int, completion: int, cached: int = 0, reasoning: int = 0) -> int:
-    if price is None or not (prompt or completion):  # nothing was generated, so nothing was paid for
-        return 0
-    return cost(price, prompt=prompt, completion=completion, cached=cached, reasoning=reasoning)
+def _ask(price: Price | None, prompt: int, completion: int, cached: int = 0, reasoning: int = 0) -> Ask:
+    tokens = prompt + completion
+    if price is None or not tokens:  # nothing was generated, so nothing was paid for
+        nanos = 0
+    else:
+        nanos = cost(price, prompt=prompt, completion=completion, cached=cached, reasoning=reasoning)
+    return tuple.__new__(Ask, (tokens, nanos))  # as `Ask`, in half the time
 
 
 @final

@@ -37,6 +37,10 @@ Spent = tuple[int, int, int, int]
 """Day, spent on it, month, spent in it."""
 
 
+Counted = Sequence[tuple[Scope, State]]
+"""Scopes, and what each of them has counted."""
+
+
 def table_bytes(records: int, columns: int) -> int:
     """The size of a table for that many records (a multiple of `WAYS`) and workers."""
     return _HEADER + records * (_HEAD.size + columns * _CELL.size)
@@ -65,6 +69,7 @@ class Table:
         self._known: dict[int, State] = {}  # by its place, where nobody else has the table
         self._named: dict[str, State] = {}  # the same by the scope's id, once it was asked for
         self._names: dict[int, str] = {}  # place -> id, of those
+        self._together: dict[int, tuple[Sequence[Scope], Counted]] = {}  # by identity: scopes, all named, and states
         self._own_changes = 0  # the same
         self._size = _HEAD.size + columns * _CELL.size
         self._cells = struct.Struct(f"<{2 * columns}q")
@@ -86,59 +91,70 @@ class Table:
 
     def admit(
         self, scopes: Sequence[Scope], ask: Ask, moment: Moment
-    ) -> tuple[list[tuple[Scope, State]], tuple[Scope, Refusal] | None]:
+    ) -> tuple[Counted, tuple[Scope, Refusal] | None]:
         """Let `ask` in everywhere, or nowhere: what each scope has counted by then, and why not."""
+        known = None if self._shared else self._all_named(scopes)
+        if known is not None:
+            worst = _begin(known, ask, moment)
+            if worst is None and ask.cost:
+                self._own_changes += 1
+            return known, worst
         counted: list[tuple[Scope, State]] = []
         places: list[int] = []
-        worst: tuple[Scope, Refusal] | None = None
-        named = self._are_named(scopes)
         with self._lock:
             for scope in scopes:
-                if named:  # nobody else has it: no place has to be looked at
-                    state = self._named[scope.id]
-                else:
-                    place = self._place(scope.id, moment)
-                    if place is None or place in places:  # the latter: it would push out this exchange's other one
-                        self.overflows += 1
-                        continue
-                    state = self._read(place)
-                    places.append(place)
-                refill(scope.rule, state, moment)
-                why = refusal(scope.rule, state, ask, moment)
-                if why is not None and (worst is None or why.wait > worst[1].wait):
-                    worst = (scope, why)
-                counted.append((scope, state))
+                place = self._place(scope.id, moment)
+                if place is None or place in places:  # the latter: it would push out this exchange's other one
+                    self.overflows += 1
+                    continue
+                counted.append((scope, self._read(place)))
+                places.append(place)
+            worst = _begin(counted, ask, moment)
             if worst is None:
-                for scope, state in counted:
-                    take(scope.rule, state, ask)
-                if not named:
-                    for place, (scope, state) in zip(places, counted, strict=True):
-                        self._write(place, scope.id, state, 1, ask.cost)
+                for place, (scope, state) in zip(places, counted, strict=True):
+                    self._write(place, scope.id, state, 1, ask.cost)
                 if ask.cost:
                     self._changed()
         return counted, worst
 
     def settle(self, scopes: Sequence[Scope], ask: Ask, used: Ask, moment: Moment) -> None:
         """What was let in by `admit` with these has ended."""
-        named = self._are_named(scopes)
+        known = None if self._shared else self._all_named(scopes)
+        if known is not None:
+            for scope, state in known:
+                rule = scope.rule
+                refill(rule, state, moment)
+                settle(rule, state, ask, used)
+            if ask.cost or used.cost:
+                self._own_changes += 1
+            return
         with self._lock:
             for scope in scopes:
-                place = None if named else self._place(scope.id, moment)
-                if place is None and not named:
+                place = self._place(scope.id, moment)
+                if place is None:
                     continue
-                state = self._named[scope.id] if place is None else self._read(place)
+                state = self._read(place)
                 refill(scope.rule, state, moment)
                 settle(scope.rule, state, ask, used)
-                if place is not None:
-                    self._write(place, scope.id, state, -1, -ask.cost)
+                self._write(place, scope.id, state, -1, -ask.cost)
             if ask.cost or used.cost:
                 self._changed()
 
-    def _are_named(self, scopes: Sequence[Scope]) -> bool:
-        """Nobody else has the table, and each of these has its record."""
-        if len(scopes) == 1:
-            return scopes[0].id in self._named
-        return all(scope.id in self._named for scope in scopes)
+    def _all_named(self, scopes: Sequence[Scope]) -> Counted | None:
+        """These with their states, where nobody else has the table and each of them has its record: nothing has to be
+        locked then, and no place looked at. The same few come again and again."""
+        kept = self._together.get(id(scopes))
+        if kept is not None and kept[0] is scopes:
+            return kept[1]
+        named = self._named
+        if not all(scope.id in named for scope in scopes):
+            return None
+        counted = tuple([(scope, named[scope.id]) for scope in scopes])
+        if isinstance(scopes, tuple):  # nobody can change it meanwhile
+            if len(self._together) >= self._remembers:
+                self._together.clear()
+            self._together[id(scopes)] = scopes, counted
+        return counted
 
     # -- the others ----------------------------------------------------------------------------------------------------
 
@@ -194,9 +210,11 @@ class Table:
 
     def _all(self) -> Iterator[int]:
         """The places that are in use; others may change meanwhile."""
-        for number in range(self._records):
-            place = _HEADER + number * self._size
-            if self._memory[place : place + 16] != _NOBODY:
+        memory, size = self._memory, self._size
+        for first in range(_HEADER, _HEADER + self._records * size, WAYS * size):
+            for place in range(first, first + WAYS * size, size):
+                if memory[place : place + 16] == _NOBODY:
+                    break  # nor is anybody behind it: see `_free`
                 yield place
 
     def _place(self, name: str, moment: Moment) -> int | None:
@@ -236,7 +254,8 @@ class Table:
         place = spare if spare is not None else (None if least is None else least[1])
         if place is not None:
             self._known.pop(place, None)
-            self._named.pop(self._names.pop(place, ""), None)
+            if self._named.pop(self._names.pop(place, ""), None) is not None:
+                self._together.clear()
             self._memory[place + _HEAD.size : place + size] = bytes(size - _HEAD.size)
             self._store(place, digest, State(at=moment.now, day=moment.day, month=moment.month))
         return place
@@ -310,3 +329,18 @@ class Table:
             self._own_changes += 1
             return
         _CHANGES.pack_into(self._memory, 0, (self.changes + 1) % 2**64)
+
+
+def _begin(counted: Counted, ask: Ask, moment: Moment) -> tuple[Scope, Refusal] | None:
+    """Let `ask` in everywhere, or nowhere, and why not. `counted` is brought to `moment`."""
+    worst: tuple[Scope, Refusal] | None = None
+    for scope, state in counted:
+        rule = scope.rule
+        refill(rule, state, moment)
+        why = refusal(rule, state, ask, moment)
+        if why is not None and (worst is None or why.wait > worst[1].wait):
+            worst = (scope, why)
+    if worst is None:
+        for scope, state in counted:
+            take(scope.rule, state, ask)
+    return worst

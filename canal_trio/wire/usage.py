@@ -106,6 +106,7 @@ class BodyUsage:
     """The tap on a JSON text. `usage` is None until one was seen."""
 
     __slots__ = (
+        "_begun",
         "_depth",
         "_in_response",
         "_in_string",
@@ -124,6 +125,10 @@ class BodyUsage:
     def reset(self) -> None:
         """Another text begins. `usage` stays."""
         self._untouched = True  # nothing of the text has come
+        self._begun = False  # the rest of the state is there
+
+    def _begin(self) -> None:
+        self._begun = True
         self._depth = 0
         self._in_string = False
         self._open_escape = False  # a string's last byte so far is a backslash that escapes what follows
@@ -138,6 +143,8 @@ class BodyUsage:
             self._untouched = False
             if self._whole(data):
                 return
+        if not self._begun:
+            self._begin()
         at, size = 0, len(data)
         while at < size:
             end = self._string(data, at) if self._in_string else self._outside(data, at)

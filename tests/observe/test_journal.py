@@ -71,7 +71,7 @@ def test_every_row_is_read_once_and_its_segment_removed(journal: Journal) -> Non
         finish(journal, number)
     reader = JournalReader(journal.folder)
     segments = len(list(Path(journal.folder).glob("*.log")))
-    assert segments > 5
+    assert segments > 4
     kept = read_all(reader, 500)
     assert kept == {n: "completed" if n in numbers[:20] else "open" for n in numbers}
     assert reader.consumed == journal.written

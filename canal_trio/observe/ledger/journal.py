@@ -21,7 +21,7 @@ from typing import Final, final
 import msgspec
 
 from canal_trio.errors import CanalError
-from canal_trio.observe.ledger.rows import LINE_BYTES, Row, Run, decode, decode_all
+from canal_trio.observe.ledger.rows import KNOWN, LINE_BYTES, Row, Run, decode, decode_all
 
 __all__ = ["Journal", "JournalError", "JournalReader", "claim", "left_behind"]
 
@@ -82,8 +82,9 @@ class Journal:
 
     def admit(self, row: Row) -> bool:
         """Write the open `row`. False: the journal is full, or the disk is; nothing may be done for this exchange."""
-        line = b"+%b\n" % _encode(row)
-        ahead = self.backlog + len(line) + (self.open + 1) * ENDING_BYTES
+        line = b"+%b\n" % _encode(row[:KNOWN])
+        waiting = self.backlog if self._late else self.written - self.applied
+        ahead = waiting + len(line) + (self.open + 1) * ENDING_BYTES
         if ahead > self._most or (self._late and not self.retry()) or not self._write(line):
             return False
         self.open += 1

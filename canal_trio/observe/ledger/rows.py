@@ -10,7 +10,6 @@ way from an exchange to the store. What is added goes to the end. (Once a line w
 
 from __future__ import annotations
 
-import re
 from functools import lru_cache
 from typing import Final, NamedTuple
 
@@ -19,13 +18,24 @@ import msgspec
 from canal_trio.hooks import Admitted, ExchangeRecord
 from canal_trio.policy.prices import Prices, cost
 
-__all__ = ["COLUMNS", "INTERRUPTED", "LINE_BYTES", "OPEN", "Row", "Run", "decode", "decode_all", "ended", "opened"]
+__all__ = [
+    "COLUMNS",
+    "INTERRUPTED",
+    "KNOWN",
+    "LINE_BYTES",
+    "OPEN",
+    "Row",
+    "Run",
+    "decode",
+    "decode_all",
+    "ended",
+    "opened",
+]
 
 OPEN: Final = "open"  # the outcome of a row whose exchange has not ended
 INTERRUPTED: Final = "interrupted"  # ... and never will, because its process is gone
 
 _TEXT: Final = 200  # characters of each text; JSON makes six bytes of one at most
-_plain: Final = re.compile(rf"[\x20-\x7e]{{0,{_TEXT}}}").fullmatch
 LINE_BYTES: Final = 16 * 1024  # a line is never longer
 _AT_ONCE: Final = 512  # lines decoded in one call, in which the loop waits: a fraction of a millisecond
 
@@ -70,11 +80,13 @@ class Row(NamedTuple):
 
 
 COLUMNS: Final = Row._fields
+KNOWN: Final = COLUMNS.index("upstream") + 1  # columns of an open row; the others have their defaults
+_DEFAULTS: Final = tuple([Row._field_defaults[name] for name in COLUMNS[KNOWN:]])
 _decoder: Final = msgspec.json.Decoder(Row)
 
 
 def _cut(text: str) -> str:
-    if _plain(text):  # nearly always
+    if len(text) <= _TEXT and text.isascii() and text.isprintable():  # nearly always
         return text
     return text[:_TEXT].encode(errors="backslashreplace").decode().replace("\0", "\\0")
 
@@ -101,7 +113,8 @@ def opened(seq: int, admitted: Admitted) -> Row:
     id_, started, path, principal, key, model, upstream = admitted
     few = _few_texts if len(path) + len(model or "") <= _TEXT else _texts
     path_text, principal, key, model, upstream = few(path, principal, key, model, upstream)
-    return Row(seq, started, _cut(id_), principal, key, path_text or "", model, None, upstream)
+    fields = (seq, started, _cut(id_), principal, key, path_text or "", model, None, upstream, *_DEFAULTS)
+    return tuple.__new__(Row, fields)  # as `Row._make`, without asking how many they are
 
 
 def ended(row: Row, record: ExchangeRecord, prices: Prices) -> Row:
@@ -146,7 +159,7 @@ def ended(row: Row, record: ExchangeRecord, prices: Prices) -> Row:
         record.cancel_latency,
         ",".join(record.flags) if record.flags else "",
     )
-    return tuple.__new__(Row, fields)  # as `Row._make`, without asking how many they are
+    return tuple.__new__(Row, fields)
 
 
 def decode(line: bytes) -> Row | None:
