@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import final
 
-from canal_trio.hooks import Usage
-from canal_trio.messages import ResponseHead
 from canal_trio.relay.flow import Sink
 from canal_trio.upstream.interface import Outlet
-from canal_trio.wire.facts import response_facts
+from canal_trio.wire.facts import ResponseFacts
 from canal_trio.wire.usage import BodyUsage, StreamUsage
 from canal_trio.wire.usage_edit import UsageEdit
 
@@ -25,16 +23,11 @@ __all__ = ["Account", "account_for"]
 class Account:
     """One answer's."""
 
-    __slots__ = ("_edit", "_tap")
+    __slots__ = ("_edit", "tap")
 
     def __init__(self, tap: BodyUsage | StreamUsage, edit: UsageEdit | None) -> None:
-        self._tap = tap
+        self.tap = tap  # its `usage` is what the upstream said that it used, once it did
         self._edit = edit
-
-    @property
-    def usage(self) -> Usage | None:
-        """What the upstream said that it used, once it did."""
-        return self._tap.usage
 
     @property
     def removed(self) -> bool:
@@ -43,7 +36,7 @@ class Account:
 
     def feed(self, piece: bytes) -> bytes:
         """A piece has come: what of it, and of what was held, may go on now. Perhaps nothing. Not a checkpoint."""
-        self._tap.feed(piece)
+        self.tap.feed(piece)
         return piece if self._edit is None else self._edit.feed(piece)
 
     def flush(self) -> bytes:
@@ -54,7 +47,7 @@ class Account:
         """The same for several pieces; `over`: they are the last ones."""
         if self._edit is None:
             for piece in pieces:
-                self._tap.feed(piece)
+                self.tap.feed(piece)
             return pieces
         passed = [self.feed(piece) for piece in pieces]
         if over:
@@ -103,12 +96,11 @@ def _nothing() -> bool:
     return True
 
 
-def account_for(head: ResponseHead, *, streamed: bool, asked: bool, held_bytes: int) -> Account | None:
-    """The account of the answer that begins with `head`; None where its bytes tell nothing (an image, gzip).
+def account_for(facts: ResponseFacts, *, streamed: bool, asked: bool, held_bytes: int) -> Account | None:
+    """The account of the answer whose head has these `facts`; None where its bytes tell nothing (an image, gzip).
 
     `asked`: the gateway asked for the usage chunk, so the client gets none.
     """
-    facts = response_facts(head)
     if facts.coded:
         return None
     if streamed:

@@ -161,7 +161,7 @@ class Delivery:
             exchange.scanner = EventScanner()
         if exchange.accounted and not bodyless:
             exchange.account = account_for(
-                head, streamed=streamed, asked=exchange.asked_usage, held_bytes=self._settings.bounds.usage_event_bytes
+                facts, streamed=streamed, asked=exchange.asked_usage, held_bytes=self._settings.bounds.usage_event_bytes
             )
         self.close = close or (not modern and known is None and not bodyless)
         self._body = BodyWriter(self._writer, exchange, chunked=chunked, length=known, on_terminal=self._terminal)

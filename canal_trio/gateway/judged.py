@@ -19,9 +19,9 @@ from canal_trio.wire.form_fields import FormFields, form_fields, form_model_edit
 from canal_trio.wire.json_fields import JsonFields, json_fields, model_edit, usage_edit
 from canal_trio.wire.splice import Edit
 
-__all__ = ["Judged", "judge"]
+__all__ = ["AT_ONCE_BYTES", "Judged", "judge", "judge_in_thread"]
 
-_IN_A_THREAD: Final = 1024 * 1024  # bytes: up to these it takes a millisecond or two
+AT_ONCE_BYTES: Final = 1024 * 1024  # up to these it takes a millisecond or two; more are judged in a thread
 
 
 @final
@@ -52,19 +52,15 @@ class Judged:
         return (*edits, edit)
 
 
-async def judge(head: RequestHead, body: bytes, *, strict: bool) -> Judged | Failure | None:
-    """What `body` says. MALFORMED if it says it twice or cannot be read; None for the latter if not `strict`.
-
-    A checkpoint for large bodies only, which are read in a thread: the loop goes on meanwhile. Cancelling it leaves the
-    thread to end by itself.
-    """
-    if len(body) <= _IN_A_THREAD:
-        return _judge(head, body, strict)
+async def judge_in_thread(head: RequestHead, body: bytes, strict: bool) -> Judged | Failure | None:
+    """As `judge`, for a large body: the loop goes on meanwhile. A checkpoint. Cancelling it leaves the thread to end by
+    itself."""
     await in_task()
-    return await trio.to_thread.run_sync(_judge, head, body, strict, abandon_on_cancel=True)
+    return await trio.to_thread.run_sync(judge, head, body, strict, abandon_on_cancel=True)
 
 
-def _judge(head: RequestHead, body: bytes, strict: bool) -> Judged | Failure | None:
+def judge(head: RequestHead, body: bytes, strict: bool) -> Judged | Failure | None:
+    """What `body` says. MALFORMED if it says it twice or cannot be read; None for the latter if not `strict`."""
     headers, facts = head.headers, request_facts(head)
     if not facts.one_type:
         return _malformed("There is more than one Content-Type.")

@@ -12,11 +12,12 @@ import trio
 
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.gateway.attempts import PEEK_BYTES, Attempts
+from canal_trio.gateway.body import WholeBody
 from canal_trio.gateway.deliver import Delivery
 from canal_trio.gateway.drain import Draining
 from canal_trio.gateway.early import EarlyHead
 from canal_trio.gateway.exchange import GENERATING, Exchange
-from canal_trio.gateway.judged import judge
+from canal_trio.gateway.judged import AT_ONCE_BYTES, judge, judge_in_thread
 from canal_trio.gateway.places import Places
 from canal_trio.gateway.requests import UpstreamRequests
 from canal_trio.gateway.respond import continue_head
@@ -31,7 +32,7 @@ from canal_trio.wire.model_lists import model_list
 from canal_trio.wire.targets import origin_form, plain_path, wanted_model
 
 if TYPE_CHECKING:
-    from canal_trio.gateway.body import HeldBody, WholeBody
+    from canal_trio.gateway.body import HeldBody
     from canal_trio.gateway.core import Generation
 
 __all__ = ["Pipeline"]
@@ -127,8 +128,9 @@ class Pipeline:
     def _early(self, plan: Plan) -> EarlyHead | None:
         """What writes a stream's head when its upstreams take too long, if the first of them has it so."""
         exchange, first = self._exchange, plan.choices[0].upstream
-        streams = exchange.judged is not None and exchange.judged.stream and self._head.version == b"1.1"
-        if first.early_head_after is None or not streams:
+        if first.early_head_after is None:
+            return None
+        if exchange.judged is None or not exchange.judged.stream or self._head.version != b"1.1":
             return None
         self._delivery.close = self.close
         return EarlyHead(self._delivery, exchange.headed + first.early_head_after, first.heartbeat)
@@ -137,8 +139,9 @@ class Pipeline:
         """Whether the answer's usage is read, and asked for where the client did not say whether it wants it."""
         exchange = self._exchange
         exchange.accounted = self._settings.accounting or (admission is not None and admission.wants_usage)
-        if exchange.accounted and exchange.judged is not None and exchange.path.endswith("/completions"):
-            exchange.asked_usage = exchange.judged.can_ask_usage  # the Responses API tells it unasked
+        judged = exchange.judged
+        if exchange.accounted and judged is not None and judged.can_ask_usage:
+            exchange.asked_usage = self._facts.path.endswith("/completions")  # the Responses API tells it unasked
 
     def _book(self, plan: Plan) -> Failure | None:
         """Have the exchange noted, where books are kept; the failure if that cannot be done."""
@@ -150,7 +153,7 @@ class Pipeline:
             Admitted(
                 exchange.id,
                 exchange.started_at,
-                exchange.path,
+                self._facts.path,
                 principal.name if principal is not None else None,
                 principal.key or principal.name if principal is not None else None,
                 exchange.model,
@@ -222,16 +225,15 @@ class Pipeline:
         plan = self._path_route() if self._settings.routes else None
         if isinstance(plan, Failure):
             return plan
-        if plan is None and exchange.path.startswith(_MODELS) and self._head.method in (b"GET", b"HEAD"):
-            wanted = wanted_model(exchange.path)
+        if plan is None and self._head.method in (b"GET", b"HEAD") and self._facts.path.startswith(_MODELS):
+            wanted = wanted_model(self._facts.path)
             if wanted is not None and self._generation.listing.answers(exchange.principal):
                 return await self._list(wanted)
         tunnel = exchange.upgrade is not None  # its bytes are no body: there is nothing to wait for
         if body is not None and not tunnel:
             named = self._facts.names_model
-            decides = plan is None and router.needs_model(exchange.principal, named=named)
-            useful = named and (self._settings.accounting or router.early_heads)
-            if decides or (useful and (plan is None or self._generates())):
+            needed = plan is None and router.needs_model(exchange.principal, named=named)
+            if needed or (named and self._is_useful(of_route=plan is not None)):
                 failure = await self._read(body, strict=named and plan is None)
                 if failure is not None:
                     return failure
@@ -256,23 +258,32 @@ class Pipeline:
         await self._delivery.own(ResponseHead(200, Headers(fields), b"OK"), content, close=self.close)
         return None
 
-    def _generates(self) -> bool:
-        """Behind a path route, whose bodies may be of any size: one of a generation, no larger than may be held."""
+    def _is_useful(self, *, of_route: bool) -> bool:
+        """What the body says serves somebody although it decides nothing. Behind a path route, whose bodies may be of
+        any size, only one of a generation that is no larger than may be held."""
+        if not self._settings.accounting and not self._generation.router.early_heads:
+            return False
+        if not of_route:
+            return True
         length = self._facts.length
         short = isinstance(length, int) and length <= self._settings.bounds.held_body_bytes
-        return short and self._exchange.path.endswith(GENERATING)
+        return short and self._facts.path.endswith(GENERATING)
 
     async def _read(self, body: HeldBody | WholeBody, *, strict: bool) -> Failure | None:
         """Hold the body and judge it. `strict`: it is of a kind that can be read, so it must be."""
         exchange = self._exchange
         exchange.phase = Phase.UPLOAD
-        most = self._settings.bounds.held_body_bytes
-        failure = self._too_large() or await body.hold_all()
+        failure = self._too_large()
+        if failure is None and not isinstance(body, WholeBody):  # which is here
+            failure = await body.hold_all()
         if failure is not None:
             return failure
-        content = body.beginning(most)
+        content = body.beginning(self._settings.bounds.held_body_bytes)
         if content:
-            judged = await judge(self._head, content, strict=strict)
+            if len(content) <= AT_ONCE_BYTES:
+                judged = judge(self._head, content, strict)
+            else:
+                judged = await judge_in_thread(self._head, content, strict)
             if isinstance(judged, Failure):
                 return judged
             if judged is not None:
@@ -305,7 +316,7 @@ class Pipeline:
         if admission.waits:
             await in_task()
         verdict = await admission.admit(
-            Asked(exchange.path, principal, exchange.model, first.upstream.name, first.model, content)
+            Asked(self._facts.path, principal, exchange.model, first.upstream.name, first.model, content)
         )
         exchange.fields = verdict.fields
         if isinstance(verdict, Refused):

@@ -68,7 +68,8 @@ def estimate(body: bytes | None, *, generates: bool, output_tokens: int) -> Esti
         most = output_tokens if generates else 0
     if said.n is not None:
         most = max(0.0, most) * max(1.0, said.n)
-    return Estimate(prompt, int(most) if 0 <= most <= _MOST else int(min(max(0.0, most), _MOST)))
+    completion = int(most) if 0 <= most <= _MOST else int(min(max(0.0, most), _MOST))
+    return tuple.__new__(Estimate, (prompt, completion))  # as `Estimate`, in half the time
 
 
 def _plain_bytes(body: bytes) -> int:

@@ -54,15 +54,15 @@ def limit_fields(counted: Counted) -> bytes:
             left = rule.token_burst - state.tokens
             if tokens is None or left < tokens[0]:
                 tokens = (left, rule.tokens, state.tokens / rule.token_rate)
-    if requests is None:
-        return _TOKENS % _words(*tokens) if tokens is not None else b""
+    words: tuple[float | bytes, ...] = ()
+    if requests is not None:
+        left, most, reset = requests
+        words = (most, left + 1e-6 if left > 0 else 0, go_duration(reset))
     if tokens is None:
-        return _REQUESTS % _words(*requests)
-    return _BOTH % (*_words(*requests), *_words(*tokens))
-
-
-def _words(left: float, most: float, reset: float) -> tuple[float, float, bytes]:
-    return most, left + 1e-6 if left > 0 else 0, go_duration(reset)
+        return _REQUESTS % words if words else b""
+    left, most, reset = tokens
+    form = _BOTH if words else _TOKENS
+    return form % (*words, most, left + 1e-6 if left > 0 else 0, go_duration(reset))
 
 
 _UNITS = {

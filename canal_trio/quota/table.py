@@ -93,7 +93,8 @@ class Table:
         self, scopes: Sequence[Scope], ask: Ask, moment: Moment
     ) -> tuple[Counted, tuple[Scope, Refusal] | None]:
         """Let `ask` in everywhere, or nowhere: what each scope has counted by then, and why not."""
-        known = None if self._shared else self._all_named(scopes)
+        kept = self._together.get(id(scopes))
+        known = kept[1] if kept is not None and kept[0] is scopes else self._all_named(scopes)
         if known is not None:
             worst = _begin(known, ask, moment)
             if worst is None and ask.cost:
@@ -119,7 +120,8 @@ class Table:
 
     def settle(self, scopes: Sequence[Scope], ask: Ask, used: Ask, moment: Moment) -> None:
         """What was let in by `admit` with these has ended."""
-        known = None if self._shared else self._all_named(scopes)
+        kept = self._together.get(id(scopes))
+        known = kept[1] if kept is not None and kept[0] is scopes else self._all_named(scopes)
         if known is not None:
             for scope, state in known:
                 rule = scope.rule
@@ -142,12 +144,9 @@ class Table:
 
     def _all_named(self, scopes: Sequence[Scope]) -> Counted | None:
         """These with their states, where nobody else has the table and each of them has its record: nothing has to be
-        locked then, and no place looked at. The same few come again and again."""
-        kept = self._together.get(id(scopes))
-        if kept is not None and kept[0] is scopes:
-            return kept[1]
+        locked then, and no place looked at. The same few come again and again, so they are kept together."""
         named = self._named
-        if not all(scope.id in named for scope in scopes):
+        if self._shared or not all(scope.id in named for scope in scopes):
             return None
         counted = tuple([(scope, named[scope.id]) for scope in scopes])
         if isinstance(scopes, tuple):  # nobody can change it meanwhile
