@@ -273,12 +273,14 @@ class Pipeline:
         """Hold the body and judge it. `strict`: it is of a kind that can be read, so it must be."""
         exchange = self._exchange
         exchange.phase = Phase.UPLOAD
-        failure = self._too_large()
-        if failure is None and not isinstance(body, WholeBody):  # which is here
+        most, length = self._settings.bounds.held_body_bytes, self._facts.length
+        if isinstance(length, int) and length > most:
+            return Failure(Side.CLIENT, Phase.UPLOAD, Kind.BODY_TOO_LARGE, f"The limit is {most} bytes.")
+        if not isinstance(body, WholeBody):  # which is here
             failure = await body.hold_all()
-        if failure is not None:
-            return failure
-        content = body.beginning(self._settings.bounds.held_body_bytes)
+            if failure is not None:
+                return failure
+        content = body.beginning(most)
         if content:
             if len(content) <= AT_ONCE_BYTES:
                 judged = judge(self._head, content, strict)
@@ -322,13 +324,6 @@ class Pipeline:
         if isinstance(verdict, Refused):
             return verdict.failure
         exchange.slot = verdict
-        return None
-
-    def _too_large(self) -> Failure | None:
-        limit = self._settings.bounds.held_body_bytes
-        length = self._facts.length
-        if isinstance(length, int) and length > limit:
-            return Failure(Side.CLIENT, Phase.UPLOAD, Kind.BODY_TOO_LARGE, f"The limit is {limit} bytes.")
         return None
 
     def _settle(self) -> None:
