@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import final
 
 from canal_trio.messages import Headers, ResponseHead
-from canal_trio.wire.facts import response_facts
 from canal_trio.wire.headers import ForClient, for_client
 from canal_trio.wire.heads import write_response_head
 
@@ -54,8 +53,6 @@ class ClientHeads:
 
 def without_fields(head: ResponseHead, fields: bytes) -> ResponseHead:
     """`head` without what it says under the names in `fields` (lines), which tell of limits: those of another."""
-    if not response_facts(head).tells_limits:
-        return head
     names = {line.partition(b":")[0] for line in fields.split(b"\r\n")}
     kept = Headers([(name, value) for name, lower, value in head.headers.lowered() if lower not in names])
     return ResponseHead(head.status, kept, head.reason, head.version)

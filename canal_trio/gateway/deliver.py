@@ -195,9 +195,11 @@ class Delivery:
             upgrade=exchange.upgrade if head.status == 101 else None,
             date=http_date(),
         )
-        if not exchange.fields or head.status < 200 or head.status == 429:  # its own limit, and its own word for it
+        fields = exchange.fields
+        if not fields or head.status < 200 or head.status == 429:  # its own limit, and its own word for it
             return self._heads.block(head, options)
-        return with_fields(self._heads.block(without_fields(head, exchange.fields), options), exchange.fields)
+        shown = without_fields(head, fields) if response_facts(head).tells_limits else head
+        return with_fields(self._heads.block(shown, options), fields)
 
     # -- the body ------------------------------------------------------------------------------------------------------
 

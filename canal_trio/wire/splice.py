@@ -61,4 +61,10 @@ def spliced(body: bytes, edits: Sequence[Edit]) -> bytes:
     if len(edits) == 1:
         start, end, text = edits[0]
         return b"%b%b%b" % (body[:start], text, body[end:])
+    if len(edits) == 2:
+        first, second = edits
+        if second.start < first.start:
+            first, second = second, first
+        (start, end, text), (later, until, other) = first, second
+        return b"%b%b%b%b%b" % (body[:start], text, body[end:later], other, body[until:])
     return b"".join(splice([body], edits))
