@@ -9,6 +9,7 @@ judge is not to be seen from outside.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -85,7 +86,7 @@ class _Late:
 
     def __init__(self) -> None:
         self.late: dict[bool, list[float]] = {True: [], False: []}
-        self.booking = True
+        self.booking = False
 
     async def tick(self) -> None:
         """Until cancelled."""
@@ -103,20 +104,22 @@ async def _rate(folder: Path, rate: int, seconds: int, say: Say) -> list[Verdict
         await nursery.start(book.run)
         nursery.start_soon(watch.tick)
         due = trio.current_time()
+        turn = math.gcd(seconds, 5)  # seconds without it and seconds with it, by turns
         for second in range(2 * seconds):
-            watch.booking = second % 2 == 0
+            books = second // turn % 2 == 1
             say(f"rate: {second // 2} of {seconds} s, {count} exchanges")
             open_now: list[int] = []
             for number in range(rate // 10):  # ten at once, a hundred times a second, as a loop under load does
                 due += 10 / rate
+                watch.booking = books or book.statistics().backlog > 0  # the thread comes later, and is a part of it
                 for _ in range(10):
-                    if watch.booking:
+                    if books:
                         began = time.perf_counter()
                         entry = book.admitted(_admitted(number))
                         longest = max(longest, time.perf_counter() - began)
                         assert not isinstance(entry, Failure)
                         open_now.append(entry)
-                while len(open_now) > 50 or (open_now and not watch.booking):
+                while len(open_now) > 50 or (open_now and not books):
                     book.ended(open_now.pop(0), _record(number))
                     count += 1
                 await trio.sleep_until(due)
