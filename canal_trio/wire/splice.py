@@ -63,7 +63,7 @@ def spliced(body: bytes, edits: Sequence[Edit]) -> bytes:
         return b"%b%b%b" % (body[:start], text, body[end:])
     if len(edits) == 2:
         first, second = edits
-        if second.start < first.start:
+        if _place(second) < _place(first):
             first, second = second, first
         (start, end, text), (later, until, other) = first, second
         return b"%b%b%b%b%b" % (body[:start], text, body[end:later], other, body[until:])

@@ -45,7 +45,7 @@ def test_several_workers_count_as_one(workers: int, steps: list[tuple[int, float
     views, now = tables(columns), NOW
     if not workers:
         views[0].own()
-    scopes = [scope(f"s{number}", limit) for number, limit in enumerate(SEVERAL)]
+    scopes = tuple(scope(f"s{number}", limit) for number, limit in enumerate(SEVERAL))
     states = [State(at=now.now, day=now.day, month=now.month) for _ in scopes]
     running: list[tuple[int, Ask]] = []
     for number, gap, tokens, cost, ends in steps:
@@ -183,10 +183,13 @@ def test_a_table_that_nobody_shares_gives_places_away_as_well():
     for number in range(3 * WAYS):
         one = scope(f"n{number % (2 * WAYS)}", Limit(requests=1))
         later = later._replace(now=later.now + 2 * IDLE)
-        counted, why = table.admit([one], Ask(1, 0), later)
-        assert why is None
-        assert counted[0][1].requests == 1
-        table.settle([one], Ask(1, 0), NONE, later)
+        scopes = (one,)
+        for _ in range(2):
+            counted, why = table.admit(scopes, Ask(1, 0), later)
+            assert why is None
+            assert counted[0][1].requests == 1
+            table.settle(scopes, Ask(1, 0), NONE, later)
+            later = later._replace(now=later.now + 2 * IDLE)
     assert table.overflows == 0
     assert table.spent(later) == {"ab" * 16: (NOW.day, 5, NOW.month, 7)}
     payer = scope("payer", Limit(spend_day=1))
@@ -204,3 +207,11 @@ def test_places_of_names_are_forgotten_in_time():
         assert table.admit([one], NONE, NOW)[1] is None
         table.settle([one], NONE, NONE, NOW)
     assert len(table._places) <= 100
+    alone = Table(bytearray(table_bytes(WAYS * 16, 1)), remembers=100)
+    alone.own()
+    asked = [(scope(f"n{number}", Limit(requests=1)),) for number in range(300)]
+    for scopes in asked:
+        for _ in range(2):
+            alone.admit(scopes, NONE, NOW)
+    assert 0 < len(alone._together) <= 100
+    assert [alone.admit(scopes, NONE, NOW)[0][0][1].streams for scopes in asked] == [1] * 300

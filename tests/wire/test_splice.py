@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from canal_trio.wire.splice import Edit, grown, splice, spliced
@@ -21,6 +21,8 @@ def bodies_with_edits(draw: st.DrawFn) -> tuple[list[bytes], list[Edit]]:
 
 
 @given(bodies_with_edits())
+@example(([b"abcdef"], [Edit(2, 5, b"x"), Edit(2, 2, b"y")]))
+@example(([b"abcdef"], [Edit(4, 5, b"x"), Edit(1, 2, b"y")]))
 def test_as_if_in_one_piece(case: tuple[list[bytes], list[Edit]]):
     """Wherever the pieces begin and end, the result is what editing the whole body gives."""
     pieces, edits = case
