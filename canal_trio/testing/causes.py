@@ -45,6 +45,9 @@ _CAUSES: dict[str, set[Cause]] = {
     "drain": {(_G, Kind.DRAINING)},
     "slow head": {(_U, Kind.STALLED)},
     "limit": {(_G, Kind.UNAVAILABLE)},
+    "places": {(_G, Kind.OVERLOADED)},
+    "deadline": {(_G, Kind.TIMEOUT)},
+    "begun": {(_U, Kind.REFUSED)},
     "large": {(_C, Kind.BODY_TOO_LARGE)},
 }
 
@@ -62,6 +65,12 @@ def hazards_of(plan: Plan, client: Client, ask: Ask) -> set[str]:
         found.add("drain")
     if any(upstream.connections is not None for upstream in plan.upstreams):
         found.add("limit")
+    if plan.bounds.exchanges < math.inf:
+        found.add("places")
+    if plan.deadlines.exchange < math.inf:
+        found.add("deadline")
+    if ask.streams and any(reply.status != 200 or not reply.sse for reply in ask.replies):
+        found.add("begun")  # a stream, whose head said 200, before that came
     for other in (each for one in plan.clients for each in one.asks):
         for number, reply in enumerate(other.replies):
             if reply.quits is not None:
@@ -123,8 +132,8 @@ def longest_idle(failure: Failure | None, deadlines: Deadlines) -> float:
         case (Side.UPSTREAM, Kind.STALLED):
             return deadlines.upstream_idle
         case (Side.GATEWAY, Kind.TIMEOUT):
-            return deadlines.tunnel_idle
-        case (Side.GATEWAY, Kind.UNAVAILABLE):
+            return max(deadlines.tunnel_idle, 0.0 if deadlines.exchange == math.inf else deadlines.exchange)
+        case (Side.GATEWAY, Kind.UNAVAILABLE | Kind.OVERLOADED):
             return deadlines.lease
         case (Side.GATEWAY, Kind.DRAINING):
             return 1e9  # the drain's own deadline is looked at where records are made

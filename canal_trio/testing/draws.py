@@ -7,34 +7,36 @@ from the other. What is slow is small, so that nothing is late but by a fault of
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 from typing import Final
 
-from canal_trio.settings import Bounds, Deadlines, Model, Target, Upstream
+from canal_trio.settings import Bounds, Deadlines, Drain, Model, Target, Upstream
 from canal_trio.testing.plans import Ask, Client, Leave, Plan, Reload, Reply
 from canal_trio.testing.simlink import Fault, FaultKind, SimLink
 
-__all__ = ["draw_plan", "plan_of"]
+__all__ = ["RARER", "draw_plan", "plan_of"]
 
+RARER: Final = 1_000_000_000
 _FINE: Final = "ok"
 _KINDS: Final = tuple(FaultKind)
 _LAZY: Final = {5: 0.05, 100: 0.3, 4_096: 0.4}  # seconds between two reads, by what a read can get at the most
 
 
 def plan_of(seed: int) -> Plan:
-    """The plan of a seed."""
-    return draw_plan(random.Random(seed))
+    """The plan of a seed. Seeds below `RARER` keep the plans that they have had since before there was any of that."""
+    return draw_plan(random.Random(seed), rarer=seed >= RARER)
 
 
-def draw_plan(rng: random.Random) -> Plan:
-    """A plan. `rng` is a `random.Random`, or whatever offers its methods."""
+def draw_plan(rng: random.Random, *, rarer: bool = True) -> Plan:
+    """A plan; `rarer`: with what few configurations have. `rng` is a `random.Random`, or has its methods."""
     trouble = rng.choice((0.0, 0.0, 0.12, 0.12, 0.35))  # how likely a fault is at each place where one can be
     slow = rng.random() < 0.25  # tiny buffers or late bytes: then all is small
     count = rng.choice((1, 1, 1, 2, 2))
     upstreams = tuple(_upstream(rng, number) for number in range(count))
     models: tuple[Model, ...] = ()
-    if rng.random() < 0.3:
+    if rng.random() < (0.8 if rarer else 0.3):
         orders = [tuple(u.name for u in upstreams), tuple(u.name for u in reversed(upstreams))]
         models = tuple(
             Model(f"m{number}", tuple(map(Target, order))) for number, order in enumerate(dict.fromkeys(orders))
@@ -45,7 +47,7 @@ def draw_plan(rng: random.Random) -> Plan:
     )
     drain = rng.uniform(0.0, 6.0) if rng.random() < trouble / 2 else None
     piece = rng.choice((64, 700, 16_384, 16_384))
-    return Plan(
+    plan = Plan(
         order=rng.getrandbits(32),
         clients=clients,
         upstreams=upstreams,
@@ -59,6 +61,36 @@ def draw_plan(rng: random.Random) -> Plan:
         if rng.random() < 0.2
         else None,
         bare=rng.random() < 0.5,
+    )
+    return _with_rarer(rng, plan) if rarer else plan
+
+
+def _with_rarer(rng: random.Random, plan: Plan) -> Plan:
+    """What few configurations have: few places, a deadline for all of an exchange, early heads, first events that are
+    held, answers that are read on when the client has left."""
+    bounds, deadlines, models = plan.bounds, plan.deadlines, plan.models
+    if rng.random() < 0.25:
+        bounds = replace(bounds, exchanges=rng.choice((1, 2)))
+    if rng.random() < 0.25:
+        deadlines = replace(deadlines, exchange=rng.uniform(0.3, 20.0))
+    if rng.random() < 0.3:
+        limits = Drain(rng.choice((1.0, 30.0)), rng.choice((3, math.inf)), rng.choice((1, 64)))
+        models = tuple(replace(model, on_disconnect=limits) for model in models)
+    upstreams, clients = plan.upstreams, plan.clients
+    if rng.random() < 0.4:
+        upstreams = tuple(replace(upstream, early_head_after=rng.uniform(0.05, 1.5)) for upstream in upstreams)
+        clients = tuple(
+            replace(client, asks=tuple(replace(ask, streams=ask.model is not None) for ask in client.asks))
+            for client in clients
+        )
+    return replace(
+        plan,
+        bounds=bounds,
+        deadlines=deadlines,
+        models=models,
+        upstreams=upstreams,
+        clients=clients,
+        holds=rng.random() < 0.4,
     )
 
 

@@ -13,11 +13,12 @@ from typing import Any
 
 from canal_trio.settings import Bounds, Deadlines
 from canal_trio.testing.draws import plan_of
-from canal_trio.testing.judge import compare, judge
+from canal_trio.testing.judge import judge
 from canal_trio.testing.mutants import Mutant
 from canal_trio.testing.plans import Ask, Client, Plan, Reply
 from canal_trio.testing.simlink import SimLink
 from canal_trio.testing.simworld import BUDGET, Seen, simulate
+from canal_trio.testing.twins import compare
 
 __all__ = ["Verdict", "check", "kill", "shown", "smaller"]
 

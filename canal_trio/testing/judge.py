@@ -1,4 +1,4 @@
-"""The promises, held against what a run has shown: `judge` for one run, `compare` for the two of a seed.
+"""The promises, held against what a run has shown; `twins` compares the two runs of a seed.
 
 Each check is a function that answers with complaints, so that one run can break several promises at once. Invariant: no
 check knows how the gateway works, only what its peers said, what they got, and what the records claim.
@@ -11,26 +11,21 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from canal_trio.errors import Failure, Kind, Phase, Side
+from canal_trio.errors import Kind, Phase, Side
 from canal_trio.hooks import ExchangeRecord, Outcome
 from canal_trio.settings import Deadlines
 from canal_trio.testing.causes import causes_of, hazards_of, longest_idle
 from canal_trio.testing.plans import Ask, Client, request_bytes
-from canal_trio.testing.simlink import FaultKind
 from canal_trio.testing.simpeers import Attempt, ClientPeer
 from canal_trio.testing.simworld import Noted, Seen
 from canal_trio.testing.strictwire import Message
 
-__all__ = ["compare", "judge"]
+__all__ = ["PINGS", "judge"]
 
 _WRITE = 16 * 1024  # bytes of one write, and a piece, where a stream tells only that it took all
 GRAIN = 0.05  # virtual seconds: the reaper's grain, and what a latency does to it
-_ALIKE = (
-    "outcome", "failure", "status", "attempts", "upstream", "request_bytes", "response_bytes", "events", "flags"
-)  # fmt: skip
-_PINGS = re.compile(rb"(?:^|(?<=\n\n))(?:: ping\n)+")  # between two events, and nowhere else
+PINGS = re.compile(rb"(?:^|(?<=\n\n))(?:: ping\n)+")  # between two events, and nowhere else
 _HALF_A_PING = re.compile(rb"(?:^|(?<=\n\n)):(?: (?:p(?:i(?:ng?)?)?)?)?\Z")
-_FAULTY = {"stops reading", "pipelines", "leave", "raises", "drain", "limit"}
 
 
 def judge(seen: Seen) -> list[str]:
@@ -52,7 +47,7 @@ def _client(seen: Seen, peer: ClientPeer) -> Iterator[str]:
         yield f"c{peer.number}: {len(peer.answers)} answers and {len(records)} records"
     whole = peer.ended_by == "fin" and not peer.left and not plan.to_client.faults and plan.raises is None
     whole = whole and plan.out is None  # the answer to half a HEAD has a body
-    whole = whole and not any(noted.record.outcome is Outcome.DRAINED for noted in records)  # cut anywhere
+    whole = whole and not any(_is_cut(noted.record) for noted in records)
     if peer.reader.pending and peer.reader.current is None and whole:
         yield f"c{peer.number}: {peer.reader.pending} bytes that belong to no answer"
     disturbed = False
@@ -69,6 +64,12 @@ def _client(seen: Seen, peer: ClientPeer) -> Iterator[str]:
         disturbed = disturbed or closes or bool(hazards)
 
 
+def _is_cut(record: ExchangeRecord) -> bool:
+    """By a drain, or its own deadline: anywhere, in a head, too."""
+    late = record.failure is not None and (record.failure.side, record.failure.kind) == (Side.GATEWAY, Kind.TIMEOUT)
+    return late or record.outcome is Outcome.DRAINED
+
+
 def _exchange(
     seen: Seen, peer: ClientPeer, ask: Ask, hazards: set[str], noted: Noted, answer: Message | None
 ) -> Iterator[str]:
@@ -77,7 +78,7 @@ def _exchange(
     if record.path and record.request_id != ask.tag:
         yield f"{say}its record is that of {record.request_id}"
     for complaint in (
-        *_cause(hazards, record),
+        *_cause(hazards, record, late=not seen.handover and answer is not None and answer.complete),
         *_time(seen, plan, noted, patient="stops reading" in hazards),
         *_leaving(seen, peer, ask, noted),
         *_delivered(seen, peer, ask, record, answer),
@@ -85,10 +86,14 @@ def _exchange(
         yield say + complaint
 
 
-def _cause(hazards: set[str], record: ExchangeRecord) -> Iterator[str]:
-    """Its cause fits what the plan did to it."""
+def _cause(hazards: set[str], record: ExchangeRecord, *, late: bool) -> Iterator[str]:
+    """Its cause fits what the plan did to it.
+
+    `late`: the client has all, on the path where a write tells only afterwards what was taken. If it is seen to leave
+    before that, and the rest would be read without it, it counts as gone.
+    """
     failure = record.failure
-    if failure is None:
+    if failure is None or (late and failure.kind is Kind.GONE and "drained" in record.flags):
         return
     if (failure.side, failure.kind) not in causes_of(hazards):
         yield f"no such cause in {sorted(hazards) or 'a plan that leaves it alone'}"
@@ -102,8 +107,13 @@ def _time(seen: Seen, plan: Client, noted: Noted, *, patient: bool) -> Iterator[
     longest = longest_idle(failure, deadlines)
     if seen.plan.reload is not None:
         longest = max(longest, longest_idle(failure, _reloaded(seen)))
+    most = deadlines.exchange + deadlines.request_head + deadlines.client_write + deadlines.linger
+    if noted.record.duration > most and "drained" not in noted.record.flags:
+        yield f"took {noted.record.duration:.3f} s, where {deadlines.exchange:g} s are allowed"
     if failure is not None and failure.kind is Kind.GONE and "finish" in _eof_rules(seen):
         return  # an EOF becomes leaving when an upstream is tried that has it so
+    if "drained" in noted.record.flags:
+        return  # it went on without its client
     if patient:  # what is still to be said has its time, too
         longest += deadlines.client_write
     if plan.raises is not None and failure is not None and failure.kind is Kind.INTERNAL:
@@ -129,7 +139,7 @@ def _leaving(seen: Seen, peer: ClientPeer, ask: Ask, noted: Noted) -> Iterator[s
     noticed = end.noticed
     if ask.upgrade and noted.record.status == 101:
         noticed = end.broke or noticed  # in a tunnel an end is no leaving
-    if noted.record.outcome is not Outcome.CLIENT_GONE or not noticed:
+    if noted.record.outcome is not Outcome.CLIENT_GONE or not noticed or "drained" in noted.record.flags:
         return
     first, steps = noticed[0], {moment.step for moment in noticed}
     patient = {upstream.name for upstream in seen.plan.upstreams if upstream.on_client_eof == "finish"}
@@ -173,6 +183,9 @@ def _delivered(
             yield "nothing of the answer arrived"
         return
     tag = answer.get(b"x-tag")
+    if tag is None and ask.streams and answer.status == 200:
+        yield from _early(ask, record, answer, attempts, peer)
+        return
     if tag is None:
         if record.outcome in (Outcome.COMPLETED, Outcome.UPSTREAM_FAILED) and answer.status == 200:
             yield "an answer of 200 that no upstream gave"
@@ -190,6 +203,23 @@ def _delivered(
     yield from _body(ask, record, answer, attempt, stayed=stayed, ended_by=peer.ended_by, unseen=unseen)
 
 
+def _early(
+    ask: Ask, record: ExchangeRecord, answer: Message, attempts: list[Attempt], peer: ClientPeer
+) -> Iterator[str]:
+    """Behind a head that did not wait for an upstream's: the last one's stream, or an error, and no end of ours."""
+    if attempts and attempts[-1].said.status == 200 and ask.reply(attempts[-1].number).sse:
+        stayed = not peer.left and not peer.plan.to_client.faults and peer.plan.raises is None
+        unseen = _WRITE * 4
+        yield from _body(ask, record, answer, attempts[-1], stayed=stayed, ended_by=peer.ended_by, unseen=unseen)
+        return
+    pure = PINGS.sub(b"", bytes(answer.body))
+    if answer.complete:
+        yield "a complete message behind an early head, and no upstream gave one"
+    begins = b'data: {"error":'
+    if not (pure.startswith((begins, b":")) or begins.startswith(pure)):
+        yield f"behind an early head, from nobody: {pure[:60]!r}"
+
+
 def _body(
     ask: Ask,
     record: ExchangeRecord,
@@ -203,12 +233,14 @@ def _body(
     """`unseen`: so many bytes more than the record says may have been delivered."""
     said, body = attempt.said, bytes(answer.body)
     ended = attempt.raw >= said.whole
-    pure = _PINGS.sub(b"", body)
+    pure = PINGS.sub(b"", body)
     if not answer.complete:
         pure = _HALF_A_PING.sub(b"", pure)
     told = pure.find(b'data: {"error":{"message":') if answer.framing == "chunked" else -1
     if told >= 0 and not said.payload.startswith(pure[: told + 60]):
-        if record.outcome not in (Outcome.UPSTREAM_FAILED, Outcome.DRAINED, Outcome.INTERNAL_ERROR):
+        if record.outcome not in (
+            Outcome.UPSTREAM_FAILED, Outcome.DRAINED, Outcome.INTERNAL_ERROR, Outcome.REJECTED
+        ):
             yield "an error event of the gateway's own, and no such outcome"
         if answer.complete:
             yield "a complete message with an error event of the gateway's own"
@@ -274,116 +306,7 @@ def _retries(seen: Seen, tag: str, ask: Ask, attempts: list[Attempt]) -> Iterato
         stale = 0  # each upstream has a stale connection of its own
         if attempt.upstream == following.upstream:
             yield f"{tag}: sent twice to {attempt.upstream}"
-        elif reply.status in (429, 503) or allowed[attempt.upstream]:
+        elif reply.status in (429, 503) or allowed[attempt.upstream] or (seen.plan.holds and reply.error):
             continue
         elif attempt.raw > 0 or not attempt.reused:
             yield f"{tag}: sent again to {following.upstream} after {attempt.upstream} said {attempt.raw} bytes"
-
-
-# -- the two paths -----------------------------------------------------------------------------------------------------
-
-
-def compare(one: Seen, other: Seen) -> tuple[list[str], int]:
-    """Hand-over and the plain path: same bytes, same endings, same records. How many exchanges could be compared?
-
-    A client that leaves or stalls, a drain or a queue takes effect where bytes happen to be, and they may be elsewhere
-    on the other path; such exchanges are judged alone.
-    """
-    found, count = [], 0
-    peers = {peer.number: peer for peer in other.clients}
-    for peer in one.clients:
-        twin = peers.get(peer.number)
-        if twin is None:
-            continue
-        refused = False  # within an upload: whether the connection goes on hangs by how much of that had come
-        for index, ask in enumerate(peer.plan.asks):
-            pair = _records(one, peer.number, index), _records(other, peer.number, index)
-            hazards = hazards_of(one.plan, peer.plan, ask)
-            if hazards & _FAULTY or peer.plan.out is not None or _way(one, ask) != _way(other, ask):
-                break  # what follows on this connection began elsewhere
-            if pair[0] is None or pair[1] is None:
-                if pair[0] is not pair[1] and not refused:
-                    found.append(f"{ask.tag}: a record on one path only")
-                break
-            if _held_up(ask, pair[0].failure, pair[1].failure):
-                break
-            count += 1
-            names = list(_ALIKE)
-            if pair[0].failure is not None or ask.upgrade or any(reply.early or reply.into for reply in ask.replies):
-                names.remove("request_bytes")  # how much was read of what nobody wants any more
-            if "quits" in hazards:
-                names.remove("attempts")  # a connection may die while it is idle, or just before it is used
-            if _breaks_or_ends(ask, pair[0].failure, pair[1].failure):
-                names.remove("failure")
-            found += [f"{ask.tag}: {text}" for text in _same(pair[0], pair[1], names)]
-            inside = any(reply.into or (reply.early and reply.out) for reply in ask.replies)
-            if not (inside and _is_own(peer, index) and _is_own(twin, index)):
-                found += [f"{ask.tag}: {text}" for text in _same_bytes(peer, twin, index)]
-            refused = pair[0].failure is not None and ask.body is not None
-    return [f"[the two paths] {text}" for text in found], count
-
-
-def _records(seen: Seen, client: int, index: int) -> ExchangeRecord | None:
-    records = seen.records[client]
-    return records[index].record if index < len(records) else None
-
-
-def _way(seen: Seen, ask: Ask) -> list[tuple[str, bool]]:
-    """What happened upstream: the same connection may have been idle on one path and in use on the other."""
-    return [(attempt.upstream, attempt.reused) for attempt in seen.attempts.get(ask.tag, [])]
-
-
-def _held_up(ask: Ask, one: Failure | None, other: Failure | None) -> bool:
-    """An upstream has stopped reading, and the rest of the request fitted what its kernel holds on one path only.
-
-    Chunks are cut as the body came, so it has not the same length on both; and then another deadline runs.
-    """
-    stops = any(reply.into is not None and reply.into.kind is FaultKind.STALL for reply in ask.replies)
-    if not stops or one is None or other is None:
-        return False
-    return {(one.phase, one.kind), (other.phase, other.kind)} == {
-        (Phase.SEND, Kind.STALLED),
-        (Phase.FIRST_BYTE, Kind.TIMEOUT),
-    }
-
-
-def _breaks_or_ends(ask: Ask, one: Failure | None, other: Failure | None) -> bool:
-    """An upstream that answers early leaves in the middle of it: by what it has not read, its close is a reset or an
-    end, and when the last bytes of a request come to it hangs by the pieces they are in."""
-    leaves = any(
-        reply.early and reply.out is not None and reply.out.kind is FaultKind.TRUNCATE for reply in ask.replies
-    )
-    if not leaves or one is None or other is None or one.phase is not other.phase:
-        return False
-    return {(one.side, one.kind), (other.side, other.kind)} == {(Side.UPSTREAM, Kind.CUT), (Side.UPSTREAM, Kind.RESET)}
-
-
-def _same(one: ExchangeRecord, other: ExchangeRecord, names: list[str]) -> Iterator[str]:
-    for name in names:
-        mine, theirs = getattr(one, name), getattr(other, name)
-        if isinstance(mine, Failure) and isinstance(theirs, Failure):
-            mine, theirs = (mine.side, mine.phase, mine.kind), (theirs.side, theirs.phase, theirs.kind)
-        if mine != theirs:
-            yield f"{name}: {mine} handed over, {theirs} on the plain path"
-
-
-def _is_own(peer: ClientPeer, index: int) -> bool:
-    """The gateway's own word. What it tells of an upstream that left inside of a request hangs by what was unread:
-    with that a close is a reset, and without it an end."""
-    return index < len(peer.answers) and peer.answers[index].get(b"x-tag") is None
-
-
-def _same_bytes(peer: ClientPeer, twin: ClientPeer, index: int) -> Iterator[str]:
-    mine, theirs = (p.answers[index] if index < len(p.answers) else None for p in (peer, twin))
-    if mine is None or theirs is None:
-        if mine is not theirs:
-            yield "an answer on one path only"
-        return
-    if _told(mine) != _told(theirs):
-        yield f"other bytes: {len(mine.body)} handed over, {len(theirs.body)} on the plain path"
-    if mine.complete != theirs.complete:
-        yield f"complete: {mine.complete} handed over, {theirs.complete} on the plain path"
-
-
-def _told(message: Message) -> bytes:
-    return _PINGS.sub(b"", bytes(message.body))

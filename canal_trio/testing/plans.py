@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from canal_trio.settings import Bounds, Deadlines, Health, Model, Retries, Settings, Upstream
+from canal_trio.settings import Balance, Bounds, Deadlines, Health, Model, Retries, Settings, Upstream
 from canal_trio.testing.simlink import Fault, SimLink
 
 __all__ = ["Ask", "Client", "Leave", "Plan", "Reload", "Reply", "Said", "reply_bytes", "request_bytes", "settings_of"]
@@ -59,6 +59,7 @@ class Ask:
     expect: bool = False
     upgrade: bool = False
     model: str | None = None  # named in a body of JSON
+    streams: bool = False  # and that says `"stream": true`
     pause: float = 0.0  # seconds before it is sent
     replies: tuple[Reply, ...] = (Reply(),)
     dials: tuple[str, ...] = ("ok",)  # "ok", "slow", "refused", "dns", "silent"
@@ -124,6 +125,7 @@ class Plan:
     drain: float | None = None
     reload: Reload | None = None
     bare: bool = False  # the plain path: streams without anything of the protocol, or wrapped ones
+    holds: bool = False  # the first event of a stream is held: an error is asked of another upstream
 
     @property
     def asks(self) -> int:
@@ -150,6 +152,7 @@ def settings_of(plan: Plan, bounds: Bounds | None = None, deadlines: Deadlines |
         deadlines=deadlines or plan.deadlines,
         health=_PATIENT,
         retries=_EAGER,
+        balance=Balance(hold_first_event=plan.holds),
     )
 
 
@@ -164,7 +167,8 @@ def request_bytes(ask: Ask) -> tuple[bytes, bytes]:
         lines += ["Connection: Upgrade", "Upgrade: websocket"]
     elif ask.body is not None:
         if ask.model is not None:
-            payload = json.dumps({"model": ask.model, "x": payload.decode()}).encode()
+            fields: dict[str, object] = {"model": ask.model, "x": payload.decode()}
+            payload = json.dumps(fields | ({"stream": True} if ask.streams else {})).encode()
             lines.append("Content-Type: application/json")
         lines.append("Transfer-Encoding: chunked" if ask.chunked else f"Content-Length: {len(payload)}")
     if ask.expect:

@@ -34,6 +34,7 @@ from canal_trio.wire import headers
 __all__ = ["BUDGET", "Noted", "Seen", "simulate"]
 
 KEPT_BYTES = 64 * 1024  # of a refusal that may have to be relayed after all
+HELD_BYTES = 16 * 1024  # of a first event
 BUDGET = 400_000  # steps of the scheduler in one run: more is a busy loop
 HORIZON = 20_000.0  # virtual seconds: more is a hang
 SETTLE = 5.0  # virtual seconds for what is under way when all have left
@@ -245,6 +246,9 @@ class _World:
             patience += deadlines.first_byte  # an answer is waited for that may never come
         if any(ask.upgrade for client in self._plan.clients for ask in client.asks):
             patience += deadlines.tunnel_idle  # who has ended its side of a tunnel can leave without a word
+        patience += max((model.on_disconnect.seconds for model in self._plan.models if model.on_disconnect), default=0)
+        if self._plan.bounds.exchanges < math.inf:
+            patience += deadlines.lease
         with trio.move_on_after(patience):
             while self._serving:  # noqa: ASYNC110  # virtual time
                 await trio.sleep(0.25)
@@ -287,6 +291,8 @@ class _World:
         statistics, say = self._gateway.statistics(), self._seen.complaints.append
         if statistics.connections or statistics.in_flight or statistics.held_bytes:
             say(f"left in the gateway: {statistics}")
+        if self._gateway.places.used or statistics.waiting or statistics.flow_bytes:
+            say(f"places or bytes are left: {self._gateway.places.used} used, {statistics}")
         idle = 0
         for pool in self._pools:
             counts = pool.statistics()
@@ -358,14 +364,23 @@ class _World:
         client = self._seen.client_ends.get(use.client) if use is not None else None
         if attempt is None or client is None or use is None:
             return
+        if any(model.on_disconnect for model in self._plan.models) and self._has_left(use.client):
+            return  # it may be read to be dropped
         answering = self._answering.get(end)
         if answering is None or answering[0] is not attempt:
             answering = self._answering[end] = attempt, peer.said_before, client.sent
         _, raw_before, sent_before = answering
         held = attempt.said.payload_at(end.received - raw_before) - (client.sent - sent_before)
-        refused = attempt.said.status == 429 or attempt.said.status >= 500  # kept while another upstream is asked
-        if held > self._bound + (2 * KEPT_BYTES if refused else 0):
+        ask, status = self._plan.ask(attempt.tag), attempt.said.status
+        refused = status == 429 or status >= 500  # kept while another upstream is asked
+        if ask.streams and (status != 200 or not ask.reply(attempt.number).sse):
+            refused = True  # kept to be told in a stream that has begun
+        more = (2 * KEPT_BYTES if refused else 0) + (HELD_BYTES if self._plan.holds else 0)
+        if held > self._bound + more:
             self._seen.complaints.append(f"{attempt.tag}: {held} bytes of an answer are held, of {self._bound}")
+
+    def _has_left(self, number: int) -> bool:
+        return any(peer.number == number and (peer.left or peer.over) for peer in self._seen.clients)
 
     def _measure_upload(self, end: GatewayEnd) -> None:
         """The bytes of a client's requests that are in the gateway now."""

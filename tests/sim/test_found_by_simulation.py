@@ -15,7 +15,7 @@ from canal_trio.gateway.exchange import Exchange
 from canal_trio.hooks import Outcome
 from canal_trio.messages import RequestHead
 from canal_trio.settings import Bounds, Model, Target, Upstream
-from canal_trio.testing.draws import plan_of
+from canal_trio.testing.draws import RARER, plan_of
 from canal_trio.testing.hunt import check
 from canal_trio.testing.simstream import SimLink, sim_stream_pair
 from canal_trio.upstream.pool import Lease
@@ -302,3 +302,26 @@ def test_whether_a_refused_upload_leaves_a_connection_hangs_by_how_much_of_it_ha
 def test_an_idle_connection_that_went_dead_unseen_costs_the_next_one_its_deadline() -> None:
     """The judge was wrong. A link that was cut without a word cannot be told from one that is idle."""
     assert not check(plan_of(700025997)).complaints
+
+
+def test_an_error_event_that_was_cut_is_still_the_gateways_own() -> None:
+    """The judge was wrong. Behind a head before its time comes an error, and a link may cut it."""
+    assert not check(plan_of(1_000_000_439)).complaints
+
+
+def test_who_leaves_before_a_write_tells_that_it_has_all_counts_as_gone() -> None:
+    """The judge was wrong. Where a write tells only afterwards what was taken, and the answer would be read on without
+    its client, nothing is left that would show that it got the last byte."""
+    assert not check(plan_of(1_000_001_553)).complaints
+
+
+def test_plans_with_rarer_configurations_have_all_of_them() -> None:
+    """Seeds from `RARER` on draw places, deadlines, early heads, held events and reading on; those below none."""
+    plans = [plan_of(seed) for seed in range(RARER, RARER + 40)]
+    assert {plan.bounds.exchanges for plan in plans} >= {1, 2}
+    assert any(plan.deadlines.exchange < 30 for plan in plans)
+    assert any(model.on_disconnect is not None for plan in plans for model in plan.models)
+    assert any(upstream.early_head_after is not None for plan in plans for upstream in plan.upstreams)
+    assert any(plan.holds for plan in plans)
+    usual = [plan_of(seed) for seed in range(40)]
+    assert not any(plan.holds or plan.bounds.exchanges < 3 for plan in usual)
