@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import final
 
+from canal_trio.hooks import Usage
 from canal_trio.relay.flow import Sink
 from canal_trio.upstream.interface import Outlet
 from canal_trio.wire.facts import ResponseFacts
@@ -23,11 +24,16 @@ __all__ = ["Account", "account_for"]
 class Account:
     """One answer's."""
 
-    __slots__ = ("_edit", "tap")
+    __slots__ = ("_edit", "_tap")
 
     def __init__(self, tap: BodyUsage | StreamUsage, edit: UsageEdit | None) -> None:
-        self.tap = tap  # its `usage` is what the upstream said that it used, once it did
+        self._tap = tap
         self._edit = edit
+
+    @property
+    def usage(self) -> Usage | None:
+        """What the upstream said that it used, once it did."""
+        return self._tap.usage
 
     @property
     def removed(self) -> bool:
@@ -36,7 +42,7 @@ class Account:
 
     def feed(self, piece: bytes) -> bytes:
         """A piece has come: what of it, and of what was held, may go on now. Perhaps nothing. Not a checkpoint."""
-        self.tap.feed(piece)
+        self._tap.feed(piece)
         return piece if self._edit is None else self._edit.feed(piece)
 
     def flush(self) -> bytes:
@@ -47,7 +53,7 @@ class Account:
         """The same for several pieces; `over`: they are the last ones."""
         if self._edit is None:
             for piece in pieces:
-                self.tap.feed(piece)
+                self._tap.feed(piece)
             return pieces
         passed = [self.feed(piece) for piece in pieces]
         if over:

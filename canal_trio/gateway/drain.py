@@ -74,7 +74,7 @@ class Draining:
             return False
         exchange.note(Failure(Side.CLIENT, exchange.phase, Kind.GONE, detail))
         exchange.draining = True
-        self.told = exchange.account is not None and exchange.account.tap.usage is not None
+        self.told = exchange.account is not None and exchange.account.usage is not None
         self._events = exchange.scanner.events if exchange.scanner is not None else 0
         self._was = (
             exchange.status,

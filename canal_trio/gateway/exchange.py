@@ -331,7 +331,7 @@ class Exchange:
         """The tokens, and who says so."""
         if not self.accounted:
             return None, UsageSource.NONE
-        usage = None if self.account is None else self.account.tap.usage
+        usage = None if self.account is None else self.account.usage
         if usage is not None:
             late = self.draining and self.drain is not None and not self.drain.told
             return usage, UsageSource.DRAINED if late else UsageSource.UPSTREAM

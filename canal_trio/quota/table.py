@@ -93,8 +93,7 @@ class Table:
         self, scopes: Sequence[Scope], ask: Ask, moment: Moment
     ) -> tuple[Counted, tuple[Scope, Refusal] | None]:
         """Let `ask` in everywhere, or nowhere: what each scope has counted by then, and why not."""
-        kept = self._together.get(id(scopes))
-        known = kept[1] if kept is not None and kept[0] is scopes else self._all_named(scopes)
+        known = self._all_named(scopes)
         if known is not None:
             worst = _begin(known, ask, moment)
             if worst is None and ask.cost:
@@ -120,8 +119,7 @@ class Table:
 
     def settle(self, scopes: Sequence[Scope], ask: Ask, used: Ask, moment: Moment) -> None:
         """What was let in by `admit` with these has ended."""
-        kept = self._together.get(id(scopes))
-        known = kept[1] if kept is not None and kept[0] is scopes else self._all_named(scopes)
+        known = self._all_named(scopes)
         if known is not None:
             for scope, state in known:
                 rule = scope.rule
@@ -145,6 +143,9 @@ class Table:
     def _all_named(self, scopes: Sequence[Scope]) -> Counted | None:
         """These with their states, where nobody else has the table and each of them has its record: nothing has to be
         locked then, and no place looked at. The same few come again and again, so they are kept together."""
+        kept = self._together.get(id(scopes))
+        if kept is not None and kept[0] is scopes:
+            return kept[1]
         named = self._named
         if self._shared or not all(scope.id in named for scope in scopes):
             return None

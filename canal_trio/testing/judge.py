@@ -182,9 +182,11 @@ def _delivered(
         if finished and stayed and "left_after_terminal" not in record.flags and peer.ended_by != "fin":
             yield "nothing of the answer arrived"
         return
+    cut = record.failure is not None and not seen.handover
+    unseen = _WRITE + max(seen.plan.bounds.piece_bytes, seen.plan.bounds.handover_bytes) if cut else 0
     tag = answer.get(b"x-tag")
     if tag is None and ask.streams and answer.status == 200:
-        yield from _early(ask, record, answer, attempts, peer)
+        yield from _early(ask, record, answer, attempts, stayed=stayed, ended_by=peer.ended_by, unseen=unseen)
         return
     if tag is None:
         if record.outcome in (Outcome.COMPLETED, Outcome.UPSTREAM_FAILED) and answer.status == 200:
@@ -198,19 +200,22 @@ def _delivered(
         yield f"the client got the answer to {tag.decode()}"
         return
     attempt = attempts[int(answer.get(b"x-attempt") or b"0")]
-    cut = record.failure is not None and not seen.handover
-    unseen = _WRITE + max(seen.plan.bounds.piece_bytes, seen.plan.bounds.handover_bytes) if cut else 0
     yield from _body(ask, record, answer, attempt, stayed=stayed, ended_by=peer.ended_by, unseen=unseen)
 
 
 def _early(
-    ask: Ask, record: ExchangeRecord, answer: Message, attempts: list[Attempt], peer: ClientPeer
+    ask: Ask,
+    record: ExchangeRecord,
+    answer: Message,
+    attempts: list[Attempt],
+    *,
+    stayed: bool,
+    ended_by: str | None,
+    unseen: int,
 ) -> Iterator[str]:
     """Behind a head that did not wait for an upstream's: the last one's stream, or an error, and no end of ours."""
     if attempts and attempts[-1].said.status == 200 and ask.reply(attempts[-1].number).sse:
-        stayed = not peer.left and not peer.plan.to_client.faults and peer.plan.raises is None
-        unseen = _WRITE * 4
-        yield from _body(ask, record, answer, attempts[-1], stayed=stayed, ended_by=peer.ended_by, unseen=unseen)
+        yield from _body(ask, record, answer, attempts[-1], stayed=stayed, ended_by=ended_by, unseen=unseen)
         return
     pure = PINGS.sub(b"", bytes(answer.body))
     if answer.complete:

@@ -83,8 +83,7 @@ class Journal:
     def admit(self, row: Row) -> bool:
         """Write the open `row`. False: the journal is full, or the disk is; nothing may be done for this exchange."""
         line = b"+%b\n" % _encode(row[:KNOWN])
-        waiting = self.backlog if self._late else self.written - self.applied
-        ahead = waiting + len(line) + (self.open + 1) * ENDING_BYTES
+        ahead = self.backlog + len(line) + (self.open + 1) * ENDING_BYTES
         if ahead > self._most or (self._late and not self.retry()) or not self._write(line):
             return False
         self.open += 1

@@ -113,9 +113,7 @@ def opened(seq: int, admitted: Admitted) -> Row:
     id_, started, path, principal, key, model, upstream = admitted
     few = _few_texts if len(path) + len(model or "") <= _TEXT else _texts
     path_text, principal, key, model, upstream = few(path, principal, key, model, upstream)
-    if len(id_) > _TEXT or not id_.isascii() or not id_.isprintable():
-        id_ = _cut(id_)
-    fields = (seq, started, id_, principal, key, path_text or "", model, None, upstream, *_DEFAULTS)
+    fields = (seq, started, _cut(id_), principal, key, path_text or "", model, None, upstream, *_DEFAULTS)
     return tuple.__new__(Row, fields)  # as `Row._make`, without asking how many they are
 
 
