@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import final
-from weakref import WeakMethod
 
 import trio
 from trio.abc import Stream
@@ -49,6 +48,24 @@ _SLICE = 16 * 1024  # bytes per send where progress within one cannot be seen
 class Http1Connection:
     """A connection to one upstream. `stream` is ours to close; `raw` is its socket end, for a close in one step."""
 
+    __slots__ = (
+        "_answered",
+        "_body",
+        "_bounds",
+        "_failure",
+        "_heads",
+        "_keeps",
+        "_parks",
+        "_raw",
+        "_relaying",
+        "_sent",
+        "_stream",
+        "_turns",
+        "_unsent",
+        "_used",
+        "reusable",
+    )
+
     def __init__(
         self, stream: Stream, raw: HandoverStream, *, reaper: Reaper, bounds: Bounds, deadlines: Deadlines
     ) -> None:
@@ -56,9 +73,7 @@ class Http1Connection:
         self._raw = raw
         self._parks = parks(stream)
         self._bounds = bounds
-        # Who tells us of trouble must not own us: a circle would wait for the garbage collector, which seldom looks.
-        self._note_weakly = _weakly(WeakMethod(self._note))
-        self._turns = Turns(deadlines, reaper, _weakly(WeakMethod(self._expire)))
+        self._turns = Turns(deadlines, reaper, self._expire)
         self._used = False
         self._heads = ResponseHeadReader(head_bytes=bounds.head_bytes, head_fields=bounds.head_fields)
         self._reset()
@@ -71,7 +86,7 @@ class Http1Connection:
         self._answered = False  # a byte of the response has arrived
         self._sent = False  # the request left whole
         self._relaying = False  # the final head was passed on
-        self._failure: Failure | None = None
+        self._failure: Failure | None = None  # the first, unless the body has met one before
         self._keeps = False  # the final head is here, and says that the connection stays
         self._body: ResponseBody | None = None  # from the final head on
 
@@ -93,7 +108,7 @@ class Http1Connection:
 
     def ends(self) -> bool:
         """See `canal_trio.upstream.interface.Connection`."""
-        return self._failure is not None or self.end is not None or has_hung_up(self._raw)
+        return self.failure is not None or self.end is not None or has_hung_up(self._raw)
 
     def abort(self) -> None:
         """Close the socket in this very step. Idempotent.
@@ -124,16 +139,16 @@ class Http1Connection:
         """The attempt is over: what became of it, and of the connection."""
         self._used = True
         self._turns.turn = Turn.NOBODY
-        body = self._body
+        body, failure = self._body, self.failure
         self.reusable = (
-            self._failure is None
+            failure is None
             and self._sent
             and body is not None
             and body.end is not None
             and not body.rest
             and self._keeps
         )
-        return self._failure
+        return failure
 
     def _expire(self, failure: Failure) -> None:
         """A deadline has passed: whoever waits for the upstream is woken by the close."""
@@ -141,7 +156,7 @@ class Http1Connection:
         self.abort()
 
     def _note(self, failure: Failure) -> None:
-        if self._failure is None:
+        if self.failure is None:
             self._failure = failure
 
     def _broken(self, detail: str) -> Failure:
@@ -267,9 +282,7 @@ class Http1Connection:
         if isinstance(decoder, Failure):
             self._note(decoder)
             return None
-        self._body = body = ResponseBody(
-            self._stream, decoder, self._turns, self._note_weakly, piece_bytes=self._bounds.piece_bytes
-        )
+        self._body = body = ResponseBody(self._stream, decoder, self._turns, piece_bytes=self._bounds.piece_bytes)
         self._keeps = response_facts(head).keep_alive
         self._relaying = True
         self._turns.begin(Turn.BODY)
@@ -347,8 +360,9 @@ class Http1Connection:
 
     @property
     def failure(self) -> Failure | None:
-        """What went wrong, if anything has."""
-        return self._failure
+        """What went wrong, if anything has: the first that did."""
+        failure, body = self._failure, self._body
+        return body.failure if failure is None and body is not None else failure
 
     async def pass_on(self, outlet: Outlet, most: int) -> bytes:
         """Hand the body over to `outlet`, until it refuses or the body is over; the payload that came with the end."""
@@ -377,16 +391,6 @@ class Http1Connection:
         await Tunnel(self._stream, self._turns, self._bounds.piece_bytes, self._note, self.abort).run(
             early, self._send, body, answer.body
         )
-
-
-def _weakly(method: WeakMethod[Callable[[Failure], None]]) -> Callable[[Failure], None]:
-    """The method, for as long as its object lives."""
-
-    def call(failure: Failure) -> None:
-        if (found := method()) is not None:
-            found(failure)
-
-    return call
 
 
 def _over(body: BodySource) -> bool:

@@ -8,7 +8,6 @@ never ends, it is noted as a failure. While the flow is full it is the client's 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import final
 
 import trio
@@ -29,35 +28,31 @@ _PEER_TROUBLE = (trio.BrokenResourceError, trio.ClosedResourceError)
 
 @final
 class ResponseBody:
-    """`note` keeps the first failure; `failed` says whether there is one, of whoever's."""
+    """`failure` is the first that it met."""
 
     __slots__ = (
         "_clock",
         "_decoder",
         "_last",
         "_most",
-        "_note",
         "_outlet",
         "_piece_bytes",
         "_receive",
         "_stream",
         "_turns",
         "_whole",
-        "failed",
+        "failure",
     )
 
-    def __init__(
-        self, stream: Stream, decoder: BodyDecoder, turns: Turns, note: Callable[[Failure], None], *, piece_bytes: int
-    ) -> None:
+    def __init__(self, stream: Stream, decoder: BodyDecoder, turns: Turns, *, piece_bytes: int) -> None:
         self._stream = stream
         self._decoder = decoder
         self._turns = turns
-        self._note = note
         self._piece_bytes = piece_bytes
         self._clock = turns.clock
         self._last = b""  # the payload that came with the end, in hand-over
         self._most = 0
-        self.failed = False
+        self.failure: Failure | None = None
 
     @property
     def end(self) -> End | None:
@@ -72,13 +67,13 @@ class ResponseBody:
     def take(self, data: bytes) -> bytes:
         """The payload in `data`; broken framing is noted. Not a checkpoint."""
         payload = self._decoder.feed(data)
-        if self._decoder.fault is not None and not self.failed:
+        if self._decoder.fault is not None:
             self._fail(Kind.MALFORMED, self._decoder.fault)
         return payload
 
     def _fail(self, kind: Kind, detail: str) -> None:
-        self.failed = True
-        self._note(Failure(Side.UPSTREAM, Phase.STREAM, kind, detail))
+        if self.failure is None:
+            self.failure = Failure(Side.UPSTREAM, Phase.STREAM, kind, detail)
 
     def _eof(self) -> None:
         self._decoder.close()
@@ -175,7 +170,7 @@ class ResponseBody:
             return True
         if end is not None:
             sender.end(end)
-        return end is not None or self.failed
+        return end is not None or self.failure is not None
 
     async def _hand_over(self, stream: HandoverStream, sender: FlowSender) -> bool:
         """Serve the flow in the poller's step. True: the body is over; False: the flow is full."""
@@ -205,13 +200,13 @@ class ResponseBody:
                     sender.put_nowait(payload)
             except trio.BrokenResourceError:
                 over = True  # the driver takes no more
-            return not (over or self.failed or end is not None)
+            return not (over or self.failure is not None or end is not None)
 
         await self._serve(stream, move)
         end = self._decoder.end
         if end is not None:
             sender.end(end)  # of no effect unless the body ended with the connection
-        return over or self.failed or end is not None
+        return over or self.failure is not None or end is not None
 
 
 def _no_chunk(_data: bytes) -> int:

@@ -44,7 +44,8 @@ def _limits(deadlines: Deadlines) -> dict[Turn, float]:
 
 @final
 class Turns:
-    """`expire` gets the failure of the deadline that passed, once, in the reaper's step; it must not raise.
+    """`expire` gets the failure of the deadline that passed, once, in the reaper's step; it must not raise. `stop()`
+    lets go of it, as it knows us: such a circle would wait for the garbage collector, which seldom looks.
 
     Whoever moves bytes sets `moved` to `clock()`; whoever passes the turn without moving any may set `turn` alone.
     """
@@ -53,7 +54,7 @@ class Turns:
 
     def __init__(self, deadlines: Deadlines, reaper: Reaper, expire: Callable[[Failure], None]) -> None:
         self._deadlines = deadlines
-        self._expire = expire
+        self._expire: Callable[[Failure], None] | None = expire
         self._limits = _limits(deadlines)
         self._period = min(self._limits.values())  # no deadline is shorter, so none is ever seen late
         self.clock = clock_of_run()
@@ -69,11 +70,13 @@ class Turns:
     def stop(self) -> None:
         """The connection is closed: look no more. Idempotent."""
         self._watch.cancel()
+        self._expire = None
 
     def _check(self, now: float) -> float:
         due = self.moved + self._limits.get(self.turn, math.inf)
         if now < due:
             return min(due, now + self._period)
+        assert self._expire is not None  # nobody looks after `stop`
         self._expire(self._failure())
         return math.inf
 

@@ -31,9 +31,9 @@ class Scene:
     def __init__(self, near: SimStream, far: SimStream, reaper: Reaper) -> None:
         self.far = far
         self.near = near
-        self.failures: list[Failure] = []
-        turns = Turns(Deadlines(), reaper, self.failures.append)
-        self.body = ResponseBody(near, LengthDecoder(LENGTH), turns, self.failures.append, piece_bytes=100)
+        self.late: list[Failure] = []
+        turns = Turns(Deadlines(), reaper, self.late.append)
+        self.body = ResponseBody(near, LengthDecoder(LENGTH), turns, piece_bytes=100)
         self.sender: FlowSender
         self.flow: FlowReceiver
         self.sender, self.flow = open_flow(2, piece_bytes=100)
@@ -43,8 +43,8 @@ class Scene:
         """As `Http1Connection.run` does."""
         await self.body.into(self.sender, b"")
         self.over = True
-        if self.failures:
-            self.sender.abort(self.failures[0])
+        if self.body.failure is not None:
+            self.sender.abort(self.body.failure)
 
 
 @asynccontextmanager
@@ -59,6 +59,7 @@ async def scene(*, handover: bool) -> AsyncIterator[Scene]:
         yield it
         await trio.testing.wait_all_tasks_blocked()
         assert it.over
+        assert it.late == []
         nursery.cancel_scope.cancel()
     near.close()
     far.close()
@@ -74,7 +75,7 @@ async def test_the_flow_is_closed_while_the_body_waits_for_room(
         await trio.testing.wait_all_tasks_blocked()
         assert not it.over
         it.flow.close()
-    assert it.failures == []
+    assert it.body.failure is None
 
 
 @PATHS
@@ -84,7 +85,7 @@ async def test_the_flow_is_closed_before_more_arrives(handover: bool, autojump_c
         await trio.testing.wait_all_tasks_blocked()
         it.flow.close()
         await it.far.send_all(b"x" * 50)
-    assert it.failures == []
+    assert it.body.failure is None
 
 
 @PATHS
@@ -99,7 +100,8 @@ async def test_the_connection_breaks_while_the_body_is_awaited(
         await trio.testing.wait_all_tasks_blocked()
         assert await it.flow.take() == [b"x" * 50]
         assert await it.flow.take() == []
-    (failure,) = it.failures
+    failure = it.body.failure
+    assert failure is not None
     assert (failure.side, failure.phase, failure.kind) == (Side.UPSTREAM, Phase.STREAM, Kind.RESET)
     assert it.flow.ending == Aborted(failure)
 
@@ -118,4 +120,4 @@ async def test_the_whole_body_through_a_flow_that_is_often_full(
         assert data == b"x" * LENGTH
         assert isinstance(it.flow.ending, Ended)
         assert it.body.rest in (b"", b"beyond"[: len(it.body.rest)])
-    assert it.failures == []
+    assert it.body.failure is None

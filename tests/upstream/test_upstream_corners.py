@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from typing import Any
-from weakref import WeakMethod
+from weakref import ref
 
 import pytest
 import trio
@@ -22,9 +22,10 @@ from canal_trio.settings import Bounds, Deadlines, Settings, Upstream
 from canal_trio.testing.simstream import SimStream, sim_stream_pair
 from canal_trio.upstream.connect import Connector
 from canal_trio.upstream.forward import ForwardedConnection
-from canal_trio.upstream.http1 import Http1Connection, _weakly
+from canal_trio.upstream.http1 import Http1Connection
 from canal_trio.upstream.idle import has_hung_up
 from canal_trio.upstream.tunnel import parse_proxy
+from canal_trio.upstream.turns import Turns
 from canal_trio.wire.targets import BaseUrl
 
 # -- dialling ----------------------------------------------------------------------------------------------------------
@@ -223,13 +224,14 @@ async def test_what_a_log_shows_of_a_connection(autojump_clock: trio.testing.Moc
         nursery.cancel_scope.cancel()
 
 
-async def test_a_deadline_of_a_connection_that_is_gone(autojump_clock: trio.testing.MockClock) -> None:
-    """The reaper does not keep it alive, and what it still looks at is nobody's: nothing happens."""
-    call = _weakly(WeakMethod(Heads().expire))
-    call(Failure(Side.UPSTREAM, Phase.STREAM, Kind.STALLED))
+async def test_a_closed_connection_waits_for_the_garbage_collector(autojump_clock: trio.testing.MockClock) -> None:
+    """Whoever is told of its deadlines knows them: from the moment it is closed they do not know it any longer."""
     heads = Heads()
-    _weakly(WeakMethod(heads.expire))(Failure(Side.UPSTREAM, Phase.STREAM, Kind.STALLED))
-    assert [failure.kind for failure in heads.expired] == [Kind.STALLED]
+    turns, freed = Turns(Deadlines(), Reaper(), heads.expire), ref(heads)
+    turns.stop()
+    del heads
+    assert freed() is None
+    turns.stop()
 
 
 async def test_a_hangup_is_known_before_the_poller_has_heard_of_it() -> None:
