@@ -71,10 +71,6 @@ class Headers:
             return []
         return [value for _, lower, value in self._fields if lower == name] if self._repeated else [found]
 
-    def release(self) -> None:
-        """Let go of what looking up has built; it is built again when it is needed. For fields that stay for long."""
-        self._first = None
-
     def replaced(self, name: bytes, value: bytes) -> Headers:
         """The same fields with another value for each `name` (lower case)."""
         changed = Headers()
@@ -88,13 +84,16 @@ class Headers:
         return [member for member in members if member]
 
 
+_NO_FIELDS = Headers()
+
+
 @dataclass(frozen=True, slots=True)
 class RequestHead:
     """A request's start line and fields. `version` is `b"1.1"` or `b"1.0"`."""
 
     method: bytes
     target: bytes
-    headers: Headers = field(default_factory=Headers)
+    headers: Headers = _NO_FIELDS
     version: bytes = b"1.1"
     facts: object = field(default=None, init=False, repr=False, compare=False)  # what `keep` was given
 
@@ -102,13 +101,19 @@ class RequestHead:
         """Keep what was found out about this head with it. Of the head itself nothing changes."""
         object.__setattr__(self, "facts", facts)
 
+    def bare(self) -> RequestHead:
+        """The same without its fields; what was found out about it stays."""
+        bare = RequestHead(self.method, self.target, _NO_FIELDS, self.version)
+        bare.keep(self.facts)
+        return bare
+
 
 @dataclass(frozen=True, slots=True)
 class ResponseHead:
     """A response's start line and fields; informational (1xx) heads use it too."""
 
     status: int
-    headers: Headers = field(default_factory=Headers)
+    headers: Headers = _NO_FIELDS
     reason: bytes = b""
     version: bytes = b"1.1"
     facts: object = field(default=None, init=False, repr=False, compare=False)  # what `keep` was given
@@ -127,4 +132,4 @@ class ResponseHead:
 class End:
     """The clean end of a body, with its trailer fields. A flow without it was aborted."""
 
-    trailers: Headers = field(default_factory=Headers)
+    trailers: Headers = _NO_FIELDS

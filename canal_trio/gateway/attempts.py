@@ -80,6 +80,7 @@ class Attempts:
         self._next: int | None = None  # which is asked after the present one
         self._kept: KeptAnswer | None = None
         # of the present attempt
+        self._request: UpstreamRequest | None = None  # until it was answered
         self._standing: Standing
         self._trial = False
         self._status: int | None = None  # of its answer
@@ -162,7 +163,7 @@ class Attempts:
         self._settled()
         self._begin_reading()
         self._delivery.begin(kept.head, close=self._close or not exchange.received)
-        await self._delivery.straight(kept, settle=_nothing, lasts=self._lasts)
+        await self._delivery.straight(kept, settle=_nothing)
         return None
 
     # -- one attempt ---------------------------------------------------------------------------------------------------
@@ -179,10 +180,12 @@ class Attempts:
         if self._group.timed:
             exchange.first_seen = timing(exchange, standing, self._group.options)
         try:
-            request = self._requests.make(exchange, upstream, self._generation, trusted=self._trusted)
-            if isinstance(request, Failure):
-                failure = request
+            made = self._requests.make(exchange, upstream, self._generation, trusted=self._trusted)
+            if isinstance(made, Failure):
+                failure = made
                 return failure
+            self._request = made
+            del made  # a stream goes on for long
             lease = await self._generation.pools[upstream.name].lease(fresh=fresh, dialling=self._dialling)
             if isinstance(lease, Failure):
                 failure = lease
@@ -195,10 +198,10 @@ class Attempts:
             exchange.lease = lease
             exchange.phase = Phase.FIRST_BYTE if exchange.received else Phase.UPLOAD
             if straight is not None:
-                failure = await self._straight(lease, straight, request, upstream)
+                failure = await self._straight(lease, straight, upstream)
             else:
                 body = exchange.body.source() if exchange.body is not None else None
-                failure = await self._pair(lease, request, body, upstream)
+                failure = await self._pair(lease, body, upstream)
             return failure
         finally:
             self._over(failure, upstream, trial=trial)
@@ -222,9 +225,9 @@ class Attempts:
                 standing.missed(now, self._group.options.memory)
             exchange.first_seen = None
 
-    async def _pair(
-        self, lease: Lease, request: UpstreamRequest, body: BodySource | None, upstream: Upstream
-    ) -> Failure | None:
+    async def _pair(self, lease: Lease, body: BodySource | None, upstream: Upstream) -> Failure | None:
+        request, self._request = self._request, None
+        assert request is not None
         port = Port(self._settings.bounds, self._delivery.meter)
         try:
             async with trio.open_nursery() as nursery:
@@ -247,19 +250,10 @@ class Attempts:
             and self._delivery.early is None
         )
 
-    async def _straight(
-        self, lease: Lease, connection: StraightConnection, request: UpstreamRequest, upstream: Upstream
-    ) -> Failure | None:
-        exchange = self._exchange
+    async def _straight(self, lease: Lease, connection: StraightConnection, upstream: Upstream) -> Failure | None:
+        exchange, request = self._exchange, self._request
+        assert request is not None
         body = exchange.body.source() if exchange.body is not None else None
-
-        def settle() -> None:
-            if connection.conclude() is None and lease.connection.reusable:
-                lease.release()
-            else:
-                lease.abort()
-            exchange.lease = None
-
         try:
             answer = await connection.ask(
                 request.block, body, self._delivery.informational, method=request.method, chunked=request.chunked
@@ -268,11 +262,11 @@ class Attempts:
                 return answer
             if answer is None:
                 await in_task()
-                return await self._pair(lease, request, body, upstream)
+                return await self._pair(lease, body, upstream)
             another = self._worth_another(answer, upstream)
             if another is not None:
                 self._kept = await keep(connection, answer, upstream.name) or self._kept
-                settle()
+                self._give_back()
                 return another
             body_of: AnswerBody = connection
             if self._group.options.hold_first_event and self._holds(answer):
@@ -283,24 +277,25 @@ class Attempts:
                 body_of = held
             self._settled()
             self._delivery.begin(answer, close=self._close)
-            del answer  # a stream goes on for long
-
-            def lasts() -> None:
-                request.release()
-                self._lasts()
-
-            await self._delivery.straight(body_of, settle=settle, lasts=lasts)
+            self._request = None
+            del answer, body, request  # a stream goes on for long
+            await self._delivery.straight(body_of, settle=self._give_back)
             return None
         finally:
             lease.abort()  # of no effect once it was settled
             if exchange.lease is lease:
                 exchange.lease = None
 
-    def _lasts(self) -> None:
-        """The answer goes on for long, and there are thousands: keep nothing that is not needed."""
-        self._requests.forget()
-        if self._exchange.head is not None:
-            self._exchange.head.headers.release()
+    def _give_back(self) -> None:
+        """The upstream of a straight attempt has nothing more to say."""
+        lease = self._exchange.lease
+        assert lease is not None
+        connection = lease.connection
+        if connection.straight is not None and connection.straight.conclude() is None and connection.reusable:
+            lease.release()
+        else:
+            lease.abort()
+        self._exchange.lease = None
 
     def _dialling(self) -> None:
         self._exchange.phase = Phase.DIAL

@@ -22,14 +22,13 @@ from outcome import Error, Value
 from trio.abc import HalfCloseableStream, Stream
 
 from canal_trio.errors import Failure, Kind, Phase, Side
-from canal_trio.gateway.answers import ClientHeads
 from canal_trio.gateway.body import HeldBody, WholeBody
 from canal_trio.gateway.deliver import Delivery
 from canal_trio.gateway.exchange import Exchange
 from canal_trio.gateway.handoff import Handoff, Work
 from canal_trio.gateway.pipeline import Pipeline
 from canal_trio.gateway.reader import ClientReader
-from canal_trio.gateway.requests import UpstreamRequests
+from canal_trio.gateway.remembered import Remembered
 from canal_trio.gateway.respond import error_response, own_answer
 from canal_trio.gateway.writer import ClientWriter
 from canal_trio.messages import End, RequestHead
@@ -64,10 +63,9 @@ class ClientConnection:
         self._certificate = certificate
         self._handoff = Handoff()
         self._context = contextvars.copy_context()
-        self._requests = UpstreamRequests(peer=peer, scheme=scheme)
-        self._answers = ClientHeads()
         self._writer = ClientWriter(stream, stall=gateway.settings.deadlines.client_write)
         self._bounds = gateway.settings.bounds  # of its reads; a reload is for the connections after it
+        self._remembered = Remembered(self._bounds, peer=peer, scheme=scheme)
         self._reader: ClientReader | None = None
         self._reset = False  # close so that the client sees an error
         self._unread = False  # the client may still be sending
@@ -83,7 +81,7 @@ class ClientConnection:
             self._gateway.bug(group, self.current)
         finally:
             self._reader = None  # it knows us: left so, both would wait for the garbage collector, which seldom looks
-            if self.current is not None and not self.current.finished.is_set():  # admitted, its turn never came
+            if self.current is not None and not self.current.finished:  # admitted, its turn never came
                 self.current.note(_stopped(self.current))
                 self._finish(self.current)
             if self._reset or self._writer.trouble is Kind.STALLED:
@@ -114,12 +112,8 @@ class ClientConnection:
             deadlines = replace(deadlines, keep_alive=min(deadlines.keep_alive, deadlines.linger))
         self._reader = ClientReader(
             self._stream,
-            begin=self._begin,
-            done=self._handoff.close,
-            admit=self._admit,
-            hold=self._hold,
-            open_upload=self._open_upload,
-            refuse=self._refuse,
+            self,
+            self._remembered.heads,
             reaper=self._gateway.reaper,
             bounds=self._bounds,
             deadlines=deadlines,
@@ -156,8 +150,8 @@ class ClientConnection:
 
     # -- the reader's questions ----------------------------------------------------------------------------------------
 
-    def _admit(self, head: RequestHead, started: float) -> tuple[Exchange, BodyDecoder]:
-        """The exchange of a head that was just read, with its body's decoder. Registered from here on."""
+    def admit(self, head: RequestHead, started: float) -> tuple[Exchange, BodyDecoder]:
+        """See `reader.Owner`; so for those that follow. The exchange is registered from here on."""
         gateway = self._gateway
         bounds = gateway.settings.bounds
         client = client_address(head.headers, self._peer, gateway.trusts) if gateway.trusts_any else self._peer
@@ -181,7 +175,7 @@ class ClientConnection:
             exchange.received = exchange.upgrade is not None
         return exchange, decoder
 
-    def _hold(self, exchange: Exchange, content: bytes, end: End) -> bool:
+    def hold(self, exchange: Exchange, content: bytes, end: End) -> bool:
         """Hold a body that is here as a whole. False: it is more than may be held."""
         budget = self._gateway.places.budget
         if len(content) > self._gateway.settings.bounds.held_body_bytes or not budget.take(len(content)):
@@ -189,7 +183,7 @@ class ClientConnection:
         exchange.body = WholeBody(content, end, budget)
         return True
 
-    def _open_upload(self, exchange: Exchange) -> FlowSender:
+    def open_upload(self, exchange: Exchange) -> FlowSender:
         """A flow for a body that is not here as a whole."""
         places, bounds = self._gateway.places, self._bounds
         sender, receiver = open_flow(
@@ -198,7 +192,7 @@ class ClientConnection:
         exchange.body = HeldBody(receiver, places.budget, bounds.held_body_bytes)
         return sender
 
-    def _refuse(self, failure: Failure, started: float) -> Exchange:
+    def refuse(self, failure: Failure, started: float) -> Exchange:
         """The exchange of a head that cannot be one."""
         exchange = Exchange(None, client=self._peer, started=started, certificate=self._certificate)
         exchange.note(failure)
@@ -214,7 +208,8 @@ class ClientConnection:
         gateway, head = self._gateway, exchange.head
         generation = gateway.generation
         places = gateway.places
-        delivery = Delivery(exchange, self._writer, generation.settings, gateway.reaper, self._answers, places.meter)
+        memory = self._remembered
+        delivery = Delivery(exchange, self._writer, generation.settings, gateway.reaper, memory, places.meter)
         if gateway.draining:
             exchange.note(Failure(Side.GATEWAY, Phase.ROUTE, Kind.DRAINING))
         if head is None or exchange.failure is not None:
@@ -226,12 +221,12 @@ class ClientConnection:
             exchange.status = own[0]
             return Work(exchange, delivery, None, keep=keep, own=own[1])
         trusted = gateway.trusts_any and gateway.trusts(self._peer)
-        pipeline = Pipeline(exchange, generation, places, self._writer, delivery, self._requests, trusted=trusted)
+        pipeline = Pipeline(exchange, generation, places, self._writer, delivery, memory.requests, trusted=trusted)
         pipeline.close = not keep
         return Work(exchange, delivery, pipeline, keep=keep)
 
-    def _begin(self, exchange: Exchange, *, ahead: bool) -> None:
-        """The reader's: an exchange was read. `ahead`: whole, so it begins in this very step, before its driver wakes.
+    def begin(self, exchange: Exchange, *, ahead: bool) -> None:
+        """See `reader.Owner`. `ahead`: it begins in this very step, before its driver wakes.
 
         It goes on in steps until it needs a task, and if it needs none, the driver sleeps through it.
         """
@@ -248,6 +243,10 @@ class ClientConnection:
         self._handoff.ahead, exchange.summon = course, course.summon
         if course.begin():
             self._called(work)
+
+    def done(self) -> None:
+        """See `reader.Owner`."""
+        self._handoff.close()
 
     def _called(self, work: Work) -> None:
         """An exchange that ran ahead needs a task, or has ended: if so and all is well, the driver need not know."""

@@ -17,10 +17,11 @@ import trio
 
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.gateway.account import account_for
-from canal_trio.gateway.answers import ClientHeads, with_fields, without_fields
+from canal_trio.gateway.answers import with_fields, without_fields
 from canal_trio.gateway.early import EarlyHead
 from canal_trio.gateway.exchange import Exchange
 from canal_trio.gateway.kept import HeldFlow
+from canal_trio.gateway.remembered import Remembered
 from canal_trio.gateway.respond import http_date
 from canal_trio.gateway.writer import BROKEN, BodyWriter, ClientWriter
 from canal_trio.messages import End, Headers, ResponseHead
@@ -54,14 +55,14 @@ class Delivery:
         writer: ClientWriter,
         settings: Settings,
         reaper: Reaper,
-        heads: ClientHeads,
+        memory: Remembered,
         meter: Meter,
     ) -> None:
         self._exchange = exchange
         self._writer = writer
         self._settings = settings
         self.reaper = reaper
-        self._heads = heads
+        self._memory = memory
         self.meter = meter  # of the flows that this answer goes through
         self._body: BodyWriter | None = None
         self._sender: FlowSender | None = None  # what the body comes through, if it is a flow
@@ -197,9 +198,9 @@ class Delivery:
         )
         fields = exchange.fields
         if not fields or head.status < 200 or head.status == 429:  # its own limit, and its own word for it
-            return self._heads.block(head, options)
+            return self._memory.answers.block(head, options)
         shown = without_fields(head, fields) if response_facts(head).tells_limits else head
-        return with_fields(self._heads.block(shown, options), fields)
+        return with_fields(self._memory.answers.block(shown, options), fields)
 
     # -- the body ------------------------------------------------------------------------------------------------------
 
@@ -247,12 +248,11 @@ class Delivery:
         connection: AnswerBody,
         *,
         settle: Callable[[], None],
-        lasts: Callable[[], None],
     ) -> None:
         """Relay the whole answer without an upstream task, as long as the client takes what comes.
 
         `begin` comes first. `settle` gives the connection back; it is called once the upstream has nothing more to say.
-        `lasts` is called when the answer did not come with its head. A client's trouble is noted in the exchange.
+        A client's trouble is noted in the exchange.
         """
         exchange = self._exchange
         writer, block = self._body, self._block
@@ -266,8 +266,8 @@ class Delivery:
             self._relaying = True
             free = writer.open(block, last)
             block = last = b""
-            self._heads.forget()
-            lasts()
+            self._memory.forget()
+            exchange.lasts()
             await in_task()
             if free:
                 outlet: Outlet = writer if account is None else account.outlet(writer)
@@ -367,7 +367,7 @@ class Delivery:
 
     def _late_end(self, now: float) -> float:
         exchange, lease = self._exchange, self._exchange.lease
-        if self._relaying and not exchange.finished.is_set():
+        if self._relaying and not exchange.finished:
             if lease is not None and lease.connection.ends():
                 return math.inf  # what ended it, a cut perhaps, came in time: whoever reads it next tells which
             exchange.flags |= {"late_body_end"}

@@ -99,7 +99,7 @@ class Draining:
         return len(data)
 
     def _late(self, _now: float) -> float:
-        if not self._exchange.finished.is_set():
+        if not self._exchange.finished:
             self.stop()
         return math.inf
 

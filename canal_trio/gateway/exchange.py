@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GENERATING", "Exchange", "ExchangeView"]
 
+_NO_FLAGS: frozenset[str] = frozenset()
 GENERATING = ("/completions", "/responses", "/embeddings")  # what names a model, although nobody had to read it
 
 
@@ -61,6 +62,7 @@ class Exchange:
     """One request and its response. `head` is None when the request's head was refused."""
 
     __slots__ = (
+        "_end",
         "account",
         "accounted",
         "answered",
@@ -140,7 +142,8 @@ class Exchange:
         self.phase = Phase.ROUTE if head is not None else Phase.HEAD
         self.scope: trio.CancelScope | None = None  # what its driver runs it in
         self.summon: Callable[[], None] | None = None  # its driver, while it runs ahead of it
-        self.finished = trio.Event()
+        self.finished = False  # its record was made
+        self._end: trio.Event | None = None
         self.finished_at = 0.0
         self.failure: Failure | None = None
         self.answered = False  # the kernel took the answer's last byte
@@ -184,7 +187,7 @@ class Exchange:
         self.handed_over = 0  # pieces that went straight through
         self.queued = 0  # pieces that took the channel
         self.waits = 0  # times they had to wait for room in it
-        self.flags: frozenset[str] = frozenset()  # rarely any, so no set of its own for each stream
+        self.flags = _NO_FLAGS  # rarely any, so no set of its own for each stream
 
     @property
     def path(self) -> str:
@@ -201,16 +204,24 @@ class Exchange:
         """The whole request is here and held, as far as it has come: another attempt can have it."""
         return self.body is None or self.body.replayable
 
+    def end(self) -> trio.Event:
+        """Set once it is finished, for who has to wait for that: few have. Not a checkpoint."""
+        if self._end is None:
+            self._end = trio.Event()
+            if self.finished:
+                self._end.set()
+        return self._end
+
     # -- trouble -------------------------------------------------------------------------------------------------------
 
     def note(self, failure: Failure) -> None:
         """Note why; the first one wins."""
-        if self.failure is None and not self.finished.is_set():
+        if self.failure is None and not self.finished:
             self.failure = failure
 
     def fail(self, failure: Failure) -> None:
         """Note why, close the upstream's socket, and unwind: in this order, in this step. Not a checkpoint."""
-        if self.finished.is_set():
+        if self.finished:
             return
         self.note(failure)
         if self.lease is not None:
@@ -230,7 +241,7 @@ class Exchange:
 
     def leave(self, detail: str) -> None:
         """The client is gone: close the upstream and unwind. After the last event that is how SDKs say good-bye."""
-        if self.finished.is_set() or self.left:
+        if self.finished or self.left:
             return
         self.left = True
         if self.answered:
@@ -280,6 +291,12 @@ class Exchange:
         self.eof_leaves = eof_leaves
         if self.eof:
             self.hangup_seen()
+
+    def lasts(self) -> None:
+        """Its answer goes on for long, and there are thousands: keep what its end asks for, and not what led here."""
+        if self.head is not None:
+            self.head = self.head.bare()
+        self.judged = None
 
     def tunnels(self) -> None:
         """Both sides agreed on another protocol: from here on each direction has an end of its own."""
@@ -392,5 +409,7 @@ class Exchange:
             usage=usage,
             usage_source=source,
         )
-        self.finished.set()
+        self.finished = True
+        if self._end is not None:
+            self._end.set()
         return record

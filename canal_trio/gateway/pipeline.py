@@ -66,11 +66,9 @@ class Pipeline:
         *,
         trusted: bool,
     ) -> None:
-        assert exchange.head is not None
         assert exchange.facts is not None
         self._exchange = exchange
         self._facts = exchange.facts
-        self._head: RequestHead = exchange.head
         self._generation = generation
         self._settings: Settings = generation.settings
         self._places = places
@@ -79,6 +77,12 @@ class Pipeline:
         self._requests = requests
         self._trusted = trusted  # the peer is a trusted proxy
         self.close = False  # the request asks for the connection to be closed
+
+    @property
+    def _head(self) -> RequestHead:
+        head = self._exchange.head
+        assert head is not None
+        return head
 
     async def run(self) -> Failure | None:
         """The failure to answer with, or None: an answer was delivered or broke off."""

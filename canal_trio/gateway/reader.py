@@ -15,11 +15,8 @@ deadlines run only while the client's bytes are awaited.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
 import select
-from collections.abc import Callable
 from typing import Protocol, final
 
 import trio
@@ -36,37 +33,41 @@ from canal_trio.settings import Bounds, Deadlines
 from canal_trio.wire.bodies import BodyDecoder
 from canal_trio.wire.heads import RequestHeadReader
 
-__all__ = ["Admission", "Begin", "ClientReader"]
-
-Admission = Callable[[RequestHead, float], tuple[Exchange, BodyDecoder]]
-"""Makes the exchange of a head that started to arrive at the given time, with its body's decoder."""
+__all__ = ["ClientReader", "Owner"]
 
 
-class Begin(Protocol):
-    """Gets an exchange."""
+class Owner(Protocol):
+    """For whom it is read: the connection. None of this is a checkpoint."""
 
-    def __call__(self, exchange: Exchange, *, ahead: bool) -> None:
-        """`exchange` is to be worked on; `ahead`: at once, as far as that goes. Not a checkpoint."""
+    def admit(self, head: RequestHead, started: float) -> tuple[Exchange, BodyDecoder]:
+        """The exchange of a head that started to arrive at the given time, with its body's decoder."""
+
+    def hold(self, exchange: Exchange, content: bytes, end: End) -> bool:
+        """Hold a body that is here as a whole. False: it is more than may be held."""
+
+    def open_upload(self, exchange: Exchange) -> FlowSender:
+        """A flow for a body that is not here as a whole."""
+
+    def refuse(self, failure: Failure, started: float) -> Exchange:
+        """The exchange of a head that cannot be one."""
+
+    def begin(self, exchange: Exchange, *, ahead: bool) -> None:
+        """`exchange` is to be worked on. `ahead`: it is here as a whole, and nothing has to be awaited."""
+
+    def done(self) -> None:
+        """There will be no more."""
 
 
 @final
 class ClientReader:
-    """Reads one client connection. `begin` gets the exchange of each request, `done` is told that there are no more.
-
-    The reader makes the next exchange only when the one before is finished. With `ahead` the request is here as a whole
-    and nothing has to be awaited.
-    """
+    """Reads one client connection for its `owner`. The next exchange is made only when the one before is finished."""
 
     def __init__(
         self,
         stream: trio.abc.Stream,
+        owner: Owner,
+        heads: RequestHeadReader,
         *,
-        begin: Begin,
-        done: Callable[[], None],
-        admit: Admission,
-        hold: Callable[[Exchange, bytes, End], bool],
-        open_upload: Callable[[Exchange], FlowSender],
-        refuse: Callable[[Failure, float], Exchange],
         reaper: Reaper,
         bounds: Bounds,
         deadlines: Deadlines,
@@ -74,17 +75,10 @@ class ClientReader:
         self._stream = stream
         self._socket = handover_end(stream)
         self._direct = stream if can_hand_over(stream) else None
-        self._begin = begin
-        self._done = done
-        self._admit = admit
-        self._hold = hold
-        self._open_upload = open_upload
-        self._refuse = refuse
+        self._owner = owner
+        self._heads = heads
         self._reaper = reaper
         self._bounds = bounds
-        self._heads = RequestHeadReader(
-            head_bytes=bounds.head_bytes, head_fields=bounds.head_fields, target_bytes=bounds.target_bytes
-        )
         self._scope = trio.CancelScope()
         self._patience = Patience(deadlines)
         self._active: Exchange | None = None
@@ -101,10 +95,10 @@ class ClientReader:
             with self._scope:
                 await self._requests()
             if self.timed_out is not None and self._active is None:
-                self._begin(self._refuse(self.timed_out, self._patience.since), ahead=False)
+                self._owner.begin(self._owner.refuse(self.timed_out, self._patience.since), ahead=False)
         finally:
             watch.cancel()
-            self._done()
+            self._owner.done()
 
     def stop(self) -> None:
         """Begin no other request, whatever was read already (RFC 9112 9.6)."""
@@ -119,7 +113,7 @@ class ClientReader:
     def idle_since(self) -> float | None:
         """Since when nothing was asked for, if nothing is now."""
         active = self._active
-        if self._patience.mode is not Mode.IDLE or (active is not None and not active.finished.is_set()):
+        if self._patience.mode is not Mode.IDLE or (active is not None and not active.finished):
             return None
         return max(self._patience.since, active.finished_at if active is not None else 0.0)
 
@@ -153,7 +147,7 @@ class ClientReader:
             if exchange is None:
                 return
             refused = exchange.failure is not None  # asked before the driver has it: it may fail for its own reasons
-            self._begin(exchange, ahead=False)
+            self._owner.begin(exchange, ahead=False)
             if refused:
                 return
 
@@ -171,7 +165,7 @@ class ClientReader:
                     self._patience.enter(Mode.HEAD)
                 verdict = self._heads.feed(data)
                 if isinstance(verdict, Failure):
-                    return self._refuse(verdict, self._patience.since)
+                    return self._owner.refuse(verdict, self._patience.since)
                 if isinstance(verdict, RequestHead):
                     return self._accept(verdict)
             if self._direct is not None and self._patience.mode is Mode.IDLE:
@@ -180,13 +174,13 @@ class ClientReader:
                     return exchange
             data, self._held = self._held, b""
             data = data or await self._receive()
-            if data and self._active is not None and not self._active.finished.is_set():
+            if data and self._active is not None and not self._active.finished:
                 if not await self._pipelined(self._active, data):
                     return None
                 data, self._held = self._held, b""
             if not data:
                 cut = self._heads.close()
-                return self._refuse(cut, self._patience.since) if cut is not None else None
+                return self._owner.refuse(cut, self._patience.since) if cut is not None else None
         return None
 
     async def _serve(self, direct: HandoverStream) -> Exchange | None:
@@ -194,18 +188,22 @@ class ClientReader:
 
         That is either an exchange that needs more care, or bytes left in `_held`, or what `_receive` will meet again.
         """
-        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-            direct.arm(functools.partial(self._turn, direct))
+        try:
+            direct.arm(self._turn)
             await direct.wait_disarmed()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # `_receive` will meet it
         exchange, self._careful = self._careful, None
         return exchange
 
-    def _turn(self, direct: HandoverStream) -> bool:
+    def _turn(self) -> bool:
+        direct = self._direct
+        assert direct is not None
         data = direct.try_receive(self._bounds.piece_bytes)
         if data is None:
             return True
         active = self._active
-        if not data or self._stopped or (active is not None and not active.finished.is_set()):
+        if not data or self._stopped or (active is not None and not active.finished):
             self._held = data
             return False
         if self._patience.mode is Mode.IDLE:
@@ -221,11 +219,11 @@ class ClientReader:
             self._careful = exchange
             return False
         self._patience.mode = Mode.IDLE  # since when, is for the end of this exchange to say
-        self._begin(exchange, ahead=True)
+        self._owner.begin(exchange, ahead=True)
         return True
 
     def _accept(self, head: RequestHead) -> Exchange:
-        exchange, self._decoder = self._admit(head, self._patience.since)
+        exchange, self._decoder = self._owner.admit(head, self._patience.since)
         self._active = exchange
         self._held = self._heads.rest()
         self._patience.begin_body()
@@ -269,7 +267,7 @@ class ClientReader:
         """Hold `data` until the response before it is done. False: nothing more is to be read."""
         self._held = data
         self._patience.enter(Mode.WAIT)
-        return await self._hold_until(active.finished, active)
+        return await self._hold_until(active.end(), active)
 
     async def _hold_until(self, event: trio.Event, active: Exchange) -> bool:
         """Wait for `event`, seeing the client leave meanwhile. False: nothing more is to be read."""
@@ -311,11 +309,11 @@ class ClientReader:
             exchange.request_bytes += len(payload)
             if self._objection(exchange, decoder) is not None:
                 payload = b""  # raised in its turn, by `_body`
-            elif decoder.end is not None and self._hold(exchange, payload, decoder.end):
+            elif decoder.end is not None and self._owner.hold(exchange, payload, decoder.end):
                 exchange.uploaded()
                 self._held = decoder.rest
                 return
-        self._upload = self._open_upload(exchange)
+        self._upload = self._owner.open_upload(exchange)
         self._upload.put_nowait(payload)
 
     async def _rest_of(self, exchange: Exchange) -> bool:

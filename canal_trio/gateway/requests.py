@@ -42,11 +42,6 @@ class UpstreamRequest:
         self.block = block
         self.chunked = chunked
 
-    def release(self) -> None:
-        """It was sent and will not be sent again: keep nothing of it."""
-        self._model = RequestHead(b"", b"")
-        self.block = b""
-
     @property
     def method(self) -> bytes:
         """The request's method."""

@@ -345,7 +345,7 @@ def upstream_closed_a_pass_later() -> Replaced:
     """A client that leaves has its exchange cancelled, and the upstream is closed when that unwinds."""
 
     def fail(self: Exchange, failure: Failure) -> None:
-        if not self.finished.is_set():
+        if not self.finished:
             self.note(failure)
             self._unwind(str(failure))
 

@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 LAST_CHUNK: Final = b"0\r\n\r\n"
+_END: Final = End()  # of a body without trailers
 _MAX_LENGTH: Final = 2**63 - 1
 _SIZE_LINE_BYTES: Final = 1024
 _EXTENSION_BYTES: Final = 16 * 1024  # per body, beyond as many bytes as there is payload (as h2o bounds overhead)
@@ -69,7 +70,7 @@ class NoBody:
     """There is none; everything fed is `rest`."""
 
     __slots__ = ("rest",)
-    end: End | None = End()
+    end: End | None = _END
     fault: str | None = None
 
     def __init__(self) -> None:
@@ -93,7 +94,7 @@ class LengthDecoder:
 
     def __init__(self, length: int) -> None:
         self._left = length
-        self.end: End | None = End() if length == 0 else None
+        self.end: End | None = _END if length == 0 else None
         self.rest = b""
 
     def feed(self, data: bytes) -> bytes:
@@ -107,7 +108,7 @@ class LengthDecoder:
             payload = data[: self._left]
             self.rest += data[self._left :]
         self._left = 0
-        self.end = self.end or End()
+        self.end = _END
         return payload
 
     def close(self) -> None:
@@ -131,7 +132,7 @@ class CloseDecoder:
 
     def close(self) -> None:
         """The body is complete."""
-        self.end = End()
+        self.end = _END
 
 
 # -- chunked -----------------------------------------------------------------------------------------------------------
@@ -307,7 +308,7 @@ class ChunkedDecoder:
     def _trail(self, scanner: Scanner, data: bytes) -> None:
         """The trailer section, and the end of the body with it."""
         if data == b"\r\n" and not scanner.data:
-            self.end = End()
+            self.end = _END
             return
         fault = scanner.feed(data)
         if fault is not None:

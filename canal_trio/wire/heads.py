@@ -81,6 +81,10 @@ class RequestHeadReader:
             return self._judge(bytes(self._scanner.data), self._scanner.size, plain=False)
         return None
 
+    def forget(self) -> None:
+        """Remember no head: the next one comes after a long while, if at all."""
+        self._last = None
+
     def _skip_empty_lines(self, data: bytes) -> bytes | None:
         """What follows the empty lines, or None if nothing does yet."""
         if self._begin:
