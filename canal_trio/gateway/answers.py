@@ -32,6 +32,8 @@ class _Last:
 class ClientHeads:
     """Those of one client connection."""
 
+    __slots__ = ("_last",)
+
     def __init__(self) -> None:
         self._last: _Last | None = None
 

@@ -52,6 +52,11 @@ PEEK_BYTES = 262_144  # of a body that nothing else needs are held for the log's
 class Attempts:
     """Runs them inside the exchange's scope. `settled` is called when the answer is here: no attempt will follow."""
 
+    __slots__ = (
+        "_close", "_delivery", "_exchange", "_generation", "_group", "_kept", "_key", "_most", "_next", "_request",
+        "_requests", "_settings", "_settled", "_standing", "_status", "_trial", "_tried", "_trusted", "_writer"
+    )  # fmt: skip
+
     def __init__(
         self,
         exchange: Exchange,

@@ -54,6 +54,11 @@ _LINGER_BYTES = 1024 * 1024  # read and dropped at most before closing on unread
 class ClientConnection:
     """Serves one client until it leaves, misbehaves, or asks for the end. `gateway` owns what connections share."""
 
+    __slots__ = (
+        "_bounds", "_broken_off", "_certificate", "_clean", "_context", "_gateway", "_handoff", "_peer", "_reader",
+        "_remembered", "_reset", "_stream", "_unread", "_writer", "current"
+    )  # fmt: skip
+
     def __init__(
         self, gateway: Gateway, stream: Stream, *, peer: str, scheme: str, certificate: str | None = None
     ) -> None:
@@ -75,6 +80,7 @@ class ClientConnection:
 
     async def run(self) -> None:
         """Serve, then close the stream. Raises nothing but `Cancelled`."""
+        self._gateway.connections.add(self)
         try:
             await self._serve()
         except* Exception as group:
@@ -84,17 +90,23 @@ class ClientConnection:
             if self.current is not None and not self.current.finished:  # admitted, its turn never came
                 self.current.note(_stopped(self.current))
                 self._finish(self.current)
-            if self._reset or self._writer.trouble is Kind.STALLED:
-                _reset_on_close(self._stream)
-            elif self._clean and not isinstance(self._stream, TcpStream):
-                # TLS has something to say at the end, and a body that ends there needs it.
-                with trio.move_on_after(self._gateway.settings.deadlines.linger, shield=True):
-                    await self._stream.aclose()
-            end = handover_end(self._stream)
-            if end is not None:
-                end.close()  # without a word: what was cut must look cut inside of TLS, too
-            if not can_hand_over(self._stream):
-                await trio.aclose_forcefully(self._stream)
+            try:
+                await self._close()
+            finally:
+                self._gateway.connections.discard(self)
+
+    async def _close(self) -> None:
+        if self._reset or self._writer.trouble is Kind.STALLED:
+            _reset_on_close(self._stream)
+        elif self._clean and not isinstance(self._stream, TcpStream):
+            # TLS has something to say at the end, and a body that ends there needs it.
+            with trio.move_on_after(self._gateway.settings.deadlines.linger, shield=True):
+                await self._stream.aclose()
+        end = handover_end(self._stream)
+        if end is not None:
+            end.close()  # without a word: what was cut must look cut inside of TLS, too
+        if not can_hand_over(self._stream):
+            await trio.aclose_forcefully(self._stream)
 
     def drain(self) -> None:
         """Take no new request."""

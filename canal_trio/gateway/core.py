@@ -11,9 +11,9 @@ import ipaddress
 import logging
 import math
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
-from typing import final
+from typing import Any, final
 
 import trio
 
@@ -98,7 +98,7 @@ class Gateway:
         self._admissions: Callable[[Settings], Admission | None] = _admit_all
         self._drains = Drains()
         self._dialer = dialer
-        self._connections: set[ClientConnection] = set()
+        self.connections: set[ClientConnection] = set()  # each is here while it runs
         self._exchanges: dict[Exchange, None] = {}
         self._networks = _networks(settings)
         self.trusts_any = bool(self._networks)
@@ -158,19 +158,14 @@ class Gateway:
             for pool in self.generation.pools.values():
                 pool.close()
 
-    async def handle(
+    def handle(
         self, stream: trio.abc.Stream, *, peer: str = "", scheme: str = "http", certificate: str | None = None
-    ) -> None:
+    ) -> Coroutine[Any, Any, None]:
         """Serve one client connection to its end and close it. Raises nothing but `Cancelled`.
 
         `certificate` is whom the client's own one names, if it has shown one that was verified.
         """
-        connection = ClientConnection(self, stream, peer=peer, scheme=scheme, certificate=certificate)
-        self._connections.add(connection)
-        try:
-            await connection.run()
-        finally:
-            self._connections.discard(connection)
+        return ClientConnection(self, stream, peer=peer, scheme=scheme, certificate=certificate).run()
 
     def prepare(self, settings: Settings) -> None:
         """Do what a reload with `settings` would take long for, with thousands of keys. In any thread."""
@@ -250,7 +245,7 @@ class Gateway:
         pools = {name: pool.statistics() for name, pool in self.generation.pools.items()}
         places = self.places
         return GatewayStatistics(
-            len(self._connections),
+            len(self.connections),
             len(self._exchanges),
             places.budget.held,
             pools,
@@ -267,7 +262,7 @@ class Gateway:
         None that was idle for less than a second: it may be about to ask. Walks over all connections: call it seldom.
         """
         before = trio.current_time() - _MAY_ASK
-        idle = [(since, id(one), one) for one in self._connections if (since := one.idle_since()) is not None]
+        idle = [(since, id(one), one) for one in self.connections if (since := one.idle_since()) is not None]
         chosen = heapq.nsmallest(most, [entry for entry in idle if entry[0] <= before])
         for _, _, connection in chosen:
             connection.drain()
@@ -283,7 +278,7 @@ class Gateway:
         """Serve what is in flight until `deadline` (Trio's clock), take no new requests. Not a checkpoint."""
         self.draining = True
         self._drained_by = deadline
-        for connection in list(self._connections):
+        for connection in list(self.connections):
             connection.drain()
         for exchange in list(self._exchanges):
             if exchange.draining and exchange.drain is not None:

@@ -49,6 +49,11 @@ class Delivery:
     `begun`: the final head was written, the status is told. `bound`: and it is the one of the answer that is relayed.
     """
 
+    __slots__ = (
+        "_block", "_body", "_exchange", "_memory", "_relaying", "_sender", "_settings", "_writer", "begun", "bound",
+        "close", "complete", "early", "meter", "reaper", "refusal"
+    )  # fmt: skip
+
     def __init__(
         self,
         exchange: Exchange,
@@ -243,12 +248,7 @@ class Delivery:
         else:
             self.lost()
 
-    async def straight(
-        self,
-        connection: AnswerBody,
-        *,
-        settle: Callable[[], None],
-    ) -> None:
+    async def straight(self, connection: AnswerBody, *, settle: Callable[[], None]) -> None:
         """Relay the whole answer without an upstream task, as long as the client takes what comes.
 
         `begin` comes first. `settle` gives the connection back; it is called once the upstream has nothing more to say.

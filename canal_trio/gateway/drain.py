@@ -54,6 +54,17 @@ class Drains:
 class Draining:
     """What becomes of one exchange when its client leaves. `owner` names the key or route whose limits these are."""
 
+    __slots__ = (
+        "_delivery",
+        "_drains",
+        "_events",
+        "_exchange",
+        "_limits",
+        "_owner",
+        "_was",
+        "told",
+    )
+
     def __init__(self, exchange: Exchange, limits: Drain, owner: str, drains: Drains, delivery: Delivery) -> None:
         self._exchange = exchange
         self._limits = limits

@@ -8,6 +8,7 @@ more, and is not cancelled in its wait, while one runs ahead: it gets that one f
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from typing import Any, final
 
 import outcome
@@ -47,12 +48,10 @@ class Work:
         self.own = own
         self.course: Course[Failure | None] | None = None  # of the pipeline, if it has begun
 
-    async def run(self) -> Failure | None:
-        """The pipeline, or what is left of it."""
+    def run(self) -> Awaitable[Failure | None]:
+        """The pipeline, or what is left of it; to be awaited at once."""
         assert self.pipeline is not None
-        if self.course is not None:
-            return await self.course.finish()
-        return await self.pipeline.run()
+        return self.pipeline.run() if self.course is None else self.course.finish()
 
 
 @final

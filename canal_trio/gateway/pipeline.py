@@ -55,6 +55,11 @@ _named = msgspec.json.Decoder(_Named).decode
 class Pipeline:
     """Runs one exchange inside its scope. What it leaves in the exchange decides the ending."""
 
+    __slots__ = (
+        "_delivery", "_exchange", "_facts", "_generation", "_places", "_requests", "_settings", "_trusted", "_writer",
+        "close"
+    )  # fmt: skip
+
     def __init__(
         self,
         exchange: Exchange,

@@ -62,6 +62,11 @@ class Owner(Protocol):
 class ClientReader:
     """Reads one client connection for its `owner`. The next exchange is made only when the one before is finished."""
 
+    __slots__ = (
+        "_active", "_bounds", "_careful", "_decoder", "_direct", "_heads", "_held", "_owner", "_patience", "_reaper",
+        "_scope", "_socket", "_stopped", "_stream", "_upload", "superfluous", "timed_out"
+    )  # fmt: skip
+
     def __init__(
         self,
         stream: trio.abc.Stream,
@@ -93,7 +98,12 @@ class ClientReader:
         watch = self._reaper.add(self._check, trio.current_time() + self._patience.period)
         try:
             with self._scope:
-                await self._requests()
+                while (exchange := await self._next()) is not None:
+                    refused = exchange.failure is not None  # asked now: the driver may have it fail for its own reasons
+                    self._owner.begin(exchange, ahead=False)
+                    if refused:
+                        break
+                    del exchange
             if self.timed_out is not None and self._active is None:
                 self._owner.begin(self._owner.refuse(self.timed_out, self._patience.since), ahead=False)
         finally:
@@ -140,16 +150,6 @@ class ClientReader:
         self._scope.cancel(reason=failure.detail)
 
     # -- reading -------------------------------------------------------------------------------------------------------
-
-    async def _requests(self) -> None:
-        while True:
-            exchange = await self._next()
-            if exchange is None:
-                return
-            refused = exchange.failure is not None  # asked before the driver has it: it may fail for its own reasons
-            self._owner.begin(exchange, ahead=False)
-            if refused:
-                return
 
     async def _next(self) -> Exchange | None:
         """The next request, its body still to come; None when there is none."""

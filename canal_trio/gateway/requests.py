@@ -77,6 +77,8 @@ class _Last:
 class UpstreamRequests:
     """Those of one client connection. `trusted`: the peer is a trusted proxy; `scheme`: how it speaks to us."""
 
+    __slots__ = ("_last", "_peer", "_scheme", "identity")
+
     def __init__(self, *, peer: str, scheme: str) -> None:
         self._peer = peer
         self._scheme = scheme

@@ -33,6 +33,16 @@ _SLICE = 16 * 1024  # bytes per write where progress cannot be seen: a slow clie
 class ClientWriter:
     """Writes to one client. `trouble` is None until the client stalled or its connection broke."""
 
+    __slots__ = (
+        "_direct",
+        "_patience",
+        "_stall",
+        "_stream",
+        "_swallow",
+        "trouble",
+        "unsent",
+    )
+
     def __init__(self, stream: Stream, *, stall: float) -> None:
         self._stream = stream
         self._stall = stall

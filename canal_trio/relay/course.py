@@ -17,7 +17,7 @@ from __future__ import annotations
 import enum
 import threading
 import types
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import suppress
 from contextvars import Context
 from typing import Any, Generic, TypeAlias, TypeVar, final
@@ -93,14 +93,14 @@ def sleeper() -> Sleeper:
     return _here.course or trio.lowlevel.current_task()
 
 
-async def sleep(abort: Callable[[Any], trio.lowlevel.Abort]) -> None:
-    """Until `wake` is called with the `sleeper()`. `abort` as in `trio.lowlevel.wait_task_rescheduled`."""
+def sleep(abort: Callable[[Any], trio.lowlevel.Abort]) -> Awaitable[None]:
+    """To be awaited at once: until `wake` is called with the `sleeper()`. `abort` as in
+    `trio.lowlevel.wait_task_rescheduled`. Two sleep for each stream, so there is no coroutine of its own for that."""
     course = _here.course
     if course is None:
-        await trio.lowlevel.wait_task_rescheduled(abort)
-    else:
-        course._abort = abort
-        await _give(_PARKS)
+        return trio.lowlevel.wait_task_rescheduled(abort)  # noqa: ASYNC105  # whoever sleeps awaits it
+    course._abort = abort
+    return _give(_PARKS)
 
 
 def wake(one: Sleeper | None, news: outcome.Outcome[None]) -> None:
@@ -212,34 +212,32 @@ class Course(Generic[T]):
 
     # -- in a task -----------------------------------------------------------------------------------------------------
 
-    async def finish(self) -> T:
-        """Run the rest of it in this task. What it returns or raises. A checkpoint, unless it is over."""
+    @types.coroutine
+    def finish(self) -> Generator[Any, Any, T]:
+        """To be awaited: run the rest of it in this task. What it returns or raises. A checkpoint, unless it is over.
+
+        From where it stands on, which is what `await` cannot do: that begins one. What is passed on is kept in no
+        frame: Trio's value may hold an error, which with its traceback and such a frame would be a circle, and wait
+        for the garbage collector, which seldom looks.
+        """
         if self.result is not None:
-            result, self.result = self.result, None
+            ended, self.result = self.result, None
             try:
-                return result.unwrap()
+                return ended.unwrap()
             finally:
-                del result  # as in `_rest`
+                del ended  # as what is passed on
         self._state = _State.TASK
         try:
             if self._abort is not None:
                 abort, self._abort = self._abort, None
                 self._task = trio.lowlevel.current_task()
-                await trio.lowlevel.wait_task_rescheduled(abort)
+                yield from trio.lowlevel.wait_task_rescheduled(abort)  # noqa: ASYNC105  # `yield from` awaits
+                del abort  # a stream goes on for long
             else:
-                await trio.lowlevel.checkpoint_if_cancelled()
+                yield from trio.lowlevel.checkpoint_if_cancelled()  # noqa: ASYNC105  # the same
         except BaseException as exc:
             self._error = exc
         self._task = None
-        return await self._rest()
-
-    @types.coroutine
-    def _rest(self) -> Generator[Any, Any, T]:
-        """The coroutine from where it stands on: what `await` cannot do, which begins one.
-
-        What is passed on is kept in no frame: Trio's value may hold an error, which with its traceback and such a frame
-        would be a circle, and wait for the garbage collector, which seldom looks.
-        """
         coroutine = self._coroutine
         value: Any = None
         error, self._error = self._error, None

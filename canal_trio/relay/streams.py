@@ -17,7 +17,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Self, final
 
 import outcome
@@ -372,10 +372,10 @@ class TcpStream(HalfCloseableStream):
         one, self._receiver = self._receiver, None
         wake(one, result)
 
-    async def _sleep(self) -> None:
-        """Until something is readable, the sink is done, or the stream is closed."""
+    def _sleep(self) -> Awaitable[None]:
+        """To be awaited at once: until something is readable, the sink is done, or the stream is closed."""
         self._receiver = sleeper()
-        await sleep(self._on_cancel)
+        return sleep(self._on_cancel)
 
     def _on_cancel(self, _raise_cancel: Any) -> trio.lowlevel.Abort:
         """In the step of the `cancel()`: from here on no sink is called for a task that is gone."""

@@ -16,8 +16,8 @@ connection.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import final
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, final
 
 import trio
 from trio.abc import Stream
@@ -364,11 +364,11 @@ class Http1Connection:
         failure, body = self._failure, self._body
         return body.failure if failure is None and body is not None else failure
 
-    async def pass_on(self, outlet: Outlet, most: int) -> bytes:
+    def pass_on(self, outlet: Outlet, most: int) -> Coroutine[Any, Any, bytes]:
         """Hand the body over to `outlet`, until it refuses or the body is over; the payload that came with the end."""
         assert self._body is not None
         self._heads.forget()
-        return await self._body.pass_on(outlet, most)
+        return self._body.pass_on(outlet, most)
 
     async def pass_rest(self, sender: FlowSender) -> Failure | None:
         """The rest of the body through a flow, for a client that has blocked."""

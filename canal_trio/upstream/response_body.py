@@ -16,7 +16,7 @@ from trio.abc import Stream
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.messages import End
 from canal_trio.relay.flow import FlowSender
-from canal_trio.relay.handover import Answer, Armed, HandoverStream, can_hand_over
+from canal_trio.relay.handover import Answer, HandoverStream, can_hand_over
 from canal_trio.upstream.interface import Outlet
 from canal_trio.upstream.turns import Turn, Turns
 from canal_trio.wire.bodies import BodyDecoder, ChunkedDecoder
@@ -93,7 +93,10 @@ class ResponseBody:
         self._receive, self._most, self._outlet = stream.try_receive, most, outlet
         self._whole = decoder.whole if outlet.chunked and isinstance(decoder, ChunkedDecoder) else _no_chunk
         try:
-            await self._serve(stream, self._move)
+            stream.arm(self._move)
+            await stream.wait_disarmed()
+        except _PEER_TROUBLE as exc:
+            self._fail(Kind.RESET, str(exc))
         finally:
             del self._outlet  # an idle connection keeps nothing of the exchange before alive
         last, self._last = self._last, b""
@@ -121,14 +124,6 @@ class ResponseBody:
             self._last = payload + self.take(b"")  # which notes the fault
             return False
         return self._outlet.piece(payload, now) if payload else True
-
-    async def _serve(self, stream: HandoverStream, sink: Armed) -> None:
-        """Have `sink` called with what arrives, until it answers False or the connection breaks."""
-        try:
-            stream.arm(sink)
-            await stream.wait_disarmed()
-        except _PEER_TROUBLE as exc:
-            self._fail(Kind.RESET, str(exc))
 
     # -- into a flow ---------------------------------------------------------------------------------------------------
 
@@ -202,7 +197,11 @@ class ResponseBody:
                 over = True  # the driver takes no more
             return not (over or self.failure is not None or end is not None)
 
-        await self._serve(stream, move)
+        try:
+            stream.arm(move)
+            await stream.wait_disarmed()
+        except _PEER_TROUBLE as exc:
+            self._fail(Kind.RESET, str(exc))
         end = self._decoder.end
         if end is not None:
             sender.end(end)  # of no effect unless the body ended with the connection

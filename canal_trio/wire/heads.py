@@ -39,6 +39,17 @@ class RequestHeadReader:
     failure is final: it is returned again from then on.
     """
 
+    __slots__ = (
+        "_begin",
+        "_empty_lines",
+        "_last",
+        "_limits",
+        "_rest",
+        "_scanner",
+        "_verdict",
+        "started",
+    )
+
     def __init__(self, *, head_bytes: int, head_fields: int, target_bytes: int) -> None:
         self._limits = head_bytes, head_fields, target_bytes
         self._scanner: Scanner | None = None
@@ -223,6 +234,15 @@ def _one_length(headers: Headers, block: bytes) -> bool:
 @final
 class ResponseHeadReader:
     """Reads response heads from one upstream, informational ones included, one after the other."""
+
+    __slots__ = (
+        "_last",
+        "_limits",
+        "_rest",
+        "_scanner",
+        "_verdict",
+        "started",
+    )
 
     def __init__(self, *, head_bytes: int, head_fields: int) -> None:
         self._limits = head_bytes, head_fields

@@ -149,9 +149,13 @@ async def test_from_in_task_on_there_is_a_task():
     assert begun.ended_at_once
     assert begun.course.result is None
     assert way == ["ahead"]
+
+    async def task() -> None:
+        await begun.course.finish()
+
     with trio.CancelScope() as scope:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(begun.course.finish)
+            nursery.start_soon(task)
             await wait_all_tasks_blocked()
             assert way == ["ahead", "home"]
             scope.cancel()
