@@ -64,7 +64,7 @@ class ClientReader:
 
     __slots__ = (
         "_active", "_bounds", "_careful", "_decoder", "_direct", "_heads", "_held", "_owner", "_patience", "_reaper",
-        "_scope", "_socket", "_stopped", "_stream", "_upload", "superfluous", "timed_out"
+        "_socket", "_stopped", "_stream", "_upload", "superfluous"
     )  # fmt: skip
 
     def __init__(
@@ -84,28 +84,23 @@ class ClientReader:
         self._heads = heads
         self._reaper = reaper
         self._bounds = bounds
-        self._scope = trio.CancelScope()
         self._patience = Patience(deadlines)
         self._active: Exchange | None = None
         self._held = b""  # read, not parsed yet
         self._careful: Exchange | None = None  # accepted in the poller's step, to be put by the task
         self._stopped = False
         self.superfluous = False  # when it was stopped the client had sent more than will be looked at
-        self.timed_out: Failure | None = None
 
     async def run(self) -> None:
         """Read until the client leaves, breaks the rules or takes too long, or until cancelled."""
         watch = self._reaper.add(self._check, trio.current_time() + self._patience.period)
         try:
-            with self._scope:
-                while (exchange := await self._next()) is not None:
-                    refused = exchange.failure is not None  # asked now: the driver may have it fail for its own reasons
-                    self._owner.begin(exchange, ahead=False)
-                    if refused:
-                        break
-                    del exchange
-            if self.timed_out is not None and self._active is None:
-                self._owner.begin(self._owner.refuse(self.timed_out, self._patience.since), ahead=False)
+            while (exchange := await self._next()) is not None:
+                refused = exchange.failure is not None  # asked now: the driver may have it fail for its own reasons
+                self._owner.begin(exchange, ahead=False)
+                if refused:
+                    break
+                del exchange
         finally:
             watch.cancel()
             self._owner.done()
@@ -118,7 +113,12 @@ class ClientReader:
     def stop_if_idle(self) -> None:
         """Draining, or others need the room: no new request on this connection."""
         if self.idle_since() is not None:
-            self._scope.cancel(reason="draining")
+            self._end()
+
+    def _end(self) -> None:
+        """Nothing more will come of this connection: its driver ends it, and this task with it."""
+        self._stopped = True
+        self._owner.done()
 
     def idle_since(self) -> float | None:
         """Since when nothing was asked for, if nothing is now."""
@@ -138,16 +138,16 @@ class ClientReader:
 
     def _expire(self) -> None:
         if self._patience.mode is Mode.IDLE:
-            self._scope.cancel(reason="keep-alive idle")
+            self._end()
             return
+        self._stopped = True
         phase = Phase.HEAD if self._patience.mode is Mode.HEAD else Phase.UPLOAD
         failure = Failure(Side.CLIENT, phase, Kind.TIMEOUT, f"The request {phase.value} stopped arriving.")
         if self._patience.mode is Mode.BODY and self._active is not None:
             self._active.fail(failure)
         else:
-            self.timed_out = failure
             self._active = None
-        self._scope.cancel(reason=failure.detail)
+            self._owner.begin(self._owner.refuse(failure, self._patience.since), ahead=False)
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -223,11 +223,11 @@ class ClientReader:
         return True
 
     def _accept(self, head: RequestHead) -> Exchange:
-        exchange, self._decoder = self._owner.admit(head, self._patience.since)
+        exchange, decoder = self._owner.admit(head, self._patience.since)
         self._active = exchange
         self._held = self._heads.rest()
         self._patience.begin_body()
-        self._begin_body(exchange)
+        self._begin_body(exchange, decoder)
         if self._socket is not None and exchange.failure is None:
             self._socket.watch(self._hung_up)
             if self._socket.hangup:
@@ -296,14 +296,14 @@ class ClientReader:
 
     # -- the body ------------------------------------------------------------------------------------------------------
 
-    def _begin_body(self, exchange: Exchange) -> None:
+    def _begin_body(self, exchange: Exchange, decoder: BodyDecoder) -> None:
         """Pass on what came with the head before anybody looks at the exchange: a small body is here as a whole.
 
         So it leaves with the head in one write, and a refusal knows that the connection can go on.
         """
         if exchange.failure is not None or (exchange.received and exchange.upgrade is None):
             return
-        decoder, held, payload = self._decoder, self._held, b""
+        held, payload = self._held, b""
         if exchange.upgrade is None and held and len(held) <= self._bounds.piece_bytes:
             payload, self._held = decoder.feed(held), b""
             exchange.request_bytes += len(payload)
@@ -313,7 +313,7 @@ class ClientReader:
                 exchange.uploaded()
                 self._held = decoder.rest
                 return
-        self._upload = self._owner.open_upload(exchange)
+        self._decoder, self._upload = decoder, self._owner.open_upload(exchange)
         self._upload.put_nowait(payload)
 
     async def _rest_of(self, exchange: Exchange) -> bool:
@@ -348,7 +348,7 @@ class ClientReader:
                 return True
             data = self._at_hand(upload) or await self._awaited()
             self._patience.body_bytes += len(data)
-            if not data:
+            if not data or self._stopped:  # it came too late
                 upload.abort(exchange.failure)
                 return False
 

@@ -60,8 +60,6 @@ class TcpStream(HalfCloseableStream):
         "_readable",
         "_receiver",
         "_receiving",
-        "_recv",
-        "_send",
         "_sending",
         "_sink",
         "_steps",
@@ -74,8 +72,6 @@ class TcpStream(HalfCloseableStream):
         sock.setblocking(False)
         self.socket = sock
         self.hangup = False
-        self._recv = sock.recv
-        self._send = sock.send
         self._fd = sock.fileno()
         self._readable = True
         self._closed = False
@@ -114,7 +110,7 @@ class TcpStream(HalfCloseableStream):
         if not self._readable and not self._closed:
             return None
         try:
-            data = self._recv(max_bytes)
+            data = self.socket.recv(max_bytes)
         except (BlockingIOError, InterruptedError):
             self._readable = False
             return None
@@ -136,7 +132,7 @@ class TcpStream(HalfCloseableStream):
         if self._sending:
             raise trio.BusyResourceError("another task is sending on this stream")
         try:
-            return self._send(data)
+            return self.socket.send(data)
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError as exc:
@@ -262,7 +258,7 @@ class TcpStream(HalfCloseableStream):
         if not total:
             return []
         try:
-            sent = self._send(b"".join(pieces)) if total <= JOINED else self.socket.sendmsg(pieces[:GATHER])
+            sent = self.socket.send(b"".join(pieces)) if total <= JOINED else self.socket.sendmsg(pieces[:GATHER])
         except (BlockingIOError, InterruptedError):
             sent = 0
         except OSError as exc:
