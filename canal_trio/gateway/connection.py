@@ -47,6 +47,7 @@ __all__ = ["ClientConnection"]
 _log = logging.getLogger("canal_trio.gateway")
 
 _NOBODY_THERE = (Kind.GONE, Kind.STALLED)
+_READER = "canal_trio.gateway.reader.ClientReader.run"  # Trio would make such a text for each task
 _LINGER_BYTES = 1024 * 1024  # read and dropped at most before closing on unread input
 
 
@@ -82,7 +83,14 @@ class ClientConnection:
         """Serve, then close the stream. Raises nothing but `Cancelled`."""
         self._gateway.connections.add(self)
         try:
-            await self._serve()
+            self._reader = reader = self._new_reader()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(reader.run, name=_READER)
+                await self._exchanges()
+                nursery.cancel_scope.cancel(reason="the connection is over")
+            self._clean = not self._broken_off and self._writer.trouble is None
+            if (self._unread or reader.superfluous) and self._clean:
+                await self._linger()
         except* Exception as group:
             self._gateway.bug(group, self.current)
         finally:
@@ -117,12 +125,12 @@ class ClientConnection:
         """Since when the client has asked for nothing; None while it is served."""
         return None if self._reader is None else self._reader.idle_since()
 
-    async def _serve(self) -> None:
+    def _new_reader(self) -> ClientReader:
         settings = self._gateway.settings
         deadlines = settings.deadlines
         if self._gateway.draining:  # it came late; if it says nothing it must not hold up the end
             deadlines = replace(deadlines, keep_alive=min(deadlines.keep_alive, deadlines.linger))
-        self._reader = ClientReader(
+        return ClientReader(
             self._stream,
             self,
             self._remembered.heads,
@@ -130,13 +138,6 @@ class ClientConnection:
             bounds=self._bounds,
             deadlines=deadlines,
         )
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._reader.run)
-            await self._exchanges()
-            nursery.cancel_scope.cancel(reason="the connection is over")
-        self._clean = not self._broken_off and self._writer.trouble is None
-        if (self._unread or self._reader.superfluous) and self._clean:
-            await self._linger()
 
     async def _exchanges(self) -> None:
         while True:

@@ -5,8 +5,8 @@ the backpressure of uploads) and, once a request is complete, reads on only to s
 reset reaches the exchange in the step that sees it; where the socket can tell a hang-up without being read, that holds
 while bytes wait unread, too.
 
-Requests that come whole are served in the poller's step (`_turn`) while this task sleeps in `_serve`; it is woken for
-everything else.
+Requests that come whole are served in the poller's step (`_turn`) while this task sleeps; it is woken for everything
+else.
 
 Invariants: one exchange at a time; of a pipelined request at most one read is held where the hang-up can be watched,
 and `pipelined_bytes` where it cannot. The head's deadline counts from its first byte and is never extended; the body's
@@ -169,8 +169,15 @@ class ClientReader:
                 if isinstance(verdict, RequestHead):
                     return self._accept(verdict)
             if self._direct is not None and self._patience.mode is Mode.IDLE:
-                exchange = await self._serve(self._direct)
-                if exchange is not None:
+                # Requests that come whole are served in the poller's step, without this task being woken, until there
+                # is one that needs more care, or bytes are left in `_held`.
+                try:
+                    self._direct.arm(self._turn)
+                    await self._direct.wait_disarmed()
+                except (trio.BrokenResourceError, trio.ClosedResourceError):
+                    pass  # `_receive` will meet it
+                if self._careful is not None:
+                    exchange, self._careful = self._careful, None
                     return exchange
             data, self._held = self._held, b""
             data = data or await self._receive()
@@ -182,19 +189,6 @@ class ClientReader:
                 cut = self._heads.close()
                 return self._owner.refuse(cut, self._patience.since) if cut is not None else None
         return None
-
-    async def _serve(self, direct: HandoverStream) -> Exchange | None:
-        """Put requests that come whole in the poller's step, without this task being woken, until something else comes.
-
-        That is either an exchange that needs more care, or bytes left in `_held`, or what `_receive` will meet again.
-        """
-        try:
-            direct.arm(self._turn)
-            await direct.wait_disarmed()
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass  # `_receive` will meet it
-        exchange, self._careful = self._careful, None
-        return exchange
 
     def _turn(self) -> bool:
         direct = self._direct

@@ -46,6 +46,8 @@ _PASSING = frozenset(
 )  # fmt: skip
 _SHORTAGE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
+_TASK = "canal_trio.serve.listen.Acceptor._serve"  # Trio would make such a text for each of them
+
 _log = logging.getLogger("canal_trio.serve")
 
 Address: TypeAlias = tuple[str, int]
@@ -233,8 +235,9 @@ class Slots:
 class Acceptor:
     """The accept loop of one listening socket, which it owns. Each connection becomes a task of `connections`.
 
-    `trouble(cause)` is called for each failed accept; it counts. `make_room()` closes idle connections. `crowd` knows
-    who has too many already: they get the words of `refusal()` through `partings`.
+    `trouble(cause)` is called for each failed accept, `bug()` for what a handler raises; they count. `make_room()`
+    closes idle connections. `crowd` knows who has too many already: they get the words of `refusal()` through
+    `partings`.
     """
 
     def __init__(
@@ -249,6 +252,7 @@ class Acceptor:
         crowd: Crowd | None = None,
         partings: Partings | None = None,
         refusal: Callable[[], bytes] = lambda: b"",
+        bug: Callable[[], object] = lambda: None,
     ) -> None:
         self.socket = sock
         self.address: Address = sock.getsockname()[:2]
@@ -260,6 +264,7 @@ class Acceptor:
         self._crowd = Crowd(math.inf, ()) if crowd is None else crowd
         self._partings = Partings() if partings is None else partings
         self._refusal = refusal
+        self._bug = bug
         self._back_off = BACK_OFF_FIRST
         self._tell_at = -TELL_EVERY
         self._untold = 0
@@ -316,12 +321,16 @@ class Acceptor:
                 return False
             self._back_off = BACK_OFF_FIRST
             self._slots.take()
-            self._connections.start_soon(self._serve, stream, peer, mark)
+            self._connections.start_soon(self._serve, stream, peer, mark, name=_TASK)
         return True
 
     async def _serve(self, stream: TcpStream, peer: str, mark: object) -> None:
+        """The boundary of one connection: what gets here is a bug, and it ends nobody else's stream."""
         try:
             await self._handler(stream, peer)
+        except* Exception as group:
+            self._bug()
+            _log.error("a bug ended a connection from %s", peer, exc_info=group)
         finally:
             stream.close()
             self._slots.give()

@@ -16,9 +16,9 @@ import dataclasses
 import logging
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Protocol, final
+from typing import Any, Protocol, final
 
 import trio
 
@@ -350,25 +350,24 @@ class Server:
             crowd=self.crowd,
             partings=self.partings,
             refusal=refusal if self.terminator is None else bytes,
+            bug=self.metrics.internal_errors.inc,
         )
 
     def _make_room(self) -> None:
         self.metrics.shed.labels("idle").inc(self.gateway.make_room())
 
-    async def _connection(self, stream: TcpStream, peer: str) -> None:
-        """The boundary of one connection: what gets here is a bug, and it ends nobody else's stream."""
-        try:
-            if self.terminator is None:
-                await self.gateway.handle(stream, peer=peer)
-                return
-            deadlines = self.settings.deadlines
-            secured = await self.terminator.secure(stream, peer, limit=deadlines.tls_handshake, linger=deadlines.linger)
-            if secured is not None:
-                subject = subject_of(secured.peer_certificate())
-                await self.gateway.handle(secured, peer=peer, scheme="https", certificate=subject)
-        except* Exception as group:
-            self.metrics.internal_errors.inc()
-            _log.error("a bug ended a connection from %s", peer, exc_info=group)
+    def _connection(self, stream: TcpStream, peer: str) -> Coroutine[Any, Any, None]:
+        terminator = self.terminator
+        if terminator is None:  # no coroutine of its own for each stream
+            return self.gateway.handle(stream, peer=peer)
+        return self._secured(terminator, stream, peer)
+
+    async def _secured(self, terminator: Terminator, stream: TcpStream, peer: str) -> None:
+        deadlines = self.settings.deadlines
+        secured = await terminator.secure(stream, peer, limit=deadlines.tls_handshake, linger=deadlines.linger)
+        if secured is not None:
+            subject = subject_of(secured.peer_certificate())
+            await self.gateway.handle(secured, peer=peer, scheme="https", certificate=subject)
 
     # -- orders --------------------------------------------------------------------------------------------------------
 
