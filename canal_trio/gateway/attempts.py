@@ -81,7 +81,7 @@ class Attempts:
         self._group: Group
         self._most = 1  # upstreams that may be asked
         self._key: bytes | None = None  # what the hash goes by
-        self._tried: list[int] = []
+        self._tried: tuple[int, ...] = ()
         self._next: int | None = None  # which is asked after the present one
         self._kept: KeptAnswer | None = None
         # of the present attempt
@@ -109,7 +109,7 @@ class Attempts:
             if exchange.left or exchange.failure is not None:  # while its route was looked for
                 await checkpoint_if_cancelled()
             if not fresh:
-                self._tried.append(index)
+                self._tried += (index,)
             upstream = choices[index].upstream
             exchange.rewrite(choices[index].model)
             failure = await self._attempt(upstream, index, fresh=fresh)

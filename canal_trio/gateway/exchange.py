@@ -297,6 +297,9 @@ class Exchange:
         if self.head is not None:
             self.head = self.head.bare()
         self.judged = None
+        if self.body is not None and self.body.ending is not None:  # which no attempt will ask for
+            self.body.close()
+            self.body = None
 
     def tunnels(self) -> None:
         """Both sides agreed on another protocol: from here on each direction has an end of its own."""

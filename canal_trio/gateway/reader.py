@@ -339,6 +339,7 @@ class ClientReader:
                 exchange.uploaded()
                 upload.end(decoder.end)
                 self._held = decoder.rest
+                del self._decoder, self._upload  # the answer may go on for long
                 return True
             data = self._at_hand(upload) or await self._awaited()
             self._patience.body_bytes += len(data)

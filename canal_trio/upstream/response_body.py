@@ -33,11 +33,11 @@ class ResponseBody:
     __slots__ = (
         "_clock",
         "_decoder",
+        "_direct",
         "_last",
         "_most",
         "_outlet",
         "_piece_bytes",
-        "_receive",
         "_stream",
         "_turns",
         "_whole",
@@ -90,7 +90,7 @@ class ResponseBody:
         """
         stream, decoder = self._stream, self._decoder
         assert can_hand_over(stream)
-        self._receive, self._most, self._outlet = stream.try_receive, most, outlet
+        self._direct, self._most, self._outlet = stream, most, outlet
         self._whole = decoder.whole if outlet.chunked and isinstance(decoder, ChunkedDecoder) else _no_chunk
         try:
             stream.arm(self._move)
@@ -105,7 +105,7 @@ class ResponseBody:
     def _move(self) -> Answer:
         """The sink. It runs for each event, so what is usual goes first: one whole chunk, passed on as it is."""
         try:
-            data = self._receive(self._most)
+            data = self._direct.try_receive(self._most)
         except trio.BrokenResourceError as exc:
             self._fail(Kind.RESET, str(exc))
             return False

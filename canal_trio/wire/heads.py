@@ -42,16 +42,20 @@ class RequestHeadReader:
     __slots__ = (
         "_begin",
         "_empty_lines",
+        "_head_bytes",
+        "_head_fields",
         "_last",
-        "_limits",
         "_rest",
         "_scanner",
+        "_target_bytes",
         "_verdict",
         "started",
     )
 
     def __init__(self, *, head_bytes: int, head_fields: int, target_bytes: int) -> None:
-        self._limits = head_bytes, head_fields, target_bytes
+        self._head_bytes = head_bytes
+        self._head_fields = head_fields
+        self._target_bytes = target_bytes
         self._scanner: Scanner | None = None
         self._verdict: RequestHead | Failure | None = None
         self._rest = b""
@@ -74,17 +78,16 @@ class RequestHeadReader:
                 return self._verdict
             data = begun
             self.started = True
-        head_bytes, head_fields, target_bytes = self._limits
         if self._scanner is None:
             last = self._last
             if last is not None and data.startswith(last[0]):  # which ends as a head does, so this one ends there, too
                 self._rest = data[len(last[0]) :]
                 self._verdict = last[1]
                 return last[1]
-            match = REQUEST_HEAD.match(data, 0, head_bytes)
-            if match is not None and data.count(b"\r\n", 0, match.end()) - 2 <= head_fields:
+            match = REQUEST_HEAD.match(data, 0, self._head_bytes)
+            if match is not None and data.count(b"\r\n", 0, match.end()) - 2 <= self._head_fields:
                 return self._judge(data, match.end(), plain=True)
-            self._scanner = Scanner(REQUEST, head_bytes, head_fields, target_bytes)
+            self._scanner = Scanner(REQUEST, self._head_bytes, self._head_fields, self._target_bytes)
         fault = self._scanner.feed(data)
         if fault is not None:
             return self._refuse(fault)
@@ -118,7 +121,7 @@ class RequestHeadReader:
         if self._last is not None and self._last[0] == block:
             self._verdict = self._last[1]
             return self._verdict
-        verdict = _parse_request(block, self._limits[2], plain=plain)
+        verdict = _parse_request(block, self._target_bytes, plain=plain)
         if isinstance(verdict, Fault):
             return self._refuse(verdict)
         self._last = (block, verdict)
@@ -236,8 +239,9 @@ class ResponseHeadReader:
     """Reads response heads from one upstream, informational ones included, one after the other."""
 
     __slots__ = (
+        "_head_bytes",
+        "_head_fields",
         "_last",
-        "_limits",
         "_rest",
         "_scanner",
         "_verdict",
@@ -245,7 +249,8 @@ class ResponseHeadReader:
     )
 
     def __init__(self, *, head_bytes: int, head_fields: int) -> None:
-        self._limits = head_bytes, head_fields
+        self._head_bytes = head_bytes
+        self._head_fields = head_fields
         self._scanner: Scanner | None = None
         self._verdict: ResponseHead | Failure | None = None
         self._rest = b""
@@ -262,17 +267,16 @@ class ResponseHeadReader:
         if not data:
             return None
         self.started = True
-        head_bytes, head_fields = self._limits
         if self._scanner is None:
             last = self._last
             if last is not None and data.startswith(last[0]):
                 self._rest = data[len(last[0]) :]
                 self._verdict = last[1]
                 return last[1]
-            match = RESPONSE_HEAD.match(data, 0, head_bytes)
-            if match is not None and data.count(b"\r\n", 0, match.end()) - 2 <= head_fields:
+            match = RESPONSE_HEAD.match(data, 0, self._head_bytes)
+            if match is not None and data.count(b"\r\n", 0, match.end()) - 2 <= self._head_fields:
                 return self._judge(data, match.end(), plain=True)
-            self._scanner = Scanner(RESPONSE, head_bytes, head_fields)
+            self._scanner = Scanner(RESPONSE, self._head_bytes, self._head_fields)
         fault = self._scanner.feed(data)
         if fault is not None:
             return self._refuse(fault.detail)
