@@ -72,8 +72,7 @@ class ResponseBody:
         return payload
 
     def _fail(self, kind: Kind, detail: str) -> None:
-        if self.failure is None:
-            self.failure = Failure(Side.UPSTREAM, Phase.STREAM, kind, detail)
+        self.failure = self.failure or Failure(Side.UPSTREAM, Phase.STREAM, kind, detail)
 
     def _eof(self) -> None:
         self._decoder.close()
