@@ -11,7 +11,8 @@ Invariants:
   twice (`_owed`). So a caller's bound and its deadline for a peer that takes nothing hold as over TCP.
 * *An end is a message.* Only a close_notify ends the stream; a transport that just ends is a broken one (RFC 8446 6.1).
 * *Nothing is forgotten in between.* What was read and not decrypted, or decrypted and not asked for, is looked at
-  before the transport is waited for; at most one read of `RECORDS` lies there.
+  before the transport is waited for; at most one read of `RECORDS` lies there. `_here` says whether there may be any:
+  it is asked several times for each read, and OpenSSL need not be.
 * `close()` says nothing to the peer, so that what was cut looks cut; `aclose()` and `send_eof()` send close_notify.
 """
 
@@ -74,6 +75,7 @@ class TlsStream(HalfCloseableStream):
         self._pending = memoryview(b"")  # ciphertext that the transport did not take yet
         self._owed = 0  # plaintext bytes of it, which were offered and not reported as taken
         self._sink: Armed | None = None
+        self._here = False  # there may be something to decrypt, or to tell of the end
         self._dry = False  # the last look found nothing
         self._news = 0  # reads of the transport in this turn
         self._sending = False
@@ -136,9 +138,10 @@ class TlsStream(HalfCloseableStream):
         """
         self._dry = False
         while True:
-            data = self._decrypt(max_bytes)
-            if data is not None:
-                return data
+            if self._here or self._ended or self._closed:
+                data = self._decrypt(max_bytes)
+                if data is not None:
+                    return data
             if self._news >= _NEWS_PER_TURN and self._sink is not None:
                 self._dry = True
                 return None
@@ -163,6 +166,10 @@ class TlsStream(HalfCloseableStream):
         """As `try_send` with several pieces in a row; answers what was not taken."""
         if self._sending:
             raise trio.BusyResourceError("another task is sending on this stream")
+        if not self._owed and 0 < sum(map(len, pieces)) <= _JOIN:  # as it mostly is: all in one record, or nothing
+            if self._offer(b"".join(pieces)):
+                return []
+            return [memoryview(piece).cast("B") for piece in pieces if len(piece)]
         rest = [memoryview(piece).cast("B") for piece in pieces if len(piece)]
         while rest:
             group = _up_to(rest, max(_JOIN, self._owed))
@@ -295,22 +302,19 @@ class TlsStream(HalfCloseableStream):
         self._news = 0
         while (sink := self._sink) is not None:
             self._dry = False
-            if not settled(sink()):
+            answer = sink()
+            if answer is not True and not settled(answer):
                 return False
-            if self._dry or not self._holds():
+            if self._dry or not self._here:
                 return True  # whether the transport has more, the transport knows
         return False
 
-    def _holds(self) -> bool:
-        """Is there anything here that might give plaintext, or the end?"""
-        incoming = self._incoming
-        return bool(incoming.pending or self._cut or self._tls.pending())
-
     def _decrypt(self, max_bytes: int) -> bytes | None:
-        self._check_open()
+        if self._closed:
+            self._check_open()
         if self._ended:
             return b""
-        if not self._holds():
+        if not self._here:
             return None  # cheaper than the exception that says so
         try:
             data = self._tls.read(max_bytes)
@@ -321,14 +325,24 @@ class TlsStream(HalfCloseableStream):
         except ssl.SSLZeroReturnError:
             data = b""
         except ssl.SSLError as exc:
+            self._here = self._holds()
             raise trio.BrokenResourceError(f"what arrived is no proper TLS: {exc.reason or exc}") from exc
-        if not data:
+        if data:
+            # Of a record that was begun OpenSSL keeps the rest, which is so only where all that was asked for came.
+            self._here = bool(len(data) == max_bytes or self._incoming.pending or self._cut)
+        else:
+            self._here = self._holds()
             self._ended = data is not None
             if not self._sending:  # else the sending task does it
                 self._try_flush()  # the answer to a KeyUpdate (RFC 8446 4.6.3)
         return data
 
+    def _holds(self) -> bool:
+        """Is there anything here that might give plaintext, or the end?"""
+        return bool(self._incoming.pending or self._cut or self._tls.pending())
+
     def _feed(self, ciphertext: bytes | bytearray) -> None:
+        self._here = True
         if ciphertext:
             self._incoming.write(ciphertext)
         else:
@@ -336,9 +350,10 @@ class TlsStream(HalfCloseableStream):
 
     def _offer(self, data: Buffer) -> int:
         """`try_send`, without asking who sends."""
-        self._check_sendable()
+        if self._closed or self._eof_sent:
+            self._check_sendable()
         size = len(data)
-        if not self._try_flush():
+        if (self._pending or self._outgoing.pending) and not self._try_flush():
             return 0
         taken = min(self._owed, size)  # what was encrypted when it was offered before has left by now
         self._owed -= taken
@@ -357,19 +372,19 @@ class TlsStream(HalfCloseableStream):
 
     def _try_flush(self) -> bool:
         """Pass on ciphertext. True: all of it has left."""
-        while True:
+        if self._pending:
+            sent = self.transport_stream.try_send(self._pending)
+            self._pending = self._pending[sent:]
             if self._pending:
-                sent = self.transport_stream.try_send(self._pending)
-                self._pending = self._pending[sent:]
-                if self._pending:
-                    return False
-            if not self._outgoing.pending:
-                return True
-            ciphertext = self._outgoing.read()
-            sent = self.transport_stream.try_send(ciphertext)
-            if sent < len(ciphertext):
-                self._pending = memoryview(ciphertext)[sent:]
                 return False
+        if not self._outgoing.pending:
+            return True
+        ciphertext = self._outgoing.read()
+        sent = self.transport_stream.try_send(ciphertext)
+        if sent == len(ciphertext):
+            return True
+        self._pending = memoryview(ciphertext)[sent:]
+        return False
 
     async def _flush(self) -> None:
         while not self._try_flush():
