@@ -17,7 +17,7 @@ from trio.abc import HalfCloseableStream, Stream
 from canal_trio.errors import Kind, Phase
 from canal_trio.gateway.exchange import Exchange
 from canal_trio.messages import End
-from canal_trio.relay.course import checkpoint_if_cancelled, in_task
+from canal_trio.relay.course import checkpoint_if_cancelled, in_task, later
 from canal_trio.relay.handover import Buffer, HandoverStream, can_hand_over
 from canal_trio.wire.bodies import encode_chunk, encode_last_chunk
 
@@ -84,6 +84,7 @@ class ClientWriter:
         that has read them may be seen to leave before the caller runs again. A checkpoint only if it has to wait, or
         where the stream takes the plain path. Cancelled, what was not taken is left in `unsent`.
         """
+        await later()
         if self._swallow is not None:
             await checkpoint_if_cancelled()
             self._swallow(b"")

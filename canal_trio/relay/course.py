@@ -6,6 +6,10 @@ that begins it. Where it sleeps for a stream it is parked there, and the step th
 As soon as it has to do what only a task can, which it says with `in_task()`, it stands still until a task takes it over
 with `finish()`; from then on it runs there as any coroutine, in the scopes and nurseries of that task.
 
+Before it sends it waits with `later()` for the end of the poller's round, as the sinks do that answer with the rest of
+their step (poller.py), and for the same reason: sends that follow one another wake the process at the other end once.
+Measured with 64 small exchanges at a time: a fifth of all CPU.
+
 Invariants: until then it has entered no cancel scope and no nursery, and has asked for no task. It cannot be cancelled
 without a task: whoever wants that cancels the scope in which it is to be finished, and calls `summon()`. News that is
 no readiness (the stream was closed) is never dealt with in the step that brings it, which may be in the midst of
@@ -32,7 +36,9 @@ __all__ = [
     "Sleeper",
     "checkpoint_if_cancelled",
     "current_course",
+    "hold_back",
     "in_task",
+    "later",
     "parks",
     "shielded_checkpoint",
     "sleep",
@@ -46,6 +52,7 @@ T = TypeVar("T")
 class _State(enum.Enum):
     STEPS = enum.auto()  # runs, in somebody's step
     PARKED = enum.auto()  # sleeps, without a task
+    LATER = enum.auto()  # waits for the end of the round
     CALLING = enum.auto()  # waits for a task
     TASK = enum.auto()  # has one
     OVER = enum.auto()
@@ -55,10 +62,12 @@ class _Here(threading.local):
     """What runs in this thread's present step."""
 
     course: Course[Any] | None = None
+    held: list[Course[Any]] | None = None  # who waits for the end of the round; None: nobody has to
 
 
 _here = _Here()
 _PARKS = object()
+_LATER = object()
 _NEEDS_TASK = object()
 
 
@@ -71,6 +80,19 @@ async def in_task() -> None:
     """From here on there is a task. A checkpoint only if there was none."""
     if _here.course is not None:
         await _give(_NEEDS_TASK)
+
+
+async def later() -> None:
+    """What follows sends: a course waits until all was received that is there in this round. In a task: nothing."""
+    course, held = _here.course, _here.held
+    if course is not None and held is not None:
+        held.append(course)
+        await _give(_LATER)
+
+
+def hold_back(held: list[Course[Any]] | None) -> None:
+    """A round begins: who comes to `later` is added to `held`, and waits for `go_on`. None: it is over."""
+    _here.held = held
 
 
 async def checkpoint_if_cancelled() -> None:
@@ -148,9 +170,9 @@ class Course(Generic[T]):
     # -- without a task ------------------------------------------------------------------------------------------------
 
     def begin(self) -> bool:
-        """Run it as far as it goes. False: it is parked, and `call` follows. Call it once. Not a checkpoint."""
+        """Run it as far as it goes. False: it waits, and `call` follows. Call it once. Not a checkpoint."""
         self._step()
-        if self._state is _State.PARKED:
+        if self._state is _State.PARKED or self._state is _State.LATER:
             return False
         self._call = None
         return True
@@ -158,18 +180,21 @@ class Course(Generic[T]):
     def summon(self) -> None:
         """It is wanted in its task. Not a checkpoint; idempotent, of no effect once it is there or over."""
         self.summoned = True
-        if self._state is _State.PARKED:
+        if self._state is _State.PARKED or self._state is _State.LATER:
             self._needs_task()
+
+    def go_on(self) -> None:
+        """What it waited for in `later` has come. Of no effect if it was summoned meanwhile. Not a checkpoint."""
+        if self._state is _State.LATER:
+            self._run_on()
 
     def _resume(self, news: outcome.Outcome[None]) -> None:
         if self._task is not None:
             task, self._task = self._task, None
             trio.lowlevel.reschedule(task, news)
         elif self._state is _State.PARKED and isinstance(news, outcome.Value):
-            self._state, self._abort = _State.STEPS, None
-            self._step()
-            if self._state is not _State.PARKED:
-                self._tell()
+            self._abort = None
+            self._run_on()
         else:
             self._abort = None
             if isinstance(news, outcome.Error):
@@ -177,13 +202,19 @@ class Course(Generic[T]):
             if self._state is _State.PARKED:
                 self._needs_task()
 
+    def _run_on(self) -> None:
+        self._state = _State.STEPS
+        self._step()
+        if self._state is not _State.PARKED and self._state is not _State.LATER:
+            self._tell()
+
     def _needs_task(self) -> None:
         self._state = _State.CALLING
         self._tell()
 
     def _tell(self) -> None:
         call, self._call = self._call, None  # it may know us: a circle would wait for the garbage collector
-        assert call is not None  # it calls once: then it is parked no longer, and never again
+        assert call is not None  # it calls once: then it waits no longer, and never again
         call()
 
     def _step(self) -> None:
@@ -195,10 +226,12 @@ class Course(Generic[T]):
         except BaseException as exc:
             self._over(outcome.Error(exc))
         else:
-            if message is _NEEDS_TASK or (message is _PARKS and self.summoned):
+            if message is _NEEDS_TASK or (self.summoned and (message is _PARKS or message is _LATER)):
                 self._state = _State.CALLING
             elif message is _PARKS:
                 self._state = _State.PARKED
+            elif message is _LATER:
+                self._state = _State.LATER
             else:  # what it waits for knows whom to wake, and that is not us
                 with suppress(RuntimeError):  # it waits again, in a `finally`
                     self._coroutine.close()

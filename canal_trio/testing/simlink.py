@@ -10,10 +10,12 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import trio
 
+from canal_trio.relay.course import Course, hold_back
 from canal_trio.relay.handover import Buffer
 from canal_trio.relay.idle import Reaper
 
@@ -205,8 +207,20 @@ class Pipe:
 
     def _announce(self, _now: float) -> float:
         self._announced = False
-        self.reader.on_ready()
+        held: list[Course[Any]] = []  # as in a round of the poller, only that others may have their turn before its end
+        hold_back(held)
+        try:
+            self.reader.on_ready()
+        finally:
+            hold_back(None)
+        for course in held:
+            self._wheel.add(partial(_go_on, course), trio.current_time())
         return math.inf
+
+
+def _go_on(course: Course[Any], _now: float) -> float:
+    course.go_on()
+    return math.inf
 
 
 _wheel: trio.lowlevel.RunVar[Reaper] = trio.lowlevel.RunVar("canal_trio.testing.simstream")

@@ -24,7 +24,7 @@ from trio.abc import Stream
 
 from canal_trio.errors import Failure, Kind, Phase, Retry, Side
 from canal_trio.messages import End, RequestHead, ResponseHead
-from canal_trio.relay.course import in_task, parks
+from canal_trio.relay.course import in_task, later, parks
 from canal_trio.relay.flow import Aborted, FlowSender
 from canal_trio.relay.handover import Buffer, HandoverStream, can_hand_over
 from canal_trio.relay.idle import Reaper
@@ -333,6 +333,7 @@ class Http1Connection:
         self._reset()
         if not self._parks:
             await in_task()
+        await later()
         try:
             rest = await self._begin(block, body, chunked=chunked, upgrading=False)
             if rest:

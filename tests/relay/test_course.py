@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextvars
 import gc
 import weakref
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any
 
 import pytest
 import trio
+from course_kit import Begun
 from relay_pairs import sim_pair, tcp_pair
 from tls_pairs import shaken
 from trio.testing import assert_checkpoints, assert_no_checkpoints, wait_all_tasks_blocked
@@ -21,6 +20,7 @@ from canal_trio.relay.course import (
     checkpoint_if_cancelled,
     current_course,
     in_task,
+    later,
     parks,
     shielded_checkpoint,
 )
@@ -40,20 +40,6 @@ async def ends(request):
     yield near, far
     near.close()
     far.close()
-
-
-class Begun:
-    """A course of `function()`, and how often it has called."""
-
-    def __init__(self, function: Callable[[], Awaitable[Any]]) -> None:
-        self.calls = 0
-        self.called = trio.Event()
-        self.course: Course[Any] = Course(function(), self._call, contextvars.copy_context())  # type: ignore[arg-type]
-        self.ended_at_once = self.course.begin()
-
-    def _call(self) -> None:
-        self.calls += 1
-        self.called.set()
 
 
 async def test_what_never_waits_is_over_at_once():
@@ -390,6 +376,7 @@ async def test_in_a_task_the_questions_are_trios_own():
     assert current_course() is None
     with assert_no_checkpoints():
         await in_task()
+        await later()
     with assert_checkpoints():
         await checkpoint_if_cancelled()
         await shielded_checkpoint()

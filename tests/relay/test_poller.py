@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import os
 import socket
 
@@ -12,7 +13,8 @@ from trio.testing import wait_all_tasks_blocked
 
 from canal_trio.relay import TcpStream
 from canal_trio.relay import poller as poller_module
-from canal_trio.relay.poller import LONG, ROUNDS
+from canal_trio.relay.course import Course, later
+from canal_trio.relay.poller import HELD, LONG, MAX_EVENTS, ROUNDS
 
 pytestmark = pytest.mark.usefixtures("waits")
 
@@ -118,6 +120,42 @@ async def test_one_wake_is_bounded_for_a_stream_that_is_fed_by_its_own_sink():
         nursery.cancel_scope.cancel()
     for stream in (a, b):
         stream.close()
+
+
+async def test_courses_send_when_all_was_received_that_is_there_or_enough_of_them_wait():
+    """One alone sends at once; of many that one look finds, `HELD` are received for, then sent for, and so on."""
+    log: list[str] = []
+    pairs = [local_pair() for _ in range(MAX_EVENTS - 3)]
+    over = trio.Event()
+
+    async def work(number: int, stream: TcpStream) -> None:
+        for _ in range(2):
+            await stream.receive_some(100)
+            log.append(f"{number} received")
+            await later()
+            log.append(f"{number} sent")
+
+    def ended() -> None:
+        if len(log) == 2 + 2 * len(pairs):
+            over.set()
+
+    for number, (_, near) in enumerate(pairs):
+        assert not Course(work(number, near), ended, contextvars.copy_context()).begin()
+    await wait_all_tasks_blocked(0.01)
+    pairs[7][0].try_send(b"x")
+    await wait_all_tasks_blocked(0.01)
+    assert log == ["7 received", "7 sent"]
+    for number, (far, _) in enumerate(pairs):
+        far.try_send(b"x" if number != 7 else b"y")
+    await wait_all_tasks_blocked(0.01)
+    way = [entry.split()[1] for entry in log[2:]]
+    rest = len(pairs) - HELD
+    assert way == ["received"] * HELD + ["sent"] * HELD + ["received"] * rest + ["sent"] * rest
+    order = [entry.split()[0] for entry in log[2:]]
+    assert order[:HELD] == order[HELD : 2 * HELD]
+    for far, near in pairs:
+        far.close()
+        near.close()
 
 
 async def test_what_is_reported_of_a_closed_stream_is_not_taken_for_news_of_the_next_with_its_number():
