@@ -29,6 +29,7 @@ from canal_trio.messages import End, RequestHead
 from canal_trio.relay.flow import FlowSender
 from canal_trio.relay.handover import HandoverStream, can_hand_over, handover_end
 from canal_trio.relay.idle import Reaper
+from canal_trio.relay.tls import TlsStream
 from canal_trio.settings import Bounds, Deadlines
 from canal_trio.wire.bodies import BodyDecoder
 from canal_trio.wire.heads import RequestHeadReader
@@ -78,7 +79,8 @@ class ClientReader:
         deadlines: Deadlines,
     ) -> None:
         self._stream = stream
-        self._socket = handover_end(stream)
+        end = handover_end(stream)
+        self._socket = end.transport_stream if isinstance(end, TlsStream) else end  # where a hang-up is seen
         self._direct = stream if can_hand_over(stream) else None
         self._owner = owner
         self._heads = heads

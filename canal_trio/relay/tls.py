@@ -364,7 +364,10 @@ class TlsStream(HalfCloseableStream):
                 self._tls.write(part)
             except ssl.SSLError as exc:
                 raise trio.BrokenResourceError(f"TLS cannot send: {exc.reason or exc}") from exc
-            if not self._try_flush():
+            ciphertext = self._outgoing.read()
+            sent = self.transport_stream.try_send(ciphertext)
+            if sent < len(ciphertext):
+                self._pending = memoryview(ciphertext)[sent:]
                 self._owed = len(part)
                 return taken
             taken += len(part)
