@@ -190,16 +190,16 @@ class Delivery:
         exchange = self._exchange
         request = exchange.head
         assert request is not None
-        options = ForClient(
-            request_id=exchange.id.encode("ascii"),
-            request_version=request.version,
-            request_method=request.method,
-            pseudonym=self._settings.pseudonym,
-            body=body,
-            close=close,
-            event_stream=exchange.scanner is not None,
-            upgrade=exchange.upgrade if head.status == 101 else None,
-            date=http_date(),
+        options = ForClient(  # by position, as there is one for each answer
+            exchange.id.encode("ascii"),
+            request.version,
+            request.method,
+            self._settings.pseudonym,
+            body,
+            close,
+            exchange.scanner is not None,
+            exchange.upgrade if head.status == 101 else None,
+            http_date(),
         )
         fields = exchange.fields
         if not fields or head.status < 200 or head.status == 429:  # its own limit, and its own word for it
