@@ -7,15 +7,17 @@ synchronous, must not block, and cost once per exchange, never per piece.
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 from canal_trio.errors import Failure, Phase
 from canal_trio.messages import RequestHead
-from canal_trio.settings import Drain
+from canal_trio.settings import Drain, Settings
 
 __all__ = [
     "Admission",
+    "Admissions",
     "Admitted",
     "Asked",
     "Authenticator",
@@ -30,6 +32,7 @@ __all__ = [
     "Tried",
     "Usage",
     "UsageSource",
+    "Wanted",
 ]
 
 
@@ -124,12 +127,13 @@ class ExchangeRecord(NamedTuple):
     flags: tuple[str, ...] = ()  # no_terminal_event, cut_after_terminal, late_body_end, ...
     usage: Usage | None = None  # None: unknown, see `usage_source`
     usage_source: UsageSource = UsageSource.NONE
+    cost: int | None = None  # of that usage, in billionths of the prices' currency; None: unknown, or without a price
 
 
 class Admitted(NamedTuple):
     """What is known of an exchange when it is about to go upstream. `upstream` is the first that is tried."""
 
-    request_id: str
+    request_id: str  # 1 to 128 visible ASCII characters
     started_at: float  # Unix time
     path: str
     principal: str | None
@@ -144,8 +148,8 @@ class Bookkeeper(Protocol):
     def admitted(self, exchange: Admitted) -> int | Failure:
         """Note, before anything goes upstream, that there is this exchange: its number, or why it may not be."""
 
-    def ended(self, number: int, record: ExchangeRecord) -> None:
-        """The exchange of this number is over. Called once for each number."""
+    def ended(self, endings: Sequence[tuple[int, ExchangeRecord]]) -> None:
+        """The exchanges of these numbers are over. Each number is told once."""
 
 
 class Recorder(Protocol):
@@ -169,6 +173,13 @@ class Tap(Protocol):
         """`data` was accepted by the client's kernel."""
 
 
+class Wanted(NamedTuple):
+    """How much a request wants to have generated, as it says it: any number, or None where it says nothing."""
+
+    tokens: float | None = None  # at most, for each answer
+    answers: float | None = None
+
+
 class Asked(NamedTuple):
     """What is known of an exchange when it asks to be admitted: authenticated and routed, nothing upstream touched."""
 
@@ -178,6 +189,7 @@ class Asked(NamedTuple):
     upstream: str | None  # the first that would be tried
     upstream_model: str | None  # as that one names it
     body: bytes | None  # if it is here, and no form
+    wanted: Wanted | None = None  # None: its body says nothing of it, or could not be read
 
 
 class Slot(Protocol):
@@ -211,11 +223,17 @@ class Admission(Protocol):
         """It settles by what was used: accounting is on for what it admits."""
 
     @property
-    def waits(self) -> bool:
-        """`admit` may have to wait. False is a promise that it never awaits anything: there need not be a task yet."""
+    def admit_now(self) -> Callable[[Asked], Slot | Refused] | None:
+        """`admit` where the answer is in this process: nothing is waited for, so there need not be a task yet. None
+        where it may have to be asked for elsewhere."""
 
     async def admit(self, asked: Asked) -> Slot | Refused:
         """A slot, or why not. A checkpoint only where the answer is not in this process.
 
         Cancelling it leaves nothing behind: a slot that nobody has received any more is given back.
         """
+
+
+Admissions: TypeAlias = Callable[[Settings, Callable[[], bool]], Admission | None]
+"""Gives the hook of a configuration, None where that limits nothing. The other argument has those released that have
+ended and are not yet (False: there are none), so that nobody is refused for their sake."""

@@ -25,10 +25,12 @@ from canal_trio.gateway.connection import ClientConnection
 from canal_trio.gateway.drain import Drains
 from canal_trio.gateway.exchange import Exchange, ExchangeView
 from canal_trio.gateway.places import Places
-from canal_trio.hooks import Admission, Bookkeeper, Recorder
+from canal_trio.hooks import Admission, Admissions, Bookkeeper, Recorder
 from canal_trio.policy.listing import Listing
+from canal_trio.policy.prices import Prices
 from canal_trio.policy.routing import Router
 from canal_trio.relay.idle import Reaper, clock_of_run
+from canal_trio.relay.poller import after_round
 from canal_trio.settings import Settings, Upstream
 from canal_trio.upstream.connect import Connector, Dialer
 from canal_trio.upstream.pool import Pool, PoolStatistics
@@ -68,6 +70,7 @@ class Generation:
     books: Bookkeeper | None = None  # takes note of each admitted exchange
     admission: Admission | None = None  # None: everything is admitted
     drains: Drains = field(default_factory=Drains)
+    prices: Prices | None = None  # none: nothing has a cost
 
     def crowded(self) -> Failure | None:
         """No upstream has room, not even in its queue: why nothing can be done for any request, whatever it wants."""
@@ -95,11 +98,12 @@ class Gateway:
     ) -> None:
         self._recorders = tuple(recorders)
         self._books: Bookkeeper | None = None
-        self._admissions: Callable[[Settings], Admission | None] = _admit_all
+        self._admissions: Admissions = _admit_all
         self._drains = Drains()
         self._dialer = dialer
         self.connections: set[ClientConnection] = set()  # each is here while it runs
         self._exchanges: dict[Exchange, None] = {}
+        self._ended: list[Exchange] = []  # not accounted for
         self._networks = _networks(settings)
         self.trusts_any = bool(self._networks)
         self._standings = Standings()
@@ -144,8 +148,9 @@ class Gateway:
             Listing(settings, router),
             Catalogue(settings, connector),
             self._books,
-            self._admissions(settings),
+            self._admissions(settings, self.account),
             self._drains,
+            Prices(settings.prices) if settings.prices else None,
         )
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -190,11 +195,11 @@ class Gateway:
         self._books = books
         self.generation = replace(self.generation, books=books)
 
-    def limit_by(self, admissions: Callable[[Settings], Admission | None]) -> None:
+    def limit_by(self, admissions: Admissions) -> None:
         """Have exchanges admitted by the hook that `admissions` gives for a configuration (None: it limits nothing).
         Before anything is handled."""
         self._admissions = admissions
-        self.generation = replace(self.generation, admission=admissions(self.settings))
+        self.generation = replace(self.generation, admission=admissions(self.settings, self.account))
 
     def trusts(self, address: str) -> bool:
         """Is `address` one of the trusted proxies?"""
@@ -213,22 +218,46 @@ class Gateway:
         self._exchanges[exchange] = None
 
     def end(self, exchange: Exchange) -> None:
-        """An exchange is over: make its record and give it to every recorder."""
+        """An exchange is over. It is accounted for at the end of the poller's round, together with others."""
         if self._exchanges.pop(exchange, exchange) is exchange:
             return  # was not in the book: recorded already
-        record = exchange.finish()
-        if exchange.slot is not None:
+        exchange.over()
+        self._ended.append(exchange)
+        if len(self._ended) == 1 and not after_round(self.account):
+            self.account()
+
+    def account(self) -> bool:
+        """Make the records of those that have ended: limits settle by them, books note them, recorders get them. False:
+        there are none that this was not done for. Not a checkpoint.
+
+        A bug in one of these is logged and goes no further: the poller would end the run.
+        """
+        if not self._ended:
+            return False
+        ended, self._ended = self._ended, []
+        prices, records, noted = self.generation.prices, [], []
+        for exchange in ended:
             try:
-                exchange.slot.release(record)
+                record = exchange.finish(prices)
+                records.append(record)
+                if exchange.entry is not None:
+                    noted.append((exchange.entry, record))
+                if exchange.slot is not None:
+                    exchange.slot.release(record)
             except Exception:
-                _log.exception("the limits failed on the record of %s", record.request_id)
-        if exchange.entry is not None and self._books is not None:
-            self._books.ended(exchange.entry, record)
+                _log.exception("the accounting failed on the record of %s", exchange.id)
+        if noted and self._books is not None:
+            try:
+                self._books.ended(noted)
+            except Exception:
+                _log.exception("the books failed on the records of %d exchanges", len(noted))
         for recorder in self._recorders:
-            try:
-                recorder.finished(record)
-            except Exception:
-                _log.exception("a recorder failed on the record of %s", record.request_id)
+            for record in records:
+                try:
+                    recorder.finished(record)
+                except Exception:
+                    _log.exception("a recorder failed on the record of %s", record.request_id)
+        return True
 
     def bug(self, group: BaseExceptionGroup[Exception], exchange: Exchange | None) -> None:
         """Something raised that must not: log it with its traceback. The connection's other half goes on."""
@@ -291,7 +320,7 @@ class Gateway:
         return math.inf
 
 
-def _admit_all(_: Settings) -> Admission | None:
+def _admit_all(_: Settings, _account: Callable[[], bool]) -> Admission | None:
     return None
 
 

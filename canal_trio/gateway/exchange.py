@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from canal_trio.gateway.judged import Judged
     from canal_trio.hooks import Slot
     from canal_trio.messages import RequestHead
+    from canal_trio.policy.prices import Prices
     from canal_trio.upstream.pool import Lease
 
 __all__ = ["GENERATING", "Exchange", "ExchangeView"]
@@ -367,16 +368,23 @@ class Exchange:
         )
         return guess, UsageSource.NONE if guess is None else UsageSource.ESTIMATED
 
-    def finish(self) -> ExchangeRecord:
-        """The exchange is over: its one record. Called once."""
-        now = self.finished_at = self.clock()
+    def over(self) -> None:
+        """Nothing of it changes any more."""
+        self.finished_at = self.clock()
+        self.finished = True
+        if self._end is not None:
+            self._end.set()
+
+    def finish(self, prices: Prices | None = None) -> ExchangeRecord:
+        """The one record of an exchange that has ended, with its cost by `prices`. Called once."""
         if self.failure is None and self.scanner is not None and not self.scanner.terminal:
             self.flags |= {"no_terminal_event"}
         usage, source = self._used()
+        upstream_model = (self.upstream_model or self.model) if self.upstream is not None else None
         events = self.scanner.events if self.scanner else 0
         if self.draining and self.drain is not None:
             events = self.drain.finish()
-        record = ExchangeRecord(  # by position, in the order of the fields: by name it takes twice as long
+        return ExchangeRecord(  # by position, in the order of the fields: by name it takes twice as long
             self.id,
             self.started_at,
             self.client,
@@ -391,7 +399,7 @@ class Exchange:
             self.principal.key if self.principal else None,
             self.model,
             self.upstream,
-            (self.upstream_model or self.model) if self.upstream is not None else None,
+            upstream_model,
             self.attempts,
             self.tried,
             self.scanner is not None,
@@ -399,7 +407,7 @@ class Exchange:
             self.response_bytes,
             events,
             None if self.first_piece is None else self.first_piece - self.headed,
-            now - self.started,
+            self.finished_at - self.started,
             self.longest_gap,
             (self.last_piece - self.first_piece) / (self.pieces - 1)
             if self.first_piece is not None and self.pieces > 1
@@ -411,8 +419,5 @@ class Exchange:
             tuple(sorted(self.flags)) if self.flags else (),
             usage,
             source,
+            prices.charge(usage, self.upstream, upstream_model, self.model) if usage and prices else None,
         )
-        self.finished = True
-        if self._end is not None:
-            self._end.set()
-        return record

@@ -12,6 +12,7 @@ from typing import Final, final
 import trio
 
 from canal_trio.errors import Failure, Kind, Phase, Side
+from canal_trio.hooks import Wanted
 from canal_trio.messages import RequestHead
 from canal_trio.relay.course import in_task
 from canal_trio.wire.facts import request_facts
@@ -27,14 +28,19 @@ AT_ONCE_BYTES: Final = 1024 * 1024  # up to these it takes a millisecond or two;
 @final
 class Judged:
     """A body's fields. `model` is the one that it names, `can_ask_usage` says that it asks for a stream and does not
-    say whether it wants its usage."""
+    say whether it wants its usage, `wanted` how much it wants generated (None: it does not say)."""
 
-    __slots__ = ("_fields", "_usage", "can_ask_usage", "model")
+    __slots__ = ("_fields", "_usage", "can_ask_usage", "model", "wanted")
 
     def __init__(self, body: bytes, fields: JsonFields | FormFields) -> None:
         self.model = fields.model
         self._fields = fields
-        self._usage = usage_edit(body, fields) if isinstance(fields, JsonFields) and fields.stream else None
+        self._usage: Edit | None = None
+        self.wanted: Wanted | None = None
+        if isinstance(fields, JsonFields):
+            self.wanted = fields.wanted
+            if fields.stream:
+                self._usage = usage_edit(body, fields)
         self.can_ask_usage = self._usage is not None
 
     @property

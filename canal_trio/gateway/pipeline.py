@@ -17,7 +17,7 @@ from canal_trio.gateway.deliver import Delivery
 from canal_trio.gateway.drain import Draining
 from canal_trio.gateway.early import EarlyHead
 from canal_trio.gateway.exchange import GENERATING, Exchange
-from canal_trio.gateway.judged import AT_ONCE_BYTES, judge, judge_in_thread
+from canal_trio.gateway.judged import AT_ONCE_BYTES, Judged, judge, judge_in_thread
 from canal_trio.gateway.places import Places
 from canal_trio.gateway.requests import UpstreamRequests
 from canal_trio.gateway.respond import continue_head
@@ -290,17 +290,17 @@ class Pipeline:
             if failure is not None:
                 return failure
         content = body.beginning(most)
-        if content:
-            if len(content) <= AT_ONCE_BYTES:
-                judged = judge(self._head, content, strict)
-            else:
-                judged = await judge_in_thread(self._head, content, strict)
-            if isinstance(judged, Failure):
-                return judged
-            if judged is not None:
-                exchange.judged = judged
-                exchange.model = judged.model
-        return None
+        if not content:
+            return None
+        if len(content) <= AT_ONCE_BYTES:
+            judged = judge(self._head, content, strict)
+        else:
+            judged = await judge_in_thread(self._head, content, strict)
+        if isinstance(judged, Judged):
+            exchange.judged = judged
+            exchange.model = judged.model
+            return None
+        return judged
 
     def _path_route(self) -> Plan | Failure | None:
         origin = origin_form(self._head)
@@ -313,9 +313,8 @@ class Pipeline:
         Whatever the body calls itself, it is read: many upstreams do not look at that. Only files are not held for it.
         """
         exchange, body, content = self._exchange, self._exchange.body, None
-        headers = self._head.headers
         if admission.wants_body and body is not None and exchange.upgrade is None:
-            form = not self._facts.json and is_form(headers.get(b"content-type") or b"")
+            form = not self._facts.json and is_form(self._head.headers.get(b"content-type") or b"")
             if exchange.judged is None and ((named := self._facts.names_model) or not form):
                 failure = await self._read(body, strict=named)
                 if failure is not None:
@@ -323,12 +322,15 @@ class Pipeline:
                 exchange.phase = Phase.ROUTE
             if not form:
                 content = body.beginning(self._settings.bounds.held_body_bytes)
-        principal = exchange.principal.name if exchange.principal is not None else None
-        if admission.waits:
+        principal, judged = exchange.principal, exchange.judged
+        name = None if principal is None else principal.name
+        wanted = None if judged is None else judged.wanted
+        asked = Asked(self._facts.path, name, exchange.model, first.upstream.name, first.model, content, wanted)
+        if admission.admit_now is not None:
+            verdict = admission.admit_now(asked)
+        else:
             await in_task()
-        verdict = await admission.admit(
-            Asked(self._facts.path, principal, exchange.model, first.upstream.name, first.model, content)
-        )
+            verdict = await admission.admit(asked)
         exchange.fields = verdict.fields
         if isinstance(verdict, Refused):
             return verdict.failure

@@ -54,11 +54,12 @@ def text_line(record: ExchangeRecord) -> bytes:
     """The line for people: when, who, what, how it ended, then numbers, then names."""
     client, method, path = record.client or "-", record.method or "-", record.path or "-"
     id_, model, upstream = record.request_id, record.model, record.upstream
+    principal, key, called = record.principal, record.key, record.upstream_model
+    words = (client, method, path, id_, model, upstream, principal, key, called)
     # Nearly always no word needs quotes, and one look at all of them tells.
-    if not _PLAIN(f"{client}{method}{path}{id_}{model}{upstream}") or id_ == "" or model == "":
+    if not _PLAIN("".join([word or "-" for word in words])) or "" in words:
         client, method, path, id_ = _word(client), _word(method), _word(path), _word(id_)
-        model = None if model is None else _word(model)
-        upstream = None if upstream is None else _word(upstream)
+        model, upstream, principal, key, called = (None if word is None else _word(word) for word in words[4:])
     parts = [
         f"{timestamp(record.started_at + record.duration)} {client} {method} {path} {record.status or '-'} "
         f"{record.outcome._value_} phase={record.phase._value_} "  # .value is a Python call or two
@@ -79,16 +80,16 @@ def text_line(record: ExchangeRecord) -> bytes:
         parts.append(f"tried={_word(','.join(f'{one.upstream}:{one.result}' for one in record.tried))}")
     if record.certificate is not None:
         parts.append(f"cert={_word(record.certificate)}")
-    if record.principal is not None:
-        parts.append(f"key={_word(record.principal)}")
-        if record.key is not None and record.key != record.principal:
-            parts.append(f"key_name={_word(record.key)}")
+    if principal is not None:
+        parts.append(f"key={principal}")
+        if key is not None and key != principal:
+            parts.append(f"key_name={key}")
     if model is not None:
         parts.append(f"model={model}")
     if upstream is not None:
         parts.append(f"upstream={upstream}")
-        if record.upstream_model is not None and record.upstream_model != record.model:
-            parts.append(f"as={_word(record.upstream_model)}")
+        if called is not None and called != model:
+            parts.append(f"as={called}")
     if record.usage is not None:
         guess = "~" if record.usage_source is UsageSource.ESTIMATED else ""
         parts.append(f"tokens={guess}{record.usage.prompt}+{record.usage.completion}")
@@ -150,6 +151,7 @@ def json_line(record: ExchangeRecord) -> bytes:
             "reasoning": usage.reasoning,
         },
         "usage_source": record.usage_source.value,
+        "cost": record.cost,
     }
     return msgspec.json.encode(_plain(fields)) + b"\n"
 

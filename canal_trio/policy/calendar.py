@@ -26,6 +26,11 @@ class Calendar:
         self._day = self._month = 0
         self._begins, self._ends = math.inf, 0.0  # the day
         self._month_ends = 0.0
+        self._latest: Moment | None = None
+
+    def latest(self) -> Moment | None:
+        """The last moment that was asked for, if it still is that day."""
+        return self._latest if self._begins <= self._wall() < self._ends else None
 
     def moment(self, now: float) -> Moment:
         """This moment, which a clock that only rises calls `now`."""
@@ -33,7 +38,8 @@ class Calendar:
         if not self._begins <= wall < self._ends:
             self._turn(int(wall // _DAY))
         fields = (now, self._day, self._month, self._ends - wall, self._month_ends - wall)
-        return tuple.__new__(Moment, fields)  # twice for each exchange: half the time
+        self._latest = moment = tuple.__new__(Moment, fields)  # as `Moment`, in half the time
+        return moment
 
     def _turn(self, day: int) -> None:
         self._begins, self._ends = day * _DAY, (day + 1) * _DAY

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import msgspec
+from canal_trio.hooks import Wanted
 
 __all__ = ["Estimate", "estimate", "guess_used"]
 
@@ -19,15 +19,6 @@ _SMALL = 8192  # bytes; not worth the search
 _MOST_ATTACHMENTS = 1000
 # What stands in front of one, and of its text if that is a string of its own: a data URL, or `input_audio`'s data.
 _ATTACHMENTS = ((b";base64,", b""), (b'"data"', b'"'))
-
-
-class _Maximum(msgspec.Struct):
-    """The fields of the APIs that bound what is generated."""
-
-    max_tokens: int | float | None = None
-    max_completion_tokens: int | float | None = None
-    max_output_tokens: int | float | None = None
-    n: int | float | None = None
 
 
 class Estimate(NamedTuple):
@@ -43,32 +34,22 @@ class Estimate(NamedTuple):
 
 
 _NONE = Estimate()
-_decode = msgspec.json.Decoder(_Maximum).decode
 
 
-def estimate(body: bytes | None, *, generates: bool, output_tokens: int) -> Estimate:
-    """Of a request with this JSON `body`; None: it has none that can be read, and nothing is guessed.
+def estimate(body: bytes | None, wanted: Wanted | None, *, generates: bool, output_tokens: int) -> Estimate:
+    """Of a request with this `body`; None: it has none that can be read, and nothing is guessed.
 
-    `output_tokens` stands for a maximum that the request does not name, if it `generates` text at all.
+    `output_tokens` stands for a maximum that is not `wanted`, if it `generates` text at all.
     """
     if not body:
         return _NONE
     size = len(body)
     prompt = ((size if size < _SMALL else _plain_bytes(body)) + _BYTES_PER_TOKEN - 1) // _BYTES_PER_TOKEN
-    try:
-        said = _decode(body)
-    except msgspec.DecodeError:  # the upstream will say what is wrong with it
-        said = _Maximum()
-    most = said.max_completion_tokens
-    if most is None:
-        most = said.max_tokens
-    if most is None:
-        most = said.max_output_tokens
-    if most is None:
-        most = output_tokens if generates else 0
-    if said.n is not None:
-        most = max(0.0, most) * max(1.0, said.n)
-    completion = int(most) if 0 <= most <= _MOST else int(min(max(0.0, most), _MOST))
+    completion = output_tokens if generates else 0
+    if wanted is not None:
+        most = completion if wanted.tokens is None else min(max(0, wanted.tokens), _MOST)
+        answers = 1 if wanted.answers is None else min(max(1, wanted.answers), _MOST)
+        completion = int(min(most * answers, _MOST))
     return tuple.__new__(Estimate, (prompt, completion))  # as `Estimate`, in half the time
 
 

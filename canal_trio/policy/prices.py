@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import final
 
+from canal_trio.hooks import Usage
 from canal_trio.settings import Price
 
 __all__ = ["NANOS", "Prices", "cost", "money"]
@@ -74,6 +75,14 @@ class Prices:
         named = [model for model in models if model is not None]
         price = self._found[key] = self._look_up(upstream, named or [""])  # without a name it may still be `*`
         return price
+
+    def charge(self, usage: Usage, upstream: str | None, *models: str | None) -> int | None:
+        """What `usage` costs, in nanos; None if it has no price. Found as `find` does."""
+        price = self.find(upstream, *models)
+        if price is None:
+            return None
+        prompt, completion, cached, reasoning = usage
+        return cost(price, prompt=prompt, completion=completion, cached=cached, reasoning=reasoning)
 
     def _look_up(self, upstream: str | None, models: list[str]) -> Price | None:
         for model in models:

@@ -14,13 +14,28 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, final
+from typing import NamedTuple, Protocol, TypeVar, final
 
 from canal_trio.policy.prices import NANOS
 from canal_trio.settings import Limit
 
-__all__ = ["Ask", "Moment", "Refusal", "Rule", "State", "What", "refill", "refusal", "settle", "take"]
+__all__ = [
+    "Ask",
+    "Moment",
+    "Refusal",
+    "Rule",
+    "Ruled",
+    "State",
+    "What",
+    "begin",
+    "refill",
+    "refusal",
+    "returns",
+    "settle",
+    "worst",
+]
 
 _MINUTE = 60.0
 _SLACK = 1e-9  # of a burst: what rounding may cost nobody
@@ -52,6 +67,17 @@ class Rule:
         self.streams: float = math.inf if limit.streams is None else limit.streams
         self.spend_day: float = math.inf if limit.spend_day is None else round(limit.spend_day * NANOS)
         self.spend_month: float = math.inf if limit.spend_month is None else round(limit.spend_month * NANOS)
+
+
+class Ruled(Protocol):
+    """What has a rule."""
+
+    @property
+    def rule(self) -> Rule:
+        """It."""
+
+
+S = TypeVar("S", bound=Ruled)
 
 
 @dataclass(slots=True)
@@ -106,7 +132,13 @@ def refill(rule: Rule, state: State, moment: Moment) -> None:
         if state.tokens > 0:
             left = state.tokens - passed * rule.token_rate
             state.tokens = left if left > 0 else 0.0
-    # A clock that was set back a little does not give the money back; one that was far ahead does not keep it.
+    if moment.day != state.day or moment.month != state.month:
+        _turn(state, moment)
+
+
+def _turn(state: State, moment: Moment) -> None:
+    """Another day, or month. A clock that was set back a little does not give the money back; one that was far ahead
+    does not keep it."""
     if not state.day - 1 <= moment.day <= state.day:
         state.day, state.spent_day = moment.day, 0
     if not state.month - 1 <= moment.month <= state.month:
@@ -115,15 +147,6 @@ def refill(rule: Rule, state: State, moment: Moment) -> None:
 
 def refusal(rule: Rule, state: State, ask: Ask, moment: Moment) -> Refusal | None:
     """Why `ask` cannot begin now, None if it can. Of several reasons the one to wait longest for."""
-    reserved = state.reserved
-    if (
-        state.requests + 1 <= rule.request_burst
-        and state.tokens + ask.tokens <= rule.token_burst
-        and state.streams < rule.streams
-        and state.spent_day + reserved < rule.spend_day
-        and state.spent_month + reserved < rule.spend_month
-    ):
-        return None  # nearly always: far from every number
     found: list[Refusal] = []
     over = state.requests + 1 - rule.request_burst
     if over > rule.request_burst * _SLACK:
@@ -141,18 +164,61 @@ def refusal(rule: Rule, state: State, ask: Ask, moment: Moment) -> Refusal | Non
     return max(found, key=lambda one: one.wait) if found else None
 
 
-def take(rule: Rule, state: State, ask: Ask) -> None:
-    """`ask` begins: count it. `settle` is due when it ends."""
-    if rule.requests is not None:
-        state.requests += 1
-    if rule.tokens is not None:
-        state.tokens += min(ask.tokens, rule.token_burst)
-    state.streams += 1
-    state.reserved += ask.cost
+def worst(counted: Sequence[tuple[S, State]], ask: Ask, moment: Moment) -> tuple[S, Refusal] | None:
+    """Of several, each at `moment`: who refuses `ask`, and why. Of several reasons the one to wait longest for."""
+    found: tuple[S, Refusal] | None = None
+    for ruled, state in counted:
+        why = refusal(ruled.rule, state, ask, moment)
+        if why is not None and (found is None or why.wait > found[1].wait):
+            found = ruled, why
+    return found
+
+
+def begin(counted: Sequence[tuple[S, State]], ask: Ask, moment: Moment) -> tuple[S, Refusal] | None:
+    """Let `ask` in everywhere, or nowhere, and why not. All are brought to `moment`. `settle` is due when it ends."""
+    tokens, cost = ask
+    far = True  # from every number, as nearly always
+    for ruled, state in counted:
+        rule, reserved = ruled.rule, state.reserved
+        refill(rule, state, moment)
+        if (
+            state.requests + 1 > rule.request_burst
+            or state.tokens + tokens > rule.token_burst
+            or state.streams >= rule.streams
+            or state.spent_day + reserved >= rule.spend_day
+            or state.spent_month + reserved >= rule.spend_month
+        ):
+            far = False
+    why = None if far else worst(counted, ask, moment)
+    if why is None:
+        for ruled, state in counted:
+            rule = ruled.rule
+            if rule.requests is not None:
+                state.requests += 1
+            if rule.tokens is not None:
+                state.tokens += min(tokens, rule.token_burst)
+            state.streams += 1
+            state.reserved += cost
+    return why
+
+
+def returns(ruled: Sequence[Ruled], ask: Ask, used: Ask) -> bool:
+    """Does no level rise when `ask` ends having used `used`?"""
+    if used.tokens <= ask.tokens:
+        for one in ruled:
+            if used.tokens > one.rule.token_burst:
+                break  # no more than that was taken
+        else:
+            return True
+    return False
 
 
 def settle(rule: Rule, state: State, ask: Ask, used: Ask) -> None:
-    """An exchange that asked for `ask` has ended, and has used `used`. `state` was brought to now."""
+    """An exchange that asked for `ask` has ended, and has used `used`. `state` was brought to now.
+
+    Or, if no level rises by it (`returns`), to an earlier moment of this day: what drains before a level sinks, or
+    after it, is the same.
+    """
     if rule.tokens is not None:
         left = state.tokens + used.tokens - min(ask.tokens, rule.token_burst)
         state.tokens = left if left > 0 else 0.0

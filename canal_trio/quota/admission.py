@@ -7,7 +7,7 @@ rules under which it was let in.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, final
 
 import trio
@@ -54,8 +54,8 @@ class Store(Protocol):
         """How often it did not answer."""
 
     @property
-    def waits(self) -> bool:
-        """`admit` may have to wait for an answer; False: it awaits nothing."""
+    def admit_now(self) -> Callable[[Sequence[Scope], Ask], Verdict | None] | None:
+        """`admit` where nothing is ever waited for; else None."""
 
     async def admit(self, scopes: Sequence[Scope], ask: Ask) -> Verdict | None:
         """Let it in everywhere or nowhere, or why not; None: nobody can tell. Cancelling it leaves nothing counted."""
@@ -67,6 +67,10 @@ class Store(Protocol):
         """What it has to do in the background, until cancelled."""
 
 
+def _nothing() -> bool:
+    return False
+
+
 @final
 class Limits:
     """The limits of one process, counted in `store`."""
@@ -75,10 +79,13 @@ class Limits:
         self.store = store
         self.rejections: dict[tuple[str, ...], float] = {}  # (kind of scope, which number) -> how many
 
-    def admission(self, settings: Settings) -> Admission | None:
-        """The hook for `settings`; None if they limit nothing."""
+    def admission(self, settings: Settings, account: Callable[[], bool] = _nothing) -> Admission | None:
+        """The hook for `settings`; None if they limit nothing.
+
+        `account` has those settled that have ended and are not yet; False: there are none. Nobody is refused for them.
+        """
         scopes = Scopes(settings.limits)
-        return _Admission(self, settings, scopes) if scopes else None
+        return _Admission(self, settings, scopes, account) if scopes else None
 
     def refuse(self, scope: Scope, refusal: Refusal) -> Failure:
         """Count it, and say it."""
@@ -93,8 +100,9 @@ class Limits:
 class _Admission:
     """One configuration."""
 
-    def __init__(self, limits: Limits, settings: Settings, scopes: Scopes) -> None:
+    def __init__(self, limits: Limits, settings: Settings, scopes: Scopes, account: Callable[[], bool]) -> None:
         self._limits = limits
+        self._account = account
         self._scopes = scopes
         self._prices = Prices(settings.prices)
         self._output_tokens = settings.limit_store.output_tokens
@@ -102,86 +110,106 @@ class _Admission:
         self._counts = scopes.tokens or scopes.spend
         self.wants_usage = self._counts
         self.wants_body = self._counts or scopes.models
-        self.waits = limits.store.waits
+        self._count_now = limits.store.admit_now
+        self.admit_now = None if self._count_now is None else self._admit_now
 
     async def admit(self, asked: Asked) -> Slot | Refused:
         """`hooks.Admission`."""
-        scopes = self._scopes.of(asked.principal, asked.model)
+        slot, count = self._slot(asked), self._limits.store.admit
+        if not slot.scopes:
+            return slot
+        verdict = await count(slot.scopes, slot.ask)
+        if verdict is not None and verdict.why is not None and self._account():
+            verdict = await count(slot.scopes, slot.ask)
+        return self._judged(slot, verdict)
+
+    def _admit_now(self, asked: Asked) -> Slot | Refused:
+        slot, count = self._slot(asked), self._count_now
+        assert count is not None
+        if not slot.scopes:
+            return slot
+        verdict = count(slot.scopes, slot.ask)
+        if verdict is not None and verdict.why is not None and self._account():
+            verdict = count(slot.scopes, slot.ask)
+        return self._judged(slot, verdict)
+
+    def _slot(self, asked: Asked) -> _Slot:
+        """What it asks for, of whom; not counted yet."""
         expected, price, ask = _NOTHING, None, _ONE
         if self._counts:
             generates = asked.path.endswith(_GENERATES)
-            expected = estimate(asked.body, generates=generates, output_tokens=self._output_tokens)
+            expected = estimate(asked.body, asked.wanted, generates=generates, output_tokens=self._output_tokens)
             price = self._prices.find(asked.upstream, asked.upstream_model, asked.model)
             prompt, completion = expected
             ask = _ask(price, prompt, completion)
-        if not scopes:
-            return _Slot(self, None, scopes, asked, price, expected, ask, b"")
-        verdict = await self._limits.store.admit(scopes, ask)
+        return _Slot(self, self._scopes.of(asked.principal, asked.model), asked, price, expected, ask)
+
+    def _judged(self, slot: _Slot, verdict: Verdict | None) -> Slot | Refused:
         if verdict is None:
             if self._fail_open:
-                return _Slot(self, None, scopes, asked, price, expected, ask, b"")
+                return slot
             return Refused(Failure(Side.GATEWAY, Phase.ROUTE, Kind.UNCOUNTED, retry_after=1.0))
-        fields = limit_fields(verdict.counted)
-        if verdict.why is not None:
-            return Refused(self._limits.refuse(*verdict.why), fields)
-        return _Slot(self, verdict.keeper, scopes, asked, price, expected, ask, fields)
+        counted, why, keeper = verdict
+        fields = limit_fields(counted)
+        if why is not None:
+            return Refused(self._limits.refuse(*why), fields)
+        slot.keeper, slot.fields = keeper, fields
+        return slot
 
-    def used(self, asked: Asked, price: Price | None, expected: Estimate, record: ExchangeRecord) -> Ask:
-        """What the exchange of a slot has used. `price` is that of the upstream that was to be asked first."""
+    def used(self, slot: _Slot, record: ExchangeRecord) -> Ask:
+        """What the exchange of a slot has used."""
         if not self._counts:
             return _ONE
         usage = record.usage
-        prompt, completion, cached, reasoning = (*used_by(record, expected), 0, 0) if usage is None else usage
+        if usage is not None:
+            return tuple.__new__(Ask, (usage.prompt + usage.completion, record.cost or 0))
+        prompt, completion = used_by(record, slot.expected)
+        asked, price = slot.asked, slot.price
         if record.upstream != asked.upstream or record.upstream_model != asked.upstream_model:
             price = self._prices.find(record.upstream, record.upstream_model or asked.upstream_model, asked.model)
-        return _ask(price, prompt, completion, cached, reasoning)
+        return _ask(price, prompt, completion)
 
 
 _NOTHING = Estimate()
 _ONE = Ask()
 
 
-def _ask(price: Price | None, prompt: int, completion: int, cached: int = 0, reasoning: int = 0) -> Ask:
+def _ask(price: Price | None, prompt: int, completion: int) -> Ask:
     tokens = prompt + completion
-    if price is None or not tokens:  # nothing was generated, so nothing was paid for
-        nanos = 0
-    else:
-        nanos = cost(price, prompt=prompt, completion=completion, cached=cached, reasoning=reasoning)
+    # Where nothing was generated nothing was paid for.
+    nanos = 0 if price is None or not tokens else cost(price, prompt=prompt, completion=completion)
     return tuple.__new__(Ask, (tokens, nanos))  # as `Ask`, in half the time
 
 
 @final
 class _Slot:
-    """`hooks.Slot`: settled once, whatever happens."""
+    """`hooks.Slot`: settled once, whatever happens. `price` is that of the upstream that is to be asked first."""
 
-    __slots__ = ("_admission", "_ask", "_asked", "_expected", "_keeper", "_price", "_scopes", "fields")
+    __slots__ = ("_admission", "ask", "asked", "expected", "fields", "keeper", "price", "scopes")
 
     def __init__(
         self,
         admission: _Admission,
-        keeper: Keeper | None,
         scopes: Sequence[Scope],
         asked: Asked,
         price: Price | None,
         expected: Estimate,
         ask: Ask,
-        fields: bytes,
     ) -> None:
         self._admission = admission
-        self._keeper = keeper  # None: nobody counts it
-        self._scopes = scopes
-        self._asked = asked
-        self._price = price
-        self._expected = expected
-        self._ask = ask
-        self.fields = fields
+        self.scopes = scopes
+        self.asked = asked
+        self.price = price
+        self.expected = expected
+        self.ask = ask
+        self.keeper: Keeper | None = None  # nobody counts it
+        self.fields = b""
 
     def release(self, record: ExchangeRecord) -> None:
         """The exchange has ended."""
-        keeper, self._keeper = self._keeper, None
+        keeper, self.keeper = self.keeper, None
         if keeper is not None:
-            used = self._admission.used(self._asked, self._price, self._expected, record)
-            keeper.settle(self._scopes, self._ask, used)
+            keeper.settle(self.scopes, self.ask, self._admission.used(self, record))
 
 
 def used_by(record: ExchangeRecord, expected: Estimate) -> Estimate:

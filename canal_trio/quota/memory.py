@@ -19,7 +19,7 @@ from typing import final
 import trio
 
 from canal_trio.policy.calendar import Calendar
-from canal_trio.policy.ratelimit import Ask
+from canal_trio.policy.ratelimit import Ask, returns
 from canal_trio.policy.scopes import Scope
 from canal_trio.quota.admission import Verdict
 from canal_trio.quota.table import WAYS, Table, table_bytes
@@ -109,7 +109,6 @@ class MemoryStore:
     """A `quota.admission.Store` over a table. `clock` gives seconds that all who share the table agree on."""
 
     away = False  # memory is always there
-    waits = False
 
     def __init__(
         self, table: Table, *, clock: Callable[[], float] = trio.current_time, wall: Callable[[], float] = time.time
@@ -121,7 +120,11 @@ class MemoryStore:
         self.errors = 0
 
     async def admit(self, scopes: Sequence[Scope], ask: Ask) -> Verdict | None:
-        """The verdict, at once; None if the table cannot be had. Not a checkpoint."""
+        """As `admit_now`. Not a checkpoint."""
+        return self.admit_now(scopes, ask)
+
+    def admit_now(self, scopes: Sequence[Scope], ask: Ask) -> Verdict | None:
+        """The verdict; None if the table cannot be had."""
         moment = self._calendar.moment(self._clock())
         try:
             if self._unsettled:
@@ -137,7 +140,8 @@ class MemoryStore:
         try:
             if self._unsettled:
                 self._catch_up()
-            self.table.settle(scopes, ask, used, self._calendar.moment(self._clock()))
+            moment = self._calendar.latest() if returns(scopes, ask, used) else None
+            self.table.settle(scopes, ask, used, moment or self._calendar.moment(self._clock()))
         except Busy:
             self._unsettled.append((scopes, ask, used))
             self.errors += 1

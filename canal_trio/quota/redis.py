@@ -63,7 +63,7 @@ class _Away(Exception):
 class RedisStore:
     """A `quota.admission.Store` in the Redis that `settings` name. `local` counts meanwhile, if that was chosen."""
 
-    waits = True
+    admit_now = None
 
     def __init__(self, settings: LimitStore, local: MemoryStore) -> None:
         assert settings.redis is not None
@@ -112,7 +112,7 @@ class RedisStore:
                 if pending.answer is not None:
                     return verdict_of(scopes, ask, pending.answer, self)
         await trio.lowlevel.checkpoint()
-        return None if self._local is None else await self._local.admit(scopes, ask)
+        return None if self._local is None else self._local.admit(scopes, ask)
 
     def _was_asked(self, pending: Pending, scopes: Sequence[Scope], ask: Ask, answer: Any) -> None:
         if self._let_in(answer):
@@ -338,9 +338,9 @@ class _Local:
         self._store = store
         self._memory = memory
 
-    async def admit(self, scopes: Sequence[Scope], ask: Ask) -> Verdict | None:
+    def admit(self, scopes: Sequence[Scope], ask: Ask) -> Verdict | None:
         """By the memory."""
-        verdict = await self._memory.admit(scopes, ask)
+        verdict = self._memory.admit_now(scopes, ask)
         if verdict is None or verdict.why is not None:
             return verdict
         self._store.hold(scopes, ask, told=False)

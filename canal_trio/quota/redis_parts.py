@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 import trio
 
 from canal_trio.policy.calendar import Calendar
-from canal_trio.policy.ratelimit import Ask, Refusal, State, What, refusal
+from canal_trio.policy.ratelimit import Ask, Refusal, State, What, worst
 from canal_trio.policy.scopes import Scope
 from canal_trio.quota.admission import Keeper, Verdict
 
@@ -116,17 +116,15 @@ def verdict_of(scopes: Sequence[Scope], ask: Ask, answer: Any, keeper: Keeper) -
     now = float(answer[1]) / 1e6
     moment = Calendar(lambda: now).moment(now)
     counted: list[tuple[Scope, State]] = []
-    worst: tuple[Scope, Refusal] | None = None
     for number, scope in enumerate(scopes):
         at = 2 + 6 * number
         requests, tokens = float(answer[at]), float(answer[at + 1])
         streams, reserved, day, month = (int(float(text)) for text in answer[at + 2 : at + 6])
         state = State(requests, tokens, now, streams, reserved, moment.day, day, moment.month, month)
         counted.append((scope, state))
-        if answer[0] != 1:
-            why = refusal(scope.rule, state, ask, moment)
-            if why is not None and (worst is None or why.wait > worst[1].wait):
-                worst = (scope, why)
-    if answer[0] != 1 and worst is None:  # on the very edge the two may disagree about a billionth
-        worst = (scopes[0], Refusal(What.REQUESTS, scopes[0].rule.requests or 0, 0.001))
-    return Verdict(counted, worst, keeper)
+    if answer[0] == 1:
+        return Verdict(counted, None, keeper)
+    why = worst(counted, ask, moment)
+    if why is None:  # on the very edge the two may disagree about a billionth
+        why = (scopes[0], Refusal(What.REQUESTS, scopes[0].rule.requests or 0, 0.001))
+    return Verdict(counted, why, keeper)

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import final
 
-from canal_trio.policy.ratelimit import Ask, Moment, Refusal, State, refill, refusal, settle, take
+from canal_trio.policy.ratelimit import Ask, Moment, Refusal, State, begin, refill, settle
 from canal_trio.policy.scopes import Scope
 
 __all__ = ["Spent", "Table", "table_bytes"]
@@ -95,7 +95,7 @@ class Table:
         """Let `ask` in everywhere, or nowhere: what each scope has counted by then, and why not."""
         known = self._all_named(scopes)
         if known is not None:
-            worst = _begin(known, ask, moment)
+            worst = begin(known, ask, moment)
             if worst is None and ask.cost:
                 self._own_changes += 1
             return known, worst
@@ -109,7 +109,7 @@ class Table:
                     continue
                 counted.append((scope, self._read(place)))
                 places.append(place)
-            worst = _begin(counted, ask, moment)
+            worst = begin(counted, ask, moment)
             if worst is None:
                 for place, (scope, state) in zip(places, counted, strict=True):
                     self._write(place, scope.id, state, 1, ask.cost)
@@ -329,18 +329,3 @@ class Table:
             self._own_changes += 1
             return
         _CHANGES.pack_into(self._memory, 0, (self.changes + 1) % 2**64)
-
-
-def _begin(counted: Counted, ask: Ask, moment: Moment) -> tuple[Scope, Refusal] | None:
-    """Let `ask` in everywhere, or nowhere, and why not. `counted` is brought to `moment`."""
-    worst: tuple[Scope, Refusal] | None = None
-    for scope, state in counted:
-        rule = scope.rule
-        refill(rule, state, moment)
-        why = refusal(rule, state, ask, moment)
-        if why is not None and (worst is None or why.wait > worst[1].wait):
-            worst = (scope, why)
-    if worst is None:
-        for scope, state in counted:
-            take(scope.rule, state, ask)
-    return worst

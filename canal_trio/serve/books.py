@@ -11,7 +11,7 @@ __all__ = ["open_ledger", "show_ledger"]
 
 def open_ledger(settings: Settings, worker: int = 0) -> Ledger | None:
     """The ledger that `settings` ask for, if they do. Raises `JournalError`."""
-    return None if settings.ledger is None else Ledger(settings.ledger, settings.prices, worker=worker)
+    return None if settings.ledger is None else Ledger(settings.ledger, worker=worker)
 
 
 def show_ledger(metrics: Metrics, ledger: Ledger) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Protocol, final
 
 import trio
 
-from canal_trio.hooks import Admission, Bookkeeper, Recorder
+from canal_trio.hooks import Admissions, Bookkeeper, Recorder
 from canal_trio.observe.accesslog import AccessLog
 from canal_trio.observe.admin import Admin
 from canal_trio.observe.ledger import Ledger
@@ -103,7 +103,7 @@ class ServedGateway(Protocol):
     def statistics(self) -> Statistics:
         """Counts of now."""
 
-    def limit_by(self, admissions: Callable[[Settings], Admission | None]) -> None:
+    def limit_by(self, admissions: Admissions) -> None:
         """Have each exchange admitted by the hook that this gives for a configuration."""
 
     def keep_books(self, books: Bookkeeper) -> None:
@@ -403,8 +403,6 @@ class Server:
         certificates = None if new.tls is None else await in_a_thread(Certificates, new.tls)  # other files, perhaps
         await in_a_thread(self.gateway.prepare, new)
         self.gateway.reload(new)
-        if self.ledger is not None:
-            self.ledger.reprice(new.prices)
         if self.terminator is not None and certificates is not None:
             self.terminator.certificates = certificates
             self.terminator.handshakes.resize(new.bounds.tls_handshakes)

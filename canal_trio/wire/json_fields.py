@@ -19,6 +19,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from canal_trio.hooks import Wanted
 from canal_trio.wire.splice import Edit
 
 __all__ = ["JsonFields", "json_fields", "model_edit", "usage_edit"]
@@ -65,6 +66,11 @@ class _Body(msgspec.Struct):
     model: str | msgspec.UnsetType | None = msgspec.UNSET
     stream: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     stream_options: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    # What bounds a generation, as the APIs call it: of any type, for nobody is refused for its sake.
+    max_tokens: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    max_completion_tokens: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    max_output_tokens: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    n: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
 
 class _Options(msgspec.Struct):
@@ -73,6 +79,7 @@ class _Options(msgspec.Struct):
 
 _decode_body: Final = msgspec.json.Decoder(_Body).decode
 _decode_options: Final = msgspec.json.Decoder(_Options).decode
+_decode_number: Final = msgspec.json.Decoder(int | float | None).decode
 
 
 class JsonFields(NamedTuple):
@@ -84,6 +91,7 @@ class JsonFields(NamedTuple):
     model_at: tuple[int, int] | None = None
     options_at: int | None = None
     odd_options: bool = False  # `stream_options` may be there in another case, which is not read
+    wanted: Wanted | None = None  # None: it does not say
 
 
 def json_fields(body: bytes) -> JsonFields | str:
@@ -109,15 +117,20 @@ def json_fields(body: bytes) -> JsonFields | str:
             places = scanned
             break
         places[name] = match.end()
-    model, stream, options = said.model, said.stream, said.stream_options
-    at = None if model is msgspec.UNSET else places.get("model")
+    unset, model, options = msgspec.UNSET, said.model, said.stream_options
+    at = None if model is unset else places.get("model")
+    if options is unset:
+        include, options_at, odd = None, None, "stream_options" in places
+    else:
+        include, options_at, odd = _include_usage(bytes(options)), places["stream_options"], False
     fields = (
         model if isinstance(model, str) else None,
-        stream is not msgspec.UNSET and bytes(stream) == b"true",
-        None if options is msgspec.UNSET else _include_usage(bytes(options)),
+        said.stream is not unset and bytes(said.stream) == b"true",
+        include,
         None if at is None else (at, _scalar_end(body, at)),
-        None if options is msgspec.UNSET else places["stream_options"],
-        options is msgspec.UNSET and "stream_options" in places,
+        options_at,
+        odd,
+        _wanted(said),
     )
     return tuple.__new__(JsonFields, fields)  # as `JsonFields`, in half the time
 
@@ -129,6 +142,25 @@ def _decode_mended(body: bytes) -> _Body:
     if isinstance(said.model, str) and "\ufffd" in said.model:
         raise msgspec.DecodeError("the model's name cannot be read")
     return said
+
+
+def _wanted(said: _Body) -> Wanted | None:
+    """How much is to be generated. What is not a number says nothing: the upstream will tell what is wrong with it."""
+    most = said.max_completion_tokens, said.max_tokens, said.max_output_tokens
+    if most == _UNSAID and said.n is msgspec.UNSET:
+        return None
+    tokens = (number for raw in most if (number := _number(raw)) is not None)
+    return Wanted(next(tokens, None), _number(said.n))
+
+
+_UNSAID: Final = (msgspec.UNSET,) * 3
+
+
+def _number(raw: msgspec.Raw | msgspec.UnsetType) -> float | None:
+    try:
+        return None if raw is msgspec.UNSET else _decode_number(raw)
+    except msgspec.DecodeError:
+        return None
 
 
 def _by_scan(body: bytes) -> dict[str, int] | str:

@@ -67,6 +67,7 @@ class _Text(msgspec.Struct):
     usage: _Usual | msgspec.UnsetType = msgspec.UNSET
 
 
+_ENDS: Final = (b"}", b"}\n", b"}\r\n", b"}\n\n")  # of a whole text
 _decode_text: Final = msgspec.json.Decoder(_Text).decode
 
 
@@ -103,7 +104,11 @@ def _part(raw: dict[str, Any], *names: str) -> dict[str, Any]:
 
 @final
 class BodyUsage:
-    """The tap on a JSON text. `usage` is None until one was seen."""
+    """The tap on a JSON text.
+
+    A piece that may be the whole text is only decoded when that is asked for, or more follows: mostly in the accounting
+    behind an exchange, which is for many of them at once.
+    """
 
     __slots__ = (
         "_begun",
@@ -115,15 +120,26 @@ class BodyUsage:
         "_name",
         "_open_escape",
         "_untouched",
-        "usage",
+        "_usage",
+        "_waiting",
     )
 
     def __init__(self) -> None:
-        self.usage: Usage | None = None
+        self._usage: Usage | None = None
+        self._waiting = b""  # what may be the whole text
         self._untouched, self._begun = True, False  # as `reset` does
+
+    @property
+    def usage(self) -> Usage | None:
+        """The counts of the last `usage` that was an object; None until one was seen."""
+        if self._waiting:
+            self._look()
+        return self._usage
 
     def reset(self) -> None:
         """Another text begins. `usage` stays."""
+        if self._waiting:
+            self._look()
         self._untouched = True  # nothing of the text has come
         self._begun = False  # the rest of the state is there
 
@@ -141,8 +157,19 @@ class BodyUsage:
         """Take note of `data`, which has passed."""
         if self._untouched and data:
             self._untouched = False
-            if self._whole(data):
+            if data.endswith(_ENDS):
+                self._waiting = data
                 return
+        if self._waiting:
+            self._look()
+        self._scan(data)
+
+    def _look(self) -> None:
+        data, self._waiting = self._waiting, b""
+        if not self._whole(data):
+            self._scan(data)
+
+    def _scan(self, data: bytes) -> None:
         if not self._begun:
             self._begin()
         at, size = 0, len(data)
@@ -159,7 +186,7 @@ class BodyUsage:
 
     def _whole(self, data: bytes) -> bool:
         """Take note of a whole text. False: it is none, or has to be read more closely; nothing was done then."""
-        if not data.endswith((b"}", b"}\n", b"}\r\n", b"}\n\n")) or _ESCAPED[0] in data or _ESCAPED[1] in data:
+        if _ESCAPED[0] in data or _ESCAPED[1] in data:
             return False
         at = data.rfind(b'"usage"')
         if at >= 0 and (len(data) - at > USAGE_BYTES or data.find(b'"usage"') < at):
@@ -177,7 +204,7 @@ class BodyUsage:
             (prompt.cached_tokens or 0) if prompt else 0,
             (completion.reasoning_tokens or 0) if completion else 0,
         )
-        self.usage = tuple.__new__(Usage, fields)  # as `Usage`, in half the time
+        self._usage = tuple.__new__(Usage, fields)  # as `Usage`, in half the time
         return True
 
     def _string(self, data: bytes, at: int) -> int:
@@ -239,7 +266,7 @@ class BodyUsage:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return
         if found is not None:
-            self.usage = found
+            self._usage = found
 
 
 @final

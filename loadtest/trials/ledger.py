@@ -120,11 +120,11 @@ async def _rate(folder: Path, rate: int, seconds: int, say: Say) -> list[Verdict
                         assert not isinstance(entry, Failure)
                         open_now.append(entry)
                 while len(open_now) > 50 or (open_now and not books):
-                    book.ended(open_now.pop(0), _record(number))
+                    book.ended([(open_now.pop(0), _record(number))])
                     count += 1
                 await trio.sleep_until(due)
             for entry in open_now:
-                book.ended(entry, _record(0))
+                book.ended([(entry, _record(0))])
                 count += 1
         await book.finish(30)
         nursery.cancel_scope.cancel()

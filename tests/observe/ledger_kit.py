@@ -8,8 +8,9 @@ from typing import Any
 
 from canal_trio.errors import Phase
 from canal_trio.hooks import Admitted, ExchangeRecord, Outcome, Usage, UsageSource
+from canal_trio.observe.ledger.rows import Row, decode, ended, opened
 
-__all__ = ["admitted", "outcomes", "record", "rows_in"]
+__all__ = ["admitted", "open_row", "outcomes", "record", "rows_in", "whole_row"]
 
 
 def admitted(number: int = 1, **changes: Any) -> Admitted:
@@ -51,6 +52,22 @@ def record(number: int = 1, **changes: Any) -> ExchangeRecord:
         "usage_source": UsageSource.UPSTREAM,
     }
     return ExchangeRecord(**(fields | changes))
+
+
+def open_row(number: int = 1, **changes: Any) -> Row:
+    """The row of an exchange that runs, as its line in the journal says it."""
+    line, _ = opened(number, admitted(number, **changes))
+    row = decode(line[1:])
+    assert row is not None
+    return row
+
+
+def whole_row(number: int, exchange: ExchangeRecord, **changes: Any) -> Row:
+    """The row of an exchange that has ended, as its line in the journal says it."""
+    _, begun = opened(number, admitted(number, **changes))
+    row = decode(ended(begun, exchange)[1:])
+    assert row is not None
+    return row
 
 
 def rows_in(where: str) -> list[dict[str, Any]]:

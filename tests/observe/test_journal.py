@@ -8,11 +8,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ledger_kit import admitted, record
+from ledger_kit import admitted, open_row, record
 
 from canal_trio.observe.ledger.filler import BATCH_BYTES, Filler
 from canal_trio.observe.ledger.journal import (
@@ -25,9 +24,7 @@ from canal_trio.observe.ledger.journal import (
 )
 from canal_trio.observe.ledger.rows import LINE_BYTES, Row, _few, decode, ended, opened
 from canal_trio.observe.ledger.sqlite import SqliteStore
-from canal_trio.policy.prices import Prices
 
-NO_PRICES = Prices(())
 MUCH = 10**9
 
 
@@ -42,13 +39,13 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
 def start(journal: Journal) -> int:
     """Admit one more; its number."""
     number = journal.next()
-    assert journal.admit(opened(number, admitted(number)))
+    assert journal.admit(opened(number, admitted(number))[0])
     return number
 
 
 def finish(journal: Journal, number: int) -> None:
     """End it."""
-    journal.end(ended(opened(number, admitted(number)), record(number), NO_PRICES))
+    journal.end([ended(opened(number, admitted(number))[1], record(number))])
 
 
 def read_all(reader: JournalReader, most: int = 10_000) -> dict[int, str]:
@@ -114,7 +111,7 @@ def test_full_means_no(tmp_path: Path) -> None:
     """Nothing is admitted beyond the bound, with room for the endings of what is open; later it is again."""
     journal = Journal(str(tmp_path), instance="gw", most_bytes=10_000)
     taken = []
-    while journal.admit(opened(number := journal.next(), admitted(number))):
+    while journal.admit(opened(number := journal.next(), admitted(number))[0]):
         taken.append(number)
     assert 3 <= len(taken) <= 10_000 // ENDING_BYTES
     for number in taken:
@@ -152,15 +149,61 @@ def test_a_full_disk(journal: Journal, monkeypatch: pytest.MonkeyPatch, room: in
     monkeypatch.setattr(os, "write", disk)
     for number in numbers:
         finish(journal, number)
-    while journal.admit(opened(number := journal.next(), admitted(number))):
+    while journal.admit(opened(number := journal.next(), admitted(number))[0]):
         numbers.append(number)
-    assert not journal.admit(opened(99, admitted(99)))
+    assert not journal.admit(opened(99, admitted(99))[0])
     disk.room = MUCH
     assert journal.retry()
     after = start(journal)
     kept = read_all(JournalReader(journal.folder))
     assert kept == {number: "completed" if number <= 5 else "open" for number in [*numbers, after]}
     assert journal.backlog == journal.written
+
+
+def test_endings_together_on_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three endings are one write; cut at any byte, each is read once, after the disk took the rest of them."""
+    disk = FullDisk(MUCH)
+    monkeypatch.setattr(os, "write", disk)
+
+    def ending(room: int, again: int) -> tuple[int, dict[int, str], int]:
+        """What the three have, what is read in the end, and the lines that are none."""
+        made = Journal(str(tmp_path / f"{room}.{again}"), instance="gw", most_bytes=MUCH)
+        numbers = [start(made) for _ in range(3)]
+        before, disk.room = made.written, room
+        made.end([ended(opened(number, admitted(number))[1], record(number)) for number in numbers])
+        disk.room = again
+        made.retry()
+        disk.room = MUCH
+        assert made.retry()
+        assert made.backlog == made.written
+        reader = JournalReader(made.folder)
+        kept = read_all(reader)
+        made.close()
+        return made.written - before, kept, reader.broken
+
+    size, _, _ = ending(MUCH, 0)
+    for room in range(size):
+        for again in (0, 1):
+            taken, kept, broken = ending(room, again)
+            assert kept == dict.fromkeys((1, 2, 3), "completed")
+            assert size <= taken <= size * 4 // 3 + 4
+            assert broken <= 1 + again
+
+
+def test_many_late_endings_take_several_writes(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many endings wait for the disk, one write has a bounded number of them."""
+    numbers = [start(journal) for _ in range(150)]
+    disk = FullDisk(0)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", disk)
+        for number in numbers:
+            finish(journal, number)
+        disk.room = MUCH
+        writes: list[int] = []
+        patched.setattr(os, "write", lambda fd, data: writes.append(data.count(b"\n")) or disk(fd, data))
+        assert journal.retry()
+    assert writes == [64, 64, 22]
+    assert read_all(JournalReader(journal.folder)) == dict.fromkeys(numbers, "completed")
 
 
 def test_a_segment_that_cannot_be_made(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +214,7 @@ def test_a_segment_that_cannot_be_made(journal: Journal, monkeypatch: pytest.Mon
         journal.open += 1
     with monkeypatch.context() as patched:
         patched.setattr(journal, "_segment", lambda: (_ for _ in ()).throw(OSError(errno.EMFILE, "no")))
-        assert not journal.admit(opened(2, admitted(2)))
+        assert not journal.admit(opened(2, admitted(2))[0])
         finish(journal, number)
         assert journal.backlog > journal.written
     assert journal.retry()
@@ -236,10 +279,10 @@ def test_many_lines_are_read_as_each_of_them_is(tmp_path_factory: pytest.TempPat
     texts = st.text(max_size=12) | st.sampled_from(['],["', ",[1,", '"', "\\", "\n=[", "]"])
     lines = []
     for number in range(data.draw(st.integers(1, 6))):
-        row = opened(number, admitted(number, request_id=data.draw(texts), model=data.draw(texts)))
+        line, begun = opened(number, admitted(number, path=data.draw(texts), model=data.draw(texts)))
         if data.draw(st.booleans()):
-            row = ended(row, record(number, model=row.model), NO_PRICES)
-        line = data.draw(st.sampled_from([b"+", b"="])) + msgspec.json.encode(row)
+            line = ended(begun, record(number, model=data.draw(texts | st.none())))
+        line = data.draw(st.sampled_from([b"+", b"="])) + line[1:-1]
         lines.append(line[: data.draw(st.just(len(line)) | st.integers(0, len(line)))])
     folder = tmp_path_factory.mktemp("lines")
     (folder / "00000001.log").write_bytes(b"".join(line + b"\n" for line in lines))
@@ -316,8 +359,7 @@ def test_a_reader_that_meets_the_next_segment(journal: Journal) -> None:
 
 def test_rows_are_small(journal: Journal) -> None:
     """The bytes that are set aside for an ending are more than a usual one has."""
-    row: Row = ended(opened(1, admitted(1)), record(1), NO_PRICES)
-    journal.end(row)
+    journal.end([ended(opened(1, admitted(1))[1], record(1))])
     assert journal.written < ENDING_BYTES
 
 
@@ -327,5 +369,5 @@ def test_a_long_text_of_a_strangers_stays_in_memory() -> None:
     kept = _few.cache_info().currsize
     assert kept
     for number in range(3):
-        assert len(opened(1, admitted(1, path="/" + f"{number}" * 10_000)).path) < 300
+        assert len(open_row(1, path="/" + f"{number}" * 10_000).path) < 300
     assert _few.cache_info().currsize == kept

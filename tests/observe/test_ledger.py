@@ -20,7 +20,6 @@ from canal_trio.observe.ledger.rows import Row, Run
 from canal_trio.observe.ledger.sqlite import SqliteStore
 from canal_trio.policy.exchange import answer_for
 from canal_trio.settings import Ledger as LedgerSettings
-from canal_trio.settings import Price
 
 
 class Fragile(SqliteStore):
@@ -94,10 +93,10 @@ async def test_rows_are_the_admitted_exchanges(place: LedgerSettings) -> None:
     async with running(place) as ledger:
         entries = [begin(ledger, number) for number in range(50)]
         for number, entry in enumerate(entries[:40]):
-            ledger.ended(entry, record(number))
+            ledger.ended([(entry, record(number))])
         await until(lambda: outcomes(place.file or "") == {"completed": 40, "open": 10})
         for number, entry in enumerate(entries[40:]):
-            ledger.ended(entry, record(number, outcome=Outcome.CLIENT_GONE))
+            ledger.ended([(entry, record(number, outcome=Outcome.CLIENT_GONE))])
     assert outcomes(place.file or "") == {"completed": 40, "client_gone": 10}
     assert ledger.statistics().rows == 50
     assert journals(place) == []
@@ -111,11 +110,11 @@ async def test_a_store_that_is_away_and_back(place: LedgerSettings, caplog: pyte
         async with running(place, store) as ledger:
             entries = [begin(ledger, number) for number in range(5)]
             await until(lambda: ledger.statistics().store_errors >= 2)
-            ledger.ended(entries[0], record(0))
+            ledger.ended([(entries[0], record(0))])
             store.away = False
             await until(lambda: ledger.statistics().rows == 1)
             for number, entry in enumerate(entries[1:]):
-                ledger.ended(entry, record(number))
+                ledger.ended([(entry, record(number))])
     assert outcomes(place.file or "") == {"completed": 5}
     said = [line.message for line in caplog.records]
     assert len(said) == 2
@@ -137,11 +136,11 @@ async def test_a_full_journal_is_a_503(tmp_path: Path) -> None:
         assert (answer.status, answer.code, answer.should_retry) == (503, "ledger_unavailable", True)
         assert answer.retry_after
         for number, entry in enumerate(entries):
-            ledger.ended(entry, record(number))
+            ledger.ended([(entry, record(number))])
         assert ledger.statistics().refused == 1
         store.away = False
         await until(lambda: ledger.statistics().backlog == 0)
-        ledger.ended(begin(ledger, 100), record(100))
+        ledger.ended([(begin(ledger, 100), record(100))])
     assert outcomes(place.file or "") == {"completed": len(entries) + 1}
 
 
@@ -151,7 +150,7 @@ async def test_what_a_kill_left_open_is_interrupted(place: LedgerSettings) -> No
     store.away = True
     async with running(place, store, finish=None) as ledger:
         entries = [begin(ledger, number) for number in range(4)]
-        ledger.ended(entries[0], record(0))
+        ledger.ended([(entries[0], record(0))])
         await until(lambda: store.tries)
     assert len(journals(place)) == 1
     store.away = False
@@ -159,7 +158,7 @@ async def test_what_a_kill_left_open_is_interrupted(place: LedgerSettings) -> No
         await until(lambda: successor.statistics().interrupted == 3)
         mine = begin(successor, 9)
         await until(lambda: outcomes(place.file or "")["open"] == 1)
-        successor.ended(mine, record(9))
+        successor.ended([(mine, record(9))])
     assert outcomes(place.file or "") == {"completed": 2, "interrupted": 3}
     assert len({row["boot"] for row in rows_in(place.file or "")}) == 2
     assert journals(place) == []
@@ -173,9 +172,9 @@ async def test_another_gateway_marks_nothing_of_ours(tmp_path: Path, place: Ledg
         await until(lambda: outcomes(place.file or "")["open"] == 1)
         for settings in (other, place):
             async with running(settings) as second:
-                second.ended(begin(second, 2), record(2))
+                second.ended([(begin(second, 2), record(2))])
         assert outcomes(place.file or "") == {"open": 1, "completed": 2}
-        ledger.ended(entry, record(1))
+        ledger.ended([(entry, record(1))])
     assert outcomes(place.file or "") == {"completed": 3}
 
 
@@ -185,7 +184,7 @@ async def test_the_store_is_away_at_start_and_end(place: LedgerSettings) -> None
         store = Fragile(place.file or "")
         store.away = True
         async with running(place, store, finish=0.3) as ledger:
-            ledger.ended(begin(ledger, number), record(number))
+            ledger.ended([(begin(ledger, number), record(number))])
     assert len(journals(place)) == 3
     async with running(place) as ledger:
         await until(lambda: ledger.statistics().rows == 3)
@@ -199,7 +198,7 @@ async def test_a_store_that_hangs_does_not_hold_up_the_end(place: LedgerSettings
     store.hang = threading.Event()
     with trio.fail_after(5):
         async with running(place, store, finish=0.2) as ledger:
-            ledger.ended(begin(ledger, 1), record(1))
+            ledger.ended([(begin(ledger, 1), record(1))])
             await until(lambda: store.tries)
     assert len(journals(place)) == 1
     store.hang.set()
@@ -211,18 +210,6 @@ async def test_a_store_that_hangs_does_not_hold_up_the_end(place: LedgerSettings
     assert outcomes(place.file or "") == {"completed": 1}
 
 
-async def test_prices_of_a_reload(place: LedgerSettings) -> None:
-    """What ends after a reload costs by the new prices; without one it has no cost, which is not a cost of nothing."""
-    async with running(place) as ledger:
-        entries = [begin(ledger, number) for number in range(3)]
-        ledger.ended(entries[0], record(0))
-        ledger.reprice((Price("gpt-4o-*", input=1.0),))
-        ledger.ended(entries[1], record(1))
-        ledger.reprice((Price("gpt-4o-*", input=2.0, upstream="elsewhere"),))
-        ledger.ended(entries[2], record(2))
-    assert [row["cost"] for row in rows_in(place.file or "")] == [None, 100 * 1000, None]
-
-
 async def test_a_journal_that_cannot_be_read(place: LedgerSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that does not give back what it took is as a store that is away: later it goes on."""
     async with running(place) as ledger:
@@ -231,5 +218,5 @@ async def test_a_journal_that_cannot_be_read(place: LedgerSettings, monkeypatch:
             patched.setattr(reader, "read", lambda _most: (_ for _ in ()).throw(OSError(5, "Input/output error")))
             entry = begin(ledger, 1)
             await until(lambda: ledger.statistics().store_errors)
-        ledger.ended(entry, record(1))
+        ledger.ended([(entry, record(1))])
     assert outcomes(place.file or "") == {"completed": 1}

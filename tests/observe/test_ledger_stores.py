@@ -9,17 +9,14 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from ledger_kit import admitted, outcomes, record, rows_in
+from ledger_kit import open_row, outcomes, record, rows_in, whole_row
 from pgserver import PostgresServer
 
 from canal_trio.observe.ledger import Store, StoreError, open_store
-from canal_trio.observe.ledger.rows import LINE_BYTES, Row, Run, ended, opened
+from canal_trio.observe.ledger.rows import LINE_BYTES, Row, Run
 from canal_trio.observe.ledger.sqlite import SqliteStore
-from canal_trio.policy.prices import Prices
-from canal_trio.settings import Price
 
 RUN = Run("gw-1", "b0", 0)
-NO_PRICES = Prices(())
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -51,13 +48,13 @@ def opening(where: str) -> Iterator[Callable[[], Store]]:
 def whole(number: int, **changes: object) -> Row:
     """A whole row."""
     exchange = record(number, **changes)
-    return ended(opened(number, admitted(number, started_at=exchange.started_at)), exchange, NO_PRICES)
+    return whole_row(number, exchange, started_at=exchange.started_at)
 
 
 def test_a_row_and_its_columns(where: str, opening: Callable[[], Store]) -> None:
     """What is known of an exchange is in its row, under its name, with its unit."""
-    prices = Prices([Price("gpt-4o-mini", input=1.0, output=2.0, cached_input=0.5)])
-    opening().apply(RUN, [], [ended(opened(1, admitted(1)), record(1, flags=("a", "b"), cancel_latency=0.5), prices)])
+    ending = record(1, flags=("a", "b"), cancel_latency=0.5, cost=190_000)
+    opening().apply(RUN, [], [whole_row(1, ending)])
     (row,) = rows_in(where)
     assert row == {
         "instance": "gw-1",
@@ -81,7 +78,7 @@ def test_a_row_and_its_columns(where: str, opening: Callable[[], Store]) -> None
         "completion_tokens": 50,
         "cached_tokens": 20,
         "reasoning_tokens": 10,
-        "cost": (80 * 1000 + 20 * 500 + 50 * 2000),
+        "cost": 190_000,
         "request_bytes": 512,
         "response_bytes": 2048,
         "events": 7,
@@ -94,7 +91,7 @@ def test_a_row_and_its_columns(where: str, opening: Callable[[], Store]) -> None
 
 def test_applied_twice_is_applied_once(where: str, opening: Callable[[], Store]) -> None:
     """A batch whose commit nobody heard of is applied again, by another connection: nothing changes."""
-    started = [opened(number, admitted(number)) for number in range(5)]
+    started = [open_row(number) for number in range(5)]
     finished = [whole(number) for number in range(3)]
     for _ in range(2):
         opening().apply(RUN, started, finished)
@@ -108,7 +105,7 @@ def test_only_ones_own_rows_are_interrupted(where: str, opening: Callable[[], St
     other = Run("gw-1", "b0", 1)
     another = Run("gw-2", "b9", 0)
     for run in (RUN, other, another):
-        store.apply(run, [opened(1, admitted(1)), opened(2, admitted(2))], [whole(2)])
+        store.apply(run, [open_row(1), open_row(2)], [whole(2)])
     assert store.interrupt(RUN) == 1
     assert store.interrupt(RUN) == 0
     marked = [(row["boot"], row["worker"], row["seq"]) for row in rows_in(where) if row["outcome"] == "interrupted"]
@@ -120,7 +117,7 @@ def test_a_row_that_ended_is_not_opened_again(where: str, opening: Callable[[], 
     """The open row comes second when a batch is applied again: the whole one stays."""
     store = opening()
     store.apply(RUN, [], [whole(1)])
-    store.apply(RUN, [opened(1, admitted(1))], [])
+    store.apply(RUN, [open_row(1)], [])
     assert outcomes(where) == {"completed": 1}
 
 
@@ -129,8 +126,8 @@ def test_texts_of_strangers(where: str, opening: Callable[[], Store]) -> None:
     import msgspec
 
     wild = "x\0\udc80'; DROP TABLE exchanges; --\U0001f6a2" + "\n" * 10_000
-    strange = {"model": wild, "path": wild, "request_id": wild}
-    row = ended(opened(1, admitted(1, **strange)), record(1, **strange), NO_PRICES)
+    strange = {"model": wild, "path": wild}
+    row = whole_row(1, record(1, **strange), **strange)
     assert len(msgspec.json.encode(row)) < LINE_BYTES
     opening().apply(RUN, [], [row])
     (kept,) = rows_in(where)
@@ -145,8 +142,8 @@ def test_sums(opening: Callable[[], Store], by: str) -> None:
     rows = [
         whole(1, started_at=0 * day + 5),
         whole(2, started_at=1 * day + 5, model="b", upstream="u2"),
-        ended(opened(3, admitted(3, key=None, principal=None, started_at=day + 9)), record(3, usage=None), NO_PRICES),
-        opened(4, admitted(4, started_at=3 * day)),
+        whole_row(3, record(3, usage=None), key=None, principal=None, started_at=day + 9),
+        open_row(4, started_at=3 * day),
     ]
     rows[2] = rows[2]._replace(outcome="client_gone", principal=None)
     store.apply(RUN, [], rows)
@@ -180,7 +177,7 @@ def test_a_server_that_goes_and_comes(postgres: PostgresServer) -> None:
         connection.execute("DROP TABLE IF EXISTS exchanges")
     store = open_store(None, postgres.url)
     try:
-        store.apply(RUN, [opened(1, admitted(1))], [])
+        store.apply(RUN, [open_row(1)], [])
         postgres.stop()
         for use in (
             lambda: store.apply(RUN, [], [whole(1)]),
@@ -201,7 +198,7 @@ def test_a_file_that_is_taken_away(tmp_path: Path) -> None:
     """A database that is moved away is not made anew: it is away, and written to again when it is back."""
     path = tmp_path / "ledger.db"
     store = SqliteStore(str(path))
-    store.apply(RUN, [opened(1, admitted(1))], [])
+    store.apply(RUN, [open_row(1)], [])
     store.close()
     moved = tmp_path / "elsewhere"
     path.rename(moved)

@@ -14,6 +14,7 @@ from canal_trio.policy.prices import NANOS
 from canal_trio.policy.ratelimit import Refusal, State, What
 from canal_trio.policy.scopes import Scopes
 from canal_trio.settings import Limit
+from canal_trio.wire.json_fields import JsonFields, json_fields
 
 
 def streams(scopes: Scopes, principal: str | None, model: str | None) -> dict[str, float]:
@@ -85,6 +86,10 @@ def test_models_that_clients_make_up_are_forgotten():
         ({"max_tokens": 0}, 0),
         ({"max_tokens": -5}, 0),
         ({"max_tokens": 1e300}, 10**9),
+        ({"max_tokens": 1e300, "n": 10**400}, 10**9),
+        ({"max_tokens": 10**400, "n": 1.5}, 10**9),
+        ({"n": "many"}, 1000),
+        ({"n": 0}, 1000),
         ({"max_tokens": None}, 1000),
         ({"max_tokens": "many"}, 1000),
         ({}, 1000),
@@ -93,16 +98,18 @@ def test_models_that_clients_make_up_are_forgotten():
 def test_an_answer_is_taken_to_be_as_long_as_it_may_be(said: dict[str, object], completion: int):
     """The maximum that a request names, whatever the API calls it, times its choices; else the configured guess."""
     body = json.dumps(said | {"messages": []}).encode()
-    got = estimate(body, generates=True, output_tokens=1000)
+    fields = json_fields(body)
+    assert isinstance(fields, JsonFields)
+    got = estimate(body, fields.wanted, generates=True, output_tokens=1000)
     assert got == Estimate(-(-len(body) // 4), completion)
     assert got.tokens == got.prompt + got.completion
 
 
 def test_what_generates_nothing_is_not_taken_to():
     """Embeddings cost their prompt; without a body, or with one that is no JSON, little is guessed."""
-    assert estimate(b'{"input":"x"}', generates=False, output_tokens=1000) == Estimate(4, 0)
-    assert estimate(None, generates=True, output_tokens=1000) == Estimate()
-    assert estimate(b"[1", generates=True, output_tokens=9) == Estimate(1, 9)
+    assert estimate(b'{"input":"x"}', None, generates=False, output_tokens=1000) == Estimate(4, 0)
+    assert estimate(None, None, generates=True, output_tokens=1000) == Estimate()
+    assert estimate(b"[1", None, generates=True, output_tokens=9) == Estimate(1, 9)
 
 
 def test_an_image_is_not_a_million_tokens():
@@ -112,21 +119,21 @@ def test_an_image_is_not_a_million_tokens():
     body = json.dumps(
         {"content": [{"image_url": {"url": image}}, {"input_audio": {"data": audio, "format": "wav"}}]}
     ).encode()
-    assert 2000 <= estimate(body, generates=False, output_tokens=0).prompt < 2200
+    assert 2000 <= estimate(body, None, generates=False, output_tokens=0).prompt < 2200
     text = json.dumps({"content": "A" * 400_000}).encode()
-    assert estimate(text, generates=False, output_tokens=0).prompt > 100_000
+    assert estimate(text, None, generates=False, output_tokens=0).prompt > 100_000
     short = json.dumps({"data": "x", "content": "word " * 4000}).encode()
-    assert estimate(short, generates=False, output_tokens=0).prompt == -(-len(short) // 4)
+    assert estimate(short, None, generates=False, output_tokens=0).prompt == -(-len(short) // 4)
     open_end = b'{"data"' + b" " * 9000
-    assert estimate(open_end, generates=False, output_tokens=0).prompt > 2000
+    assert estimate(open_end, None, generates=False, output_tokens=0).prompt > 2000
     unended = b'{"x":"data:;base64,' + b"A" * 9000
-    assert estimate(unended, generates=False, output_tokens=0).prompt > 2000
+    assert estimate(unended, None, generates=False, output_tokens=0).prompt > 2000
 
 
 def test_the_search_for_attachments_ends():
     """A body of nothing but beginnings of attachments is looked at no longer than it is worth."""
     body = b'{"a":["' + b'","'.join([b";base64," + b"A" * 9000] * 1500) + b'"]}'
-    assert estimate(body, generates=False, output_tokens=0).prompt > 500 * 9000 / 4
+    assert estimate(body, None, generates=False, output_tokens=0).prompt > 500 * 9000 / 4
 
 
 def test_what_was_used_is_guessed_from_what_was_delivered():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from canal_trio.hooks import Usage
 from canal_trio.policy.prices import NANOS, Prices, cost, money
 from canal_trio.settings import Price
 
@@ -81,3 +82,11 @@ def test_money_is_shown_as_people_write_it():
         "0.00000015",
         "-2.50",
     ]
+
+
+def test_a_use_is_charged_by_the_price_of_its_model():
+    """What was used has the cost of the price that is found for it, and none where there is none."""
+    prices = Prices([Price("m", input=1.0, output=2.0, cached_input=0.5, reasoning=4.0)])
+    assert prices.charge(Usage(100, 50, 20, 10), "u", "m") == 80 * 1000 + 20 * 500 + 40 * 2000 + 10 * 4000
+    assert prices.charge(Usage(), "u", None, "m") == 0
+    assert prices.charge(Usage(100, 50), "u", "other") is None

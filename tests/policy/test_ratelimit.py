@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given, settings
@@ -11,21 +11,41 @@ from hypothesis import strategies as st
 
 from canal_trio.policy.calendar import Calendar
 from canal_trio.policy.prices import NANOS
-from canal_trio.policy.ratelimit import Ask, Moment, Refusal, Rule, State, What, refill, refusal, settle, take
+from canal_trio.policy.ratelimit import (
+    Ask,
+    Moment,
+    Refusal,
+    Rule,
+    State,
+    What,
+    begin,
+    refill,
+    refusal,
+    returns,
+    settle,
+    worst,
+)
 from canal_trio.settings import Limit
 
 GAPS = st.one_of(st.just(0.0), st.floats(0, 0.1), st.floats(0, 200))
 NONE = Ask()
 
 
-def admitted(rule: Rule, state: State, ask: Ask, now: float) -> bool:
+@dataclass(frozen=True)
+class Of:
+    """Who has a rule."""
+
+    rule: Rule
+
+
+def taken(rule: Rule, state: State, ask: Ask, moment: Moment) -> bool:
     """One exchange that wants to begin."""
-    moment = Moment(now)
-    refill(rule, state, moment)
-    if refusal(rule, state, ask, moment) is not None:
-        return False
-    take(rule, state, ask)
-    return True
+    return begin([(Of(rule), state)], ask, moment) is None
+
+
+def admitted(rule: Rule, state: State, ask: Ask, now: float) -> bool:
+    """One exchange that wants to begin at `now`."""
+    return taken(rule, state, ask, Moment(now))
 
 
 @settings(deadline=None)
@@ -56,16 +76,16 @@ def test_no_window_sees_more_tokens_than_a_burst_and_the_rate(
 ):
     """What is set aside in any window is at most the burst and what the rate gives, a request being worth a burst."""
     rule = Rule(Limit(tokens=limit, burst=burst))
-    state, now, taken = State(), 0.0, []
+    state, now, begun = State(), 0.0, []
     for gap, tokens in asks:
         now += gap
         if admitted(rule, state, Ask(tokens), now):
-            taken.append((now, min(tokens, rule.token_burst)))
-    for first in range(len(taken)):
+            begun.append((now, min(tokens, rule.token_burst)))
+    for first in range(len(begun)):
         total = 0.0
-        for when, tokens in taken[first:]:
+        for when, tokens in begun[first:]:
             total += tokens
-            most = rule.token_burst + (when - taken[first][0]) * rule.token_rate
+            most = rule.token_burst + (when - begun[first][0]) * rule.token_rate
             assert total <= most * (1 + 1e-6) + 1e-6
 
 
@@ -91,7 +111,7 @@ def test_the_order_of_settlements_does_not_matter(uses: list[tuple[int, int, int
     begun = State()
     asks = [(Ask(asked, cost), Ask(used, cost * 2)) for asked, used, cost in uses]
     for ask, _ in asks:
-        take(rule, begun, ask)
+        assert admitted(rule, begun, ask, 0.0)
     results = []
     for order in (asks, random.sample(asks, len(asks))):
         state = replace(begun)
@@ -101,6 +121,50 @@ def test_the_order_of_settlements_does_not_matter(uses: list[tuple[int, int, int
     assert results[0] == results[1]
     assert (results[0].streams, results[0].reserved) == (0, 0)
     assert results[0].tokens == pytest.approx(sum(used.tokens for _, used in asks))
+
+
+@settings(deadline=None)
+@given(GAPS, GAPS, st.floats(0, 1000), st.integers(0, 1000), st.integers(0, 1000))
+def test_what_goes_back_may_drain_before_or_after(first: float, second: float, level: float, asked: int, used: int):
+    """Tokens that were not needed are the same level less, whether it was brought to that moment before or not."""
+    rule = Rule(Limit(tokens=600))
+    ask, use = Ask(asked, 5), Ask(used, 3)
+    exact = State(tokens=level, streams=1, reserved=5)
+    lazy = replace(exact)
+    refill(rule, exact, Moment(first))
+    settle(rule, exact, ask, use)
+    settle(rule, lazy, ask, use)
+    for state in (exact, lazy):
+        refill(rule, state, Moment(first + second))
+    if returns([Of(rule)], ask, use):
+        assert lazy.tokens == pytest.approx(exact.tokens, abs=1e-6)
+    else:
+        assert used > min(asked, rule.token_burst)
+        assert lazy.tokens <= exact.tokens + 1e-6
+    assert (lazy.spent_day, lazy.streams, lazy.reserved) == (exact.spent_day, 0, 0)
+
+
+NEAR = st.integers(0, 12)
+
+
+@settings(deadline=None)
+@given(NEAR, NEAR, NEAR, NEAR, NEAR, NEAR, st.booleans())
+def test_the_quick_look_lets_in_whom_nothing_refuses(
+    requests: int, tokens: int, streams: int, reserved: int, spent: int, asked: int, both: bool
+):
+    """Whoever is far from every number, or near and within it, begins; else the one reason is that of the longest wait,
+    and nothing was counted anywhere."""
+    rule = Rule(Limit(requests=600, tokens=600, burst=1, streams=9, spend_day=9 / NANOS, spend_month=10 / NANOS))
+    state = State(requests, tokens, 0.0, streams, reserved, spent_day=spent, spent_month=spent)
+    counted = [(Of(rule), state)] + [(Of(Rule(Limit(requests=60))), State())] * both
+    before = [replace(one) for _, one in counted]
+    why = worst(counted, Ask(asked, 1), Moment(0.0))
+    assert (why is None) == all(refusal(of.rule, one, Ask(asked, 1), Moment(0.0)) is None for of, one in counted)
+    assert begin(counted, Ask(asked, 1), Moment(0.0)) == why
+    if why is None:
+        assert [one.streams for _, one in counted] == [one.streams + 1 for one in before]
+    else:
+        assert [one for _, one in counted] == before
 
 
 @settings(deadline=None)
@@ -130,7 +194,7 @@ def test_who_waits_as_told_is_let_in(limit: float, burst: float, gaps: list[floa
         refill(rule, state, moment)
         why = refusal(rule, state, Ask(7), moment)
         if why is None:
-            take(rule, state, Ask(7))
+            assert taken(rule, state, Ask(7), moment)
             continue
         early, then = replace(state), replace(state)
         assert not admitted(rule, early, Ask(7), now + why.wait * 0.99)
@@ -179,12 +243,10 @@ def test_budgets_are_spent_and_begin_anew():
     state = State()
     day = Moment(0.0, 10, 1, day_left=3600.0, month_left=86_400.0)
     dear = Ask(0, NANOS)
-    refill(rule, state, day)
-    take(rule, state, dear)
+    assert taken(rule, state, dear, day)
     assert refusal(rule, state, dear, day) == Refusal(What.SPEND_DAY, NANOS, 3600.0)
     settle(rule, state, dear, Ask(0, NANOS // 2))
-    assert refusal(rule, state, dear, day) is None
-    take(rule, state, dear)
+    assert taken(rule, state, dear, day)
     settle(rule, state, dear, dear)
     tomorrow = day._replace(day=11)
     refill(rule, state, tomorrow)

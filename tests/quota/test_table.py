@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from canal_trio.policy.ratelimit import Ask, Moment, Rule, State, What, refill, refusal, settle, take
+from canal_trio.policy.ratelimit import Ask, Moment, Rule, State, What, begin, refill, refusal, settle
 from canal_trio.policy.scopes import Scope
 from canal_trio.quota.table import IDLE, WAYS, Table, table_bytes
 from canal_trio.settings import Limit
@@ -71,7 +71,7 @@ def test_several_workers_count_as_one(workers: int, steps: list[tuple[int, float
             running.append((worker, ask))
             states = now_states
             for one, state in zip(scopes, states, strict=True):
-                take(one.rule, state, ask)
+                assert begin([(one, state)], ask, now) is None
         else:
             assert why[1] == max(filter(None, reasons), key=lambda reason: reason.wait)
             if not workers:  # objects are brought to this moment in place, so the next step drains from here: rounding

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import os
 import socket
+from collections.abc import Callable
 
 import pytest
 import trio
@@ -14,7 +15,7 @@ from trio.testing import wait_all_tasks_blocked
 from canal_trio.relay import TcpStream
 from canal_trio.relay import poller as poller_module
 from canal_trio.relay.course import Course, later
-from canal_trio.relay.poller import HELD, LONG, MAX_EVENTS, ROUNDS
+from canal_trio.relay.poller import HELD, LONG, MAX_EVENTS, ROUNDS, after_round
 
 pytestmark = pytest.mark.usefixtures("waits")
 
@@ -247,5 +248,34 @@ async def test_a_stream_closed_while_it_waits_for_its_turn_gets_none():
             nursery.start_soon(own, b, d)
             nursery.start_soon(own, d, b)
     assert len(closed) == 1
+    for stream in (a, b, c, d):
+        stream.close()
+
+
+async def test_what_is_left_to_do_is_done_at_the_end_of_the_round():
+    """In a round a call is kept until all who are ready had their turn; outside of one it is not taken."""
+    a, b = local_pair()
+    c, d = local_pair()
+    seen: list[str] = []
+
+    def sink(name: str) -> Callable[[], bool]:
+        def ready() -> bool:
+            seen.append(name)
+            assert after_round(lambda: seen.append(f"after {name}"))
+            return False
+
+        return ready
+
+    assert not after_round(lambda: seen.append("never"))
+    b.arm(sink("b"))
+    d.arm(sink("d"))
+    await a.send_all(b"x")
+    await c.send_all(b"x")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(b.wait_disarmed)
+        nursery.start_soon(d.wait_disarmed)
+    assert sorted(seen[:2]) == ["b", "d"]
+    assert seen[2:] == [f"after {name}" for name in seen[:2]]
+    assert not after_round(lambda: seen.append("never"))
     for stream in (a, b, c, d):
         stream.close()

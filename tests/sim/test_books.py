@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -34,10 +35,11 @@ class Books:
         self.noted.append(exchange)
         return len(self.noted) - 1
 
-    def ended(self, number: int, record: ExchangeRecord) -> None:
+    def ended(self, endings: Sequence[tuple[int, ExchangeRecord]]) -> None:
         """Once for each."""
-        assert number not in self.over
-        self.over[number] = record
+        for number, record in endings:
+            assert number not in self.over
+            self.over[number] = record
 
 
 async def answers(upstream: Conversation) -> None:

@@ -304,7 +304,7 @@ class Away:
     """A store that does not answer."""
 
     away = True
-    waits = False
+    admit_now = None
     errors = 0
 
     async def admit(self, scopes: Sequence[Scope], ask: Ask) -> Verdict | None:

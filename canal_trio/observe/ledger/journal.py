@@ -21,13 +21,14 @@ from typing import Final, final
 import msgspec
 
 from canal_trio.errors import CanalError
-from canal_trio.observe.ledger.rows import KNOWN, LINE_BYTES, Row, Run, decode, decode_all
+from canal_trio.observe.ledger.rows import LINE_BYTES, Row, Run, decode, decode_all
 
 __all__ = ["Journal", "JournalError", "JournalReader", "claim", "left_behind"]
 
 SEGMENT_BYTES: Final = 1024 * 1024
 ENDING_BYTES: Final = 1024  # set aside for the ending of each open row; a usual one has half of it
 _MANIFEST: Final = "run.json"
+_AT_ONCE: Final = 64  # lines of one write(2)
 _encode: Final = msgspec.json.Encoder().encode
 _BEGUN: Final = re.compile(rb'\+(?:\[|\{"seq":)(\d{1,18}),').match  # an open row: its number comes first
 
@@ -80,41 +81,54 @@ class Journal:
         self._seq += 1
         return self._seq
 
-    def admit(self, row: Row) -> bool:
-        """Write the open `row`. False: the journal is full, or the disk is; nothing may be done for this exchange."""
-        line = b"+%b\n" % _encode(row[:KNOWN])
-        ahead = self.backlog + len(line) + (self.open + 1) * ENDING_BYTES
-        if ahead > self._most or (self._late and not self.retry()) or not self._write(line):
+    def admit(self, line: bytes) -> bool:
+        """Write the `line` of an open row. False: the journal is full, or the disk is: nothing may be done for it."""
+        if self._late and not self.retry():
+            return False
+        ahead = self.written - self.applied + len(line) + (self.open + 1) * ENDING_BYTES
+        if ahead > self._most or not self._write([line]):
             return False
         self.open += 1
         return True
 
-    def end(self, row: Row) -> None:
-        """Write the whole `row`, now or as soon as the disk takes it."""
-        self.open -= 1
-        line = b"=%b\n" % _encode(row)
-        if (self._late and not self.retry()) or not self._write(line):
-            self._late.append(line)
+    def end(self, lines: list[bytes]) -> None:
+        """Write the lines of whole rows, now or as soon as the disk takes them."""
+        self.open -= len(lines)
+        self._late += lines
+        self.retry()
 
     def retry(self) -> bool:
         """Write what the disk has not taken. True: nothing is left of it."""
-        while self._late and self._write(self._late[0]):
-            del self._late[0]
-        return not self._late
+        late = self._late
+        while late:
+            lines = late[:_AT_ONCE]
+            taken = self._write(lines)
+            del late[:taken]
+            if taken < len(lines):
+                return False
+        return True
 
-    def _write(self, line: bytes) -> bool:
-        """One write(2). What it leaves half done is no line: the next one ends it first."""
-        data = b"\n" + line if self._torn else line
+    def _write(self, lines: list[bytes]) -> int:
+        """One write(2): how many of `lines` it took. What it leaves half done is no line: the next one ends it."""
+        data = b"".join([b"\n", *lines] if self._torn else lines)
         try:
             if self._size >= self._segment_bytes:
                 self._rotate()
             count = os.write(self._fd, data)
         except OSError:
-            return False
+            return 0
         self._size += count
         self.written += count
-        self._torn = torn = count < len(data)
-        return not torn
+        if count == len(data):
+            self._torn = False
+            return len(lines)
+        count -= self._torn
+        taken = 0
+        while count >= len(lines[taken]):
+            count -= len(lines[taken])
+            taken += 1
+        self._torn = count != 0
+        return taken
 
     def _rotate(self) -> None:
         self._number += 1

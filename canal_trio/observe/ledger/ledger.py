@@ -9,6 +9,7 @@ bound; then `admitted` answers with a failure. Invariant: the task never raises 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, final
 
@@ -20,9 +21,7 @@ from canal_trio.observe.ledger import rows
 from canal_trio.observe.ledger.filler import Filler
 from canal_trio.observe.ledger.journal import Journal
 from canal_trio.observe.ledger.store import Store, StoreError, open_store
-from canal_trio.policy.prices import Prices
 from canal_trio.settings import Ledger as LedgerSettings
-from canal_trio.settings import Price
 
 __all__ = ["Ledger", "LedgerStatistics"]
 
@@ -53,14 +52,13 @@ class Ledger:
     """Keeps the rows of one process. Made before `trio.run` or in it; raises `JournalError`."""
 
     def __init__(
-        self, settings: LedgerSettings, prices: tuple[Price, ...] = (), *, worker: int = 0, store: Store | None = None
+        self, settings: LedgerSettings, *, worker: int = 0, store: Store | None = None
     ) -> None:
         self._journal = Journal(
             settings.journal, instance=settings.instance, worker=worker, most_bytes=settings.journal_bytes
         )
         self._filler = Filler(self._journal, store or open_store(settings.file, settings.postgres), settings.journal)
-        self._prices = Prices(prices)
-        self._open: dict[int, rows.Row] = {}
+        self._open: dict[int, rows.Begun] = {}
         self._written = trio.Event()
         self._fresh = False  # that event is set
         self._finishing = trio.Event()
@@ -74,27 +72,24 @@ class Ledger:
         """Whose rows these are."""
         return self._journal.run
 
-    def reprice(self, prices: tuple[Price, ...]) -> None:
-        """What ends from now on costs by these."""
-        self._prices = Prices(prices)
-
     # -- hooks.Bookkeeper ----------------------------------------------------------------------------------------------
 
     def admitted(self, exchange: Admitted) -> int | Failure:
         """One write(2). Its number, or the failure: the journal is full. Not a checkpoint."""
         number = self._journal.next()
-        row = rows.opened(number, exchange)
-        if not self._journal.admit(row):
+        line, begun = rows.opened(number, exchange)
+        if not self._journal.admit(line):
             self._refused += 1
             return Failure(Side.GATEWAY, Phase.ROUTE, Kind.UNBOOKED, _FULL)
-        self._open[number] = row
+        self._open[number] = begun
         if not self._fresh:
             self._wake()
         return number
 
-    def ended(self, number: int, record: ExchangeRecord) -> None:
-        """One write(2). Not a checkpoint."""
-        self._journal.end(rows.ended(self._open.pop(number), record, self._prices))
+    def ended(self, endings: Sequence[tuple[int, ExchangeRecord]]) -> None:
+        """One write(2) for all of them. Not a checkpoint."""
+        pop = self._open.pop
+        self._journal.end([rows.ended(pop(number), record) for number, record in endings])
         if not self._fresh:
             self._wake()
 

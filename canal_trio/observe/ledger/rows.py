@@ -4,26 +4,27 @@ A row is written twice: `open` when the exchange was admitted, and whole when it
 seq), which no other row of any gateway has; so both may be applied to a store any number of times. Money is in
 billionths, so that sums are exact. Texts that came from a client are cut to what a row may hold, so a line is bounded.
 
-A row is a tuple and its line a JSON array in the same order: neither a name nor an object is made for a value, on any
-way from an exchange to the store. What is added goes to the end. (Once a line was an object; that is still read.)
+A line is a JSON array in the order of the columns; that of an open row ends behind the columns that are known, and the
+rest have their defaults. So neither a name nor an object is made for a value, on any way from an exchange to the store.
+What is added goes to the end. (Once a line was an object; that is still read.)
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Final, NamedTuple
+from operator import itemgetter
+from typing import Final, NamedTuple, TypeAlias
 
 import msgspec
 
 from canal_trio.hooks import Admitted, ExchangeRecord
-from canal_trio.policy.prices import Prices, cost
 
 __all__ = [
     "COLUMNS",
     "INTERRUPTED",
-    "KNOWN",
     "LINE_BYTES",
     "OPEN",
+    "Begun",
     "Row",
     "Run",
     "decode",
@@ -80,9 +81,18 @@ class Row(NamedTuple):
 
 
 COLUMNS: Final = Row._fields
-KNOWN: Final = COLUMNS.index("upstream") + 1  # columns of an open row; the others have their defaults
-_DEFAULTS: Final = tuple([Row._field_defaults[name] for name in COLUMNS[KNOWN:]])
+_UNKNOWN: Final = (None, None, None, None)  # what was used
 _decoder: Final = msgspec.json.Decoder(Row)
+
+Begun: TypeAlias = tuple[bytes, str | None]
+"""Of an exchange that was admitted: the columns that name it, as its line has them, and the model."""
+
+_encode: Final = msgspec.json.Encoder().encode
+_models: Final = itemgetter(*map(ExchangeRecord._fields.index, ("model", "upstream_model", "upstream")))
+_tries: Final = itemgetter(*map(ExchangeRecord._fields.index, ("attempts", "status")))
+_amounts: Final = itemgetter(
+    *map(ExchangeRecord._fields.index, COLUMNS[COLUMNS.index("cost") : COLUMNS.index("flags")])
+)
 
 
 def _cut(text: str) -> str:
@@ -108,58 +118,45 @@ def _texts(*texts: str | None) -> tuple[str | None, ...]:
 _few_texts = lru_cache(1024)(_texts)  # the same few go together nearly always: one look-up for all of them
 
 
-def opened(seq: int, admitted: Admitted) -> Row:
-    """The row of an exchange that is about to go upstream."""
+def _names(
+    path: str, principal: str | None, key: str | None, model: str | None, upstream: str | None
+) -> tuple[bytes, bytes, str | None]:
+    """Of an open row's line the part with these names, the part behind it, and the model."""
+    *names, model, upstream = _texts(principal, key, path, model, upstream)
+    return _encode(names)[1:-1], b",%b]" % _encode((model, None, upstream))[1:-1], model
+
+
+_few_names = lru_cache(1024)(_names)
+
+
+def opened(seq: int, admitted: Admitted) -> tuple[bytes, Begun]:
+    """The line of an exchange that is about to go upstream, and what `ended` needs of it."""
     id_, started, path, principal, key, model, upstream = admitted
-    few = _few_texts if len(path) + len(model or "") <= _TEXT else _texts
-    path_text, principal, key, model, upstream = few(path, principal, key, model, upstream)
-    fields = (seq, started, _cut(id_), principal, key, path_text or "", model, None, upstream, *_DEFAULTS)
-    return tuple.__new__(Row, fields)  # as `Row._make`, without asking how many they are
+    few = _few_names if len(path) + len(model or "") <= _TEXT else _names
+    names, rest, model = few(path, principal, key, model, upstream)
+    head = b"[%d,%a,%b,%b" % (seq, started, _encode(id_), names)
+    return b"+%b%b\n" % (head, rest), (head, model)
 
 
-def ended(row: Row, record: ExchangeRecord, prices: Prices) -> Row:
-    """The whole row of an exchange that has ended: the open `row`, filled in. What names the exchange stays."""
-    model, upstream, upstream_model, usage = record.model, record.upstream, record.upstream_model, record.usage
-    prompt = completion = cached = reasoning = paid = None
-    if usage is not None:
-        prompt, completion, cached, reasoning = usage
-        price = prices.find(upstream, upstream_model, model)
-        if price is not None:
-            paid = cost(price, prompt=prompt, completion=completion, cached=cached, reasoning=reasoning)
+def ended(begun: Begun, record: ExchangeRecord) -> bytes:
+    """The line of an exchange that has ended. What names the exchange stays as it was when it was admitted."""
+    model, upstream_model, upstream = _models(record)
+    head, known = begun
     few = _few_texts if len(model or "") + len(upstream_model or "") <= _TEXT else _texts
-    model, upstream, upstream_model = few(model, upstream, upstream_model)
-    seq, started, id_, principal, key, path, known, *_ = row
-    if model is None:  # else perhaps nobody had to know it before
-        model = known
-    fields = (
-        seq,
-        started,
-        id_,
-        principal,
-        key,
-        path,
-        model,
+    model, upstream_model, upstream = few(model, upstream_model, upstream)
+    rest = (
+        known if model is None else model,  # perhaps nobody had to know it before
         upstream_model,
         upstream,
-        record.attempts,
-        record.status,
+        *_tries(record),
         record.outcome._value_,  # .value is a Python call or two
         record.phase._value_,
         record.usage_source._value_,
-        prompt,
-        completion,
-        cached,
-        reasoning,
-        paid,
-        record.request_bytes,
-        record.response_bytes,
-        record.events,
-        record.first_byte,
-        record.duration,
-        record.cancel_latency,
+        *(record.usage or _UNKNOWN),
+        *_amounts(record),
         ",".join(record.flags) if record.flags else "",
     )
-    return tuple.__new__(Row, fields)
+    return b"=%b,%b\n" % (head, _encode(rest)[1:])
 
 
 def decode(line: bytes) -> Row | None:
