@@ -25,6 +25,7 @@ from canal_trio.gateway.connection import ClientConnection
 from canal_trio.gateway.drain import Drains
 from canal_trio.gateway.exchange import Exchange, ExchangeView
 from canal_trio.gateway.places import Places
+from canal_trio.gateway.record import record_of
 from canal_trio.hooks import Admission, Admissions, Bookkeeper, Recorder
 from canal_trio.policy.listing import Listing
 from canal_trio.policy.prices import Prices
@@ -238,7 +239,7 @@ class Gateway:
         prices, records, noted = self.generation.prices, [], []
         for exchange in ended:
             try:
-                record = exchange.finish(prices)
+                record = record_of(exchange, prices)
                 records.append(record)
                 if exchange.entry is not None:
                     noted.append((exchange.entry, record))

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, final
 import trio
 
 from canal_trio.errors import Failure, Kind, Phase, Side
-from canal_trio.hooks import ExchangeRecord, Outcome, Principal, Tried, Usage, UsageSource
+from canal_trio.hooks import Outcome, Principal, Tried
 from canal_trio.messages import Headers
-from canal_trio.policy.estimate import estimated
 from canal_trio.policy.exchange import outcome_of
 from canal_trio.wire.facts import request_facts
 from canal_trio.wire.headers import request_id
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from canal_trio.gateway.judged import Judged
     from canal_trio.hooks import Slot
     from canal_trio.messages import RequestHead
-    from canal_trio.policy.prices import Prices
     from canal_trio.upstream.pool import Lease
 
 __all__ = ["GENERATING", "Exchange", "ExchangeView"]
@@ -348,76 +346,9 @@ class Exchange:
             return Outcome.UPSTREAM_ERROR  # it came first
         return outcome
 
-    def _used(self) -> tuple[Usage | None, UsageSource]:
-        """The tokens, and who says so."""
-        if not self.accounted:
-            return None, UsageSource.NONE
-        usage = None if self.account is None else self.account.usage
-        if usage is not None:
-            late = self.draining and self.drain is not None and not self.drain.told
-            return usage, UsageSource.DRAINED if late else UsageSource.UPSTREAM
-        events = self.scanner.events - self.scanner.terminal if self.scanner else 0
-        guess = estimated(
-            request_bytes=self.request_bytes,
-            events=max(events, 0),
-            streamed=self.scanner is not None and self.first_piece is not None,
-            generates=self.model is not None or self.path.endswith(GENERATING),
-            whole=self.failure is None,
-            phase=self.failure.phase if self.failure else self.phase,
-            status=self.status,
-        )
-        return guess, UsageSource.NONE if guess is None else UsageSource.ESTIMATED
-
     def over(self) -> None:
         """Nothing of it changes any more."""
         self.finished_at = self.clock()
         self.finished = True
         if self._end is not None:
             self._end.set()
-
-    def finish(self, prices: Prices | None = None) -> ExchangeRecord:
-        """The one record of an exchange that has ended, with its cost by `prices`. Called once."""
-        if self.failure is None and self.scanner is not None and not self.scanner.terminal:
-            self.flags |= {"no_terminal_event"}
-        usage, source = self._used()
-        upstream_model = (self.upstream_model or self.model) if self.upstream is not None else None
-        events = self.scanner.events if self.scanner else 0
-        if self.draining and self.drain is not None:
-            events = self.drain.finish()
-        return ExchangeRecord(  # by position, in the order of the fields: by name it takes twice as long
-            self.id,
-            self.started_at,
-            self.client,
-            self.facts.method if self.facts is not None else "",
-            self.path,
-            self.outcome(),
-            self.failure.phase if self.failure else self.phase,
-            self.status,
-            self.failure,
-            self.certificate,
-            self.principal.name if self.principal else None,
-            self.principal.key if self.principal else None,
-            self.model,
-            self.upstream,
-            upstream_model,
-            self.attempts,
-            self.tried,
-            self.scanner is not None,
-            self.request_bytes,
-            self.response_bytes,
-            events,
-            None if self.first_piece is None else self.first_piece - self.headed,
-            self.finished_at - self.started,
-            self.longest_gap,
-            (self.last_piece - self.first_piece) / (self.pieces - 1)
-            if self.first_piece is not None and self.pieces > 1
-            else 0.0,
-            self.cancel_latency,
-            self.handed_over,
-            self.queued,
-            self.waits,
-            tuple(sorted(self.flags)) if self.flags else (),
-            usage,
-            source,
-            prices.charge(usage, self.upstream, upstream_model, self.model) if usage and prices else None,
-        )

@@ -24,6 +24,7 @@ from canal_trio.gateway.connection import ClientConnection
 from canal_trio.gateway.core import Gateway
 from canal_trio.gateway.deliver import Delivery
 from canal_trio.gateway.exchange import Exchange
+from canal_trio.gateway.record import record_of
 from canal_trio.gateway.writer import BodyWriter
 from canal_trio.messages import End
 from canal_trio.policy import exchange as exchange_policy
@@ -305,7 +306,7 @@ def two_records() -> Replaced:
         was_there = exchange in self._exchanges
         end(self, exchange)
         if was_there:
-            self._recorders[0].finished(exchange.finish())
+            self._recorders[0].finished(record_of(exchange))
 
     yield Gateway, "end", twice
 

@@ -6,6 +6,7 @@ import pytest
 
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.gateway.exchange import Exchange
+from canal_trio.gateway.record import record_of
 from canal_trio.hooks import ExchangeRecord, Outcome, Principal, Tried, UsageSource
 from canal_trio.messages import Headers, RequestHead
 from canal_trio.wire.sse import EventScanner
@@ -32,7 +33,8 @@ def test_every_field_of_a_record_is_the_one_of_its_name(pieces):
     exchange.flags = frozenset({"b", "a"})
     if pieces:
         exchange.first_piece, exchange.last_piece = 12.0, 16.0
-    assert exchange.finish() == ExchangeRecord(
+    exchange.over()
+    assert record_of(exchange) == ExchangeRecord(
         request_id="an-id",
         started_at=1_700_000_000.0,
         client="192.0.2.7",

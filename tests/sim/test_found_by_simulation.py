@@ -12,6 +12,7 @@ from kit import chat, request
 from simkit import SSE, Conversation, answer_ok, only_record, read_request, world
 
 from canal_trio.gateway.exchange import Exchange
+from canal_trio.gateway.record import record_of
 from canal_trio.hooks import Outcome
 from canal_trio.messages import RequestHead
 from canal_trio.settings import Bounds, Model, Target, Upstream
@@ -77,7 +78,7 @@ async def test_a_client_that_took_the_whole_answer_and_left_counts_as_gone(autoj
     exchange.leave("The client closed the connection.")
     assert exchange.outcome() is Outcome.CLIENT_GONE
     exchange.has_answer()
-    record = exchange.finish()
+    record = record_of(exchange)
     assert record.outcome is Outcome.COMPLETED
     assert record.failure is None
 
@@ -90,7 +91,7 @@ async def test_a_client_that_took_the_whole_stream_and_left_counts_as_early(auto
     exchange.leave("The client closed the connection.")
     assert exchange.flags == {"left_after_terminal"}
     exchange.has_answer()
-    assert exchange.finish().flags == ()
+    assert record_of(exchange).flags == ()
 
 
 async def test_a_tunnels_first_bytes_are_not_counted(autojump_clock: Any, handover: bool) -> None:
