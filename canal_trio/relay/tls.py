@@ -11,8 +11,7 @@ Invariants:
   twice (`_owed`). So a caller's bound and its deadline for a peer that takes nothing hold as over TCP.
 * *An end is a message.* Only a close_notify ends the stream; a transport that just ends is a broken one (RFC 8446 6.1).
 * *Nothing is forgotten in between.* What was read and not decrypted, or decrypted and not asked for, is looked at
-  before the transport is waited for; at most one read of `RECORDS` lies there. `_here` says whether there may be any:
-  it is asked several times for each read, and OpenSSL need not be.
+  before the transport is waited for; at most one read of `RECORDS` lies there. `_here` remembers whether there is any.
 * `close()` says nothing to the peer, so that what was cut looks cut; `aclose()` and `send_eof()` send close_notify.
 """
 
@@ -310,8 +309,7 @@ class TlsStream(HalfCloseableStream):
         return False
 
     def _decrypt(self, max_bytes: int) -> bytes | None:
-        if self._closed:
-            self._check_open()
+        self._check_open()
         if self._ended:
             return b""
         if not self._here:
