@@ -199,8 +199,8 @@ async def test_a_peer_called_silent_by_a_process_that_was_held_up(nursery, attem
 
         nursery.start_soon(read)
         await nursery.start(reaper.run)
-        reaper.add(check, trio.current_time() + 0.005)
         await wait_all_tasks_blocked()
+        reaper.add(check, trio.current_time() + 0.005)  # and no checkpoint before the hold-up: it must not be due yet
         theirs.send(b"x")
         time.sleep(LATE + 0.02)  # noqa: ASYNC251  # the whole process is held up
         await trio.sleep(0.05)
