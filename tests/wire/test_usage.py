@@ -93,6 +93,15 @@ def test_the_skimmer_agrees_with_a_json_reader(value: object, size: int, spaced:
     assert tap.usage == wanted
 
 
+def test_a_text_that_nobody_asked_about_counts_when_the_next_one_begins():
+    """A whole text is decoded late, but not forgotten for another one, of a later event."""
+    tap = BodyUsage()
+    tap.feed(b'{"usage":{"prompt_tokens":2,"completion_tokens":3}}')
+    tap.reset()
+    tap.feed(b'{"choices":[]}')
+    assert tap.usage == Usage(2, 3)
+
+
 TOKENS = [
     *"{}[]:,\"\\ \n",
     *('"usage"', '"us\\u0061ge"', '"response"', '"x"', "null", "1"),
