@@ -275,7 +275,8 @@ class _World:
                 await self._client(number, client)
             peer = self._seen.clients[-1]
             dead = hazards_of(self._plan, client, ask) & {"stall", "delay"}  # an idle connection, which nobody can know
-            fit, most = ((200, 504), SETTLE + self._plan.deadlines.first_byte) if dead else ((200,), SETTLE)
+            far = self._plan.request_link.latency + self._plan.response_link.latency >= self._plan.deadlines.exchange
+            fit, most = ((200, 504), SETTLE + self._plan.deadlines.first_byte) if dead or far else ((200,), SETTLE)
             if self._drained_by < math.inf:
                 pass
             elif not (peer.answers and peer.answers[0].complete and peer.answers[0].status in fit):

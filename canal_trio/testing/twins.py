@@ -51,6 +51,8 @@ def compare(one: Seen, other: Seen) -> tuple[list[str], int]:
                 break
             if one.plan.holds and (pair[0].failure is not None or pair[1].failure is not None):
                 break  # what breaks behind a first event that is held counts if it is known by then
+            if _early_once(one, peer, twin, index):
+                break
             count += 1
             names = list(_ALIKE)
             if pair[0].failure is not None or ask.upgrade or any(reply.early or reply.into for reply in ask.replies):
@@ -89,6 +91,13 @@ def _held_up(ask: Ask, one: Failure | None, other: Failure | None) -> bool:
         (Phase.SEND, Kind.STALLED),
         (Phase.FIRST_BYTE, Kind.TIMEOUT),
     }
+
+
+def _early_once(seen: Seen, peer: ClientPeer, twin: ClientPeer, index: int) -> bool:
+    """A head was written before its time on one path only: what was pipelined is here sooner on one of them, and the
+    time for it begins with the request's head."""
+    planned = any(upstream.early_head_after is not None for upstream in seen.plan.upstreams)
+    return planned and _is_own(peer, index) is not _is_own(twin, index)
 
 
 def _breaks_or_ends(ask: Ask, one: Failure | None, other: Failure | None) -> bool:

@@ -316,6 +316,17 @@ def test_who_leaves_before_a_write_tells_that_it_has_all_counts_as_gone() -> Non
     assert not check(plan_of(1_000_001_553)).complaints
 
 
+def test_an_upstream_too_far_away_for_the_deadline_serves_nobody() -> None:
+    """The judge was wrong. Where the way there and back takes longer than an exchange may, the last client is told so,
+    as all before it were."""
+    assert not check(plan_of(1_000_051_961)).complaints
+
+
+def test_a_head_before_its_time_on_one_path_only_is_not_compared() -> None:
+    """The judge was wrong. What was pipelined may be here sooner on one path, and the time for an early head begins."""
+    assert not check(plan_of(1_000_051_212)).complaints
+
+
 def test_plans_with_rarer_configurations_have_all_of_them() -> None:
     """Seeds from `RARER` on draw places, deadlines, early heads, held events and reading on; those below none."""
     plans = [plan_of(seed) for seed in range(RARER, RARER + 40)]
