@@ -222,7 +222,7 @@ class Gateway:
         """An exchange is over. It is accounted for at the end of the poller's round, together with others."""
         if self._exchanges.pop(exchange, exchange) is exchange:
             return  # was not in the book: recorded already
-        exchange.over()
+        exchange.finish()
         self._ended.append(exchange)
         if len(self._ended) == 1 and not after_round(self.account):
             self.account()

@@ -141,7 +141,7 @@ class Exchange:
         self.phase = Phase.ROUTE if head is not None else Phase.HEAD
         self.scope: trio.CancelScope | None = None  # what its driver runs it in
         self.summon: Callable[[], None] | None = None  # its driver, while it runs ahead of it
-        self.finished = False  # its record was made
+        self.finished = False  # it is over
         self._end: trio.Event | None = None
         self.finished_at = 0.0
         self.failure: Failure | None = None
@@ -346,8 +346,8 @@ class Exchange:
             return Outcome.UPSTREAM_ERROR  # it came first
         return outcome
 
-    def over(self) -> None:
-        """Nothing of it changes any more."""
+    def finish(self) -> None:
+        """It is over: nothing of it changes any more."""
         self.finished_at = self.clock()
         self.finished = True
         if self._end is not None:

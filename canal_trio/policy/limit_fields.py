@@ -43,19 +43,6 @@ _BOTH = _REQUESTS + _TOKENS
 
 def limit_fields(counted: Counted) -> bytes:
     """The fields for an answer, as lines; none where neither requests nor tokens are limited."""
-    if len(counted) == 1:  # as most often
-        ((scope, state),) = counted
-        rule = scope.rule
-        if rule.requests is not None and rule.tokens is not None:
-            left, room = rule.request_burst - state.requests, rule.token_burst - state.tokens
-            return _BOTH % (
-                rule.requests,
-                left + 1e-6 if left > 0 else 0,
-                go_duration(state.requests / rule.request_rate),
-                rule.tokens,
-                room + 1e-6 if room > 0 else 0,
-                go_duration(state.tokens / rule.token_rate),
-            )
     requests = tokens = None
     for scope, state in counted:
         rule = scope.rule

@@ -204,13 +204,8 @@ def begin(counted: Sequence[tuple[S, State]], ask: Ask, moment: Moment) -> tuple
 
 def returns(ruled: Sequence[Ruled], ask: Ask, used: Ask) -> bool:
     """Does no level rise when `ask` ends having used `used`?"""
-    if used.tokens <= ask.tokens:
-        for one in ruled:
-            if used.tokens > one.rule.token_burst:
-                break  # no more than that was taken
-        else:
-            return True
-    return False
+    # Of an estimate larger than a burst no more than the burst was taken.
+    return used.tokens <= ask.tokens and all(used.tokens <= one.rule.token_burst for one in ruled)
 
 
 def settle(rule: Rule, state: State, ask: Ask, used: Ask) -> None:

@@ -119,7 +119,7 @@ class _Admission:
         if not slot.scopes:
             return slot
         verdict = await count(slot.scopes, slot.ask)
-        if verdict is not None and verdict.why is not None and self._account():
+        if self._ask_again(verdict):
             verdict = await count(slot.scopes, slot.ask)
         return self._judged(slot, verdict)
 
@@ -129,9 +129,13 @@ class _Admission:
         if not slot.scopes:
             return slot
         verdict = count(slot.scopes, slot.ask)
-        if verdict is not None and verdict.why is not None and self._account():
+        if self._ask_again(verdict):
             verdict = count(slot.scopes, slot.ask)
         return self._judged(slot, verdict)
+
+    def _ask_again(self, verdict: Verdict | None) -> bool:
+        """It says no, and others that have ended are settled only now."""
+        return verdict is not None and verdict.why is not None and self._account()
 
     def _slot(self, asked: Asked) -> _Slot:
         """What it asks for, of whom; not counted yet."""

@@ -58,6 +58,9 @@ class _State(enum.Enum):
     OVER = enum.auto()
 
 
+_WAITS = (_State.PARKED, _State.LATER)
+
+
 class _Here(threading.local):
     """What runs in this thread's present step."""
 
@@ -172,7 +175,7 @@ class Course(Generic[T]):
     def begin(self) -> bool:
         """Run it as far as it goes. False: it waits, and `call` follows. Call it once. Not a checkpoint."""
         self._step()
-        if self._state is _State.PARKED or self._state is _State.LATER:
+        if self._state in _WAITS:
             return False
         self._call = None
         return True
@@ -180,7 +183,7 @@ class Course(Generic[T]):
     def summon(self) -> None:
         """It is wanted in its task. Not a checkpoint; idempotent, of no effect once it is there or over."""
         self.summoned = True
-        if self._state is _State.PARKED or self._state is _State.LATER:
+        if self._state in _WAITS:
             self._needs_task()
 
     def go_on(self) -> None:
@@ -205,7 +208,7 @@ class Course(Generic[T]):
     def _run_on(self) -> None:
         self._state = _State.STEPS
         self._step()
-        if self._state is not _State.PARKED and self._state is not _State.LATER:
+        if self._state not in _WAITS:
             self._tell()
 
     def _needs_task(self) -> None:

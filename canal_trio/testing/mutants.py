@@ -319,7 +319,7 @@ def no_record_of_who_left() -> Replaced:
     def silent(self: Gateway, exchange: Exchange) -> None:
         if exchange.left:
             self._exchanges.pop(exchange, None)
-            exchange.over()
+            exchange.finish()
         else:
             end(self, exchange)
 

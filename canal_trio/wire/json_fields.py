@@ -79,6 +79,7 @@ class _Options(msgspec.Struct):
 
 _decode_body: Final = msgspec.json.Decoder(_Body).decode
 _decode_options: Final = msgspec.json.Decoder(_Options).decode
+_UNSAID: Final = (msgspec.UNSET,) * 3
 _decode_number: Final = msgspec.json.Decoder(int | float | None).decode
 
 
@@ -151,9 +152,6 @@ def _wanted(said: _Body) -> Wanted | None:
         return None
     tokens = (number for raw in most if (number := _number(raw)) is not None)
     return Wanted(next(tokens, None), _number(said.n))
-
-
-_UNSAID: Final = (msgspec.UNSET,) * 3
 
 
 def _number(raw: msgspec.Raw | msgspec.UnsetType) -> float | None:

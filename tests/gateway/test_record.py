@@ -33,7 +33,7 @@ def test_every_field_of_a_record_is_the_one_of_its_name(pieces):
     exchange.flags = frozenset({"b", "a"})
     if pieces:
         exchange.first_piece, exchange.last_piece = 12.0, 16.0
-    exchange.over()
+    exchange.finish()
     assert record_of(exchange) == ExchangeRecord(
         request_id="an-id",
         started_at=1_700_000_000.0,

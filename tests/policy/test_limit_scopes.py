@@ -192,7 +192,7 @@ def test_the_fields_tell_of_the_scope_with_least_left():
     assert limit_fields([(only, State())]) == b""
     for state in (State(requests=70.5, tokens=100), State(requests=100, tokens=9000), State()):
         one_of_two = limit_fields([(total, state), (only, State())])
-        assert limit_fields([(total, state)]) == one_of_two  # alone it takes a shorter way
+        assert limit_fields([(total, state)]) == one_of_two  # the other one says nothing of either
 
 
 def test_a_refusal_says_whose_limit_it_was_and_when_to_come_again():

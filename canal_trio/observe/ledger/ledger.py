@@ -51,9 +51,7 @@ class LedgerStatistics:
 class Ledger:
     """Keeps the rows of one process. Made before `trio.run` or in it; raises `JournalError`."""
 
-    def __init__(
-        self, settings: LedgerSettings, *, worker: int = 0, store: Store | None = None
-    ) -> None:
+    def __init__(self, settings: LedgerSettings, *, worker: int = 0, store: Store | None = None) -> None:
         self._journal = Journal(
             settings.journal, instance=settings.instance, worker=worker, most_bytes=settings.journal_bytes
         )
