@@ -145,8 +145,9 @@ class Admitted(NamedTuple):
 class Bookkeeper(Protocol):
     """Keeps a row for each admitted exchange, whatever becomes of it. Synchronous, and never blocks for long."""
 
-    def admitted(self, exchange: Admitted) -> int | Failure:
-        """Note, before anything goes upstream, that there is this exchange: its number, or why it may not be."""
+    def admitted(self, exchanges: Sequence[Admitted]) -> Sequence[int | Failure]:
+        """Note, before anything goes upstream, that there are these exchanges: of each the number, or why it may not
+        be."""
 
     def ended(self, endings: Sequence[tuple[int, ExchangeRecord]]) -> None:
         """The exchanges of these numbers are over. Each number is told once."""

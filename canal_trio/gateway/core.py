@@ -19,6 +19,7 @@ import trio
 
 from canal_trio.errors import Failure, Kind, Side
 from canal_trio.gateway.balancing import Balancing, Standings, UpstreamStatistics
+from canal_trio.gateway.booking import Booking
 from canal_trio.gateway.catalogue import Catalogue
 from canal_trio.gateway.checks import Checks
 from canal_trio.gateway.connection import ClientConnection
@@ -68,7 +69,7 @@ class Generation:
     balancing: Balancing
     listing: Listing
     catalogue: Catalogue
-    books: Bookkeeper | None = None  # takes note of each admitted exchange
+    booking: Booking | None = None  # takes note of each admitted exchange
     admission: Admission | None = None  # None: everything is admitted
     drains: Drains = field(default_factory=Drains)
     prices: Prices | None = None  # none: nothing has a cost
@@ -98,7 +99,7 @@ class Gateway:
         dialer: Dialer | None = None,
     ) -> None:
         self._recorders = tuple(recorders)
-        self._books: Bookkeeper | None = None
+        self._booking: Booking | None = None
         self._admissions: Admissions = _admit_all
         self._drains = Drains()
         self._dialer = dialer
@@ -148,7 +149,7 @@ class Gateway:
             balancing,
             Listing(settings, router),
             Catalogue(settings, connector),
-            self._books,
+            self._booking,
             self._admissions(settings, self.account),
             self._drains,
             Prices(settings.prices) if settings.prices else None,
@@ -193,8 +194,8 @@ class Gateway:
 
     def keep_books(self, books: Bookkeeper) -> None:
         """Have each exchange noted in `books` before anything of it goes upstream. Before anything is handled."""
-        self._books = books
-        self.generation = replace(self.generation, books=books)
+        self._booking = Booking(books)
+        self.generation = replace(self.generation, booking=self._booking)
 
     def limit_by(self, admissions: Admissions) -> None:
         """Have exchanges admitted by the hook that `admissions` gives for a configuration (None: it limits nothing).
@@ -235,6 +236,9 @@ class Gateway:
         """
         if not self._ended:
             return False
+        booking = self._booking
+        if booking is not None:
+            booking.settle()  # first, for it may be one of those that have ended
         ended, self._ended = self._ended, []
         prices, records, noted = self.generation.prices, [], []
         for exchange in ended:
@@ -247,9 +251,9 @@ class Gateway:
                     exchange.slot.release(record)
             except Exception:
                 _log.exception("the accounting failed on the record of %s", exchange.id)
-        if noted and self._books is not None:
+        if noted and booking is not None:
             try:
-                self._books.ended(noted)
+                booking.books.ended(noted)
             except Exception:
                 _log.exception("the books failed on the records of %d exchanges", len(noted))
         for recorder in self._recorders:

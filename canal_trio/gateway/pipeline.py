@@ -22,7 +22,7 @@ from canal_trio.gateway.places import Places
 from canal_trio.gateway.requests import UpstreamRequests
 from canal_trio.gateway.respond import continue_head
 from canal_trio.gateway.writer import ClientWriter
-from canal_trio.hooks import Admission, Admitted, Asked, Refused
+from canal_trio.hooks import Admission, Asked, Refused
 from canal_trio.messages import Headers, RequestHead, ResponseHead
 from canal_trio.policy.routing import Choice, Plan
 from canal_trio.relay.course import in_task
@@ -109,9 +109,8 @@ class Pipeline:
             refusal = await self._admit(admission, plan.choices[0])
             if refusal is not None:
                 return refusal
-        refusal = self._book(plan)
-        if refusal is not None:
-            return refusal
+        if self._generation.booking is not None:
+            self._generation.booking.note(exchange, plan.choices[0].upstream.name)
         exchange.drain = self._drain(plan)
         exchange.routed(eof_leaves=plan.choices[0].upstream.on_client_eof == "abort")
         attempts = Attempts(
@@ -151,28 +150,6 @@ class Pipeline:
         judged = exchange.judged
         if exchange.accounted and judged is not None and judged.can_ask_usage:
             exchange.asked_usage = self._facts.path.endswith("/completions")  # the Responses API tells it unasked
-
-    def _book(self, plan: Plan) -> Failure | None:
-        """Have the exchange noted, where books are kept; the failure if that cannot be done."""
-        exchange, books = self._exchange, self._generation.books
-        if books is None:
-            return None
-        principal = exchange.principal
-        entry = books.admitted(
-            Admitted(
-                exchange.id,
-                exchange.started_at,
-                self._facts.path,
-                principal.name if principal is not None else None,
-                principal.key or principal.name if principal is not None else None,
-                exchange.model,
-                plan.choices[0].upstream.name,
-            )
-        )
-        if isinstance(entry, Failure):
-            return entry
-        exchange.entry = entry
-        return None
 
     def _drain(self, plan: Plan) -> Draining | None:
         """What is done when the client leaves, if it is not to cancel the upstream: the key's word, or the entry's."""

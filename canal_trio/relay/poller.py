@@ -25,11 +25,11 @@ import select
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Protocol
 
 import trio
 
-from canal_trio.relay.course import Course, hold_back
+from canal_trio.relay.course import Held, hold_back
 from canal_trio.relay.handover import Armed
 
 __all__ = ["HANGUP", "ROUNDS", "Pollable", "Poller", "after_round"]
@@ -73,7 +73,7 @@ class Poller:
         self._epoll = select.epoll()
         self._streams: dict[int, Pollable] = {}
         self._again: dict[Pollable, None] = {}  # who wants another turn, in order
-        self._held: list[Course[Any]] = []  # who is to send at the end of the round
+        self._held = Held()  # who is to send at the end of the round
         self._newcomers: set[int] = set()  # descriptors registered since the last look at the epoll
         self._led = False
         self._release = trio.Event()
@@ -213,8 +213,8 @@ class Poller:
                     turn.pop(stream, None)
                 if stream.on_ready(mask):
                     self._again[stream] = None
-                if len(held) >= HELD:
-                    self._send_held()
+                if len(held.courses) >= HELD:
+                    held.go_on()
             for stream in turn:
                 if stream.on_ready(0):
                     self._again[stream] = None
@@ -226,13 +226,7 @@ class Poller:
             if stream.take_step(sink, step):
                 self._again[stream] = None
         self.steps.clear()
-        if self._held:
-            self._send_held()
-
-    def _send_held(self) -> None:
-        for course in self._held:  # who comes to it once more meanwhile is the last
-            course.go_on()
-        self._held.clear()
+        self._held.go_on()
 
 
 def after_round(call: Callable[[], object]) -> bool:

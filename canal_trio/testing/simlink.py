@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import trio
 
-from canal_trio.relay.course import Course, hold_back
+from canal_trio.relay.course import Course, Held, hold_back
 from canal_trio.relay.handover import Buffer
 from canal_trio.relay.idle import Reaper
 
@@ -207,13 +207,14 @@ class Pipe:
 
     def _announce(self, _now: float) -> float:
         self._announced = False
-        held: list[Course[Any]] = []  # as in a round of the poller, only that others may have their turn before its end
+        held = Held()  # as in a round of the poller, only that others may have their turn before its end
         hold_back(held)
         try:
             self.reader.on_ready()
         finally:
             hold_back(None)
-        for course in held:
+        held.call()
+        for course in held.courses:
             self._wheel.add(partial(_go_on, course), trio.current_time())
         return math.inf
 

@@ -115,7 +115,7 @@ async def _rate(folder: Path, rate: int, seconds: int, say: Say) -> list[Verdict
                 for _ in range(10):
                     if books:
                         began = time.perf_counter()
-                        entry = book.admitted(_admitted(number))
+                        (entry,) = book.admitted([_admitted(number)])
                         longest = max(longest, time.perf_counter() - began)
                         assert not isinstance(entry, Failure)
                         open_now.append(entry)

@@ -40,7 +40,7 @@ class Noted:
         if self._fails:
             raise ZeroDivisionError
 
-    def admitted(self, exchange: Admitted) -> int | Failure:
+    def admitted(self, exchanges: Sequence[Admitted]) -> Sequence[int | Failure]:
         """Nobody is."""
         raise NotImplementedError
 

@@ -38,9 +38,15 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
 
 def start(journal: Journal) -> int:
     """Admit one more; its number."""
-    number = journal.next()
-    assert journal.admit(opened(number, admitted(number))[0])
+    number = admit(journal)
+    assert number is not None
     return number
+
+
+def admit(journal: Journal) -> int | None:
+    """Try to admit one more; its number, if it was."""
+    (number,) = journal.numbers(1)
+    return number if journal.admit([opened(number, admitted(number))[0]]) else None
 
 
 def finish(journal: Journal, number: int) -> None:
@@ -111,7 +117,7 @@ def test_full_means_no(tmp_path: Path) -> None:
     """Nothing is admitted beyond the bound, with room for the endings of what is open; later it is again."""
     journal = Journal(str(tmp_path), instance="gw", most_bytes=10_000)
     taken = []
-    while journal.admit(opened(number := journal.next(), admitted(number))[0]):
+    while (number := admit(journal)) is not None:
         taken.append(number)
     assert 3 <= len(taken) <= 10_000 // ENDING_BYTES
     for number in taken:
@@ -149,9 +155,9 @@ def test_a_full_disk(journal: Journal, monkeypatch: pytest.MonkeyPatch, room: in
     monkeypatch.setattr(os, "write", disk)
     for number in numbers:
         finish(journal, number)
-    while journal.admit(opened(number := journal.next(), admitted(number))[0]):
+    while (number := admit(journal)) is not None:
         numbers.append(number)
-    assert not journal.admit(opened(99, admitted(99))[0])
+    assert admit(journal) is None
     disk.room = MUCH
     assert journal.retry()
     after = start(journal)
@@ -214,7 +220,7 @@ def test_a_segment_that_cannot_be_made(journal: Journal, monkeypatch: pytest.Mon
         journal.open += 1
     with monkeypatch.context() as patched:
         patched.setattr(journal, "_segment", lambda: (_ for _ in ()).throw(OSError(errno.EMFILE, "no")))
-        assert not journal.admit(opened(2, admitted(2))[0])
+        assert admit(journal) is None
         finish(journal, number)
         assert journal.backlog > journal.written
     assert journal.retry()

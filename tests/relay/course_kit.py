@@ -9,7 +9,7 @@ from typing import Any
 
 import trio
 
-from canal_trio.relay.course import Course, hold_back
+from canal_trio.relay.course import Course, Held, hold_back
 
 
 class Begun:
@@ -27,9 +27,9 @@ class Begun:
 
 
 @contextmanager
-def a_round() -> Iterator[list[Course[Any]]]:
-    """As a round of the poller's: the courses that it holds back."""
-    held: list[Course[Any]] = []
+def a_round() -> Iterator[Held]:
+    """As a round of the poller's: those whom it holds back."""
+    held = Held()
     hold_back(held)
     try:
         yield held

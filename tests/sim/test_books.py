@@ -27,13 +27,14 @@ class Books:
         self.over: dict[int, ExchangeRecord] = {}
         here.gateway.keep_books(self)
 
-    def admitted(self, exchange: Admitted) -> int | Failure:
-        """Its place in the list."""
+    def admitted(self, exchanges: Sequence[Admitted]) -> Sequence[int | Failure]:
+        """Their places in the list."""
         if self.full:
-            return FULL
+            return [FULL] * len(exchanges)
         assert not self._here.conversations or len(self._here.conversations[-1].requests) == len(self.noted)
-        self.noted.append(exchange)
-        return len(self.noted) - 1
+        first = len(self.noted)
+        self.noted += exchanges
+        return range(first, len(self.noted))
 
     def ended(self, endings: Sequence[tuple[int, ExchangeRecord]]) -> None:
         """Once for each."""

@@ -76,20 +76,25 @@ class Journal:
         waiting = self.written - self.applied
         return waiting + sum(map(len, self._late)) if self._late else waiting
 
-    def next(self) -> int:
-        """The number of the next row."""
-        self._seq += 1
-        return self._seq
+    def numbers(self, count: int) -> range:
+        """The numbers of the next `count` rows."""
+        first = self._seq + 1
+        self._seq += count
+        return range(first, first + count)
 
-    def admit(self, line: bytes) -> bool:
-        """Write the `line` of an open row. False: the journal is full, or the disk is: nothing may be done for it."""
+    def admit(self, lines: list[bytes]) -> int:
+        """Write the `lines` of open rows: how many of them were taken, the first ones. Where the journal is full, or
+        the disk is, it is not all: nothing may be done for the others."""
         if self._late and not self.retry():
-            return False
-        ahead = self.written - self.applied + len(line) + (self.open + 1) * ENDING_BYTES
-        if ahead > self._most or not self._write([line]):
-            return False
-        self.open += 1
-        return True
+            return 0
+        ahead = self.written - self.applied + self.open * ENDING_BYTES
+        ahead += sum(map(len, lines)) + len(lines) * ENDING_BYTES
+        while lines and ahead > self._most:
+            *lines, line = lines
+            ahead -= len(line) + ENDING_BYTES
+        taken = self._write(lines) if lines else 0
+        self.open += taken
+        return taken
 
     def end(self, lines: list[bytes]) -> None:
         """Write the lines of whole rows, now or as soon as the disk takes them."""

@@ -72,17 +72,19 @@ class Ledger:
 
     # -- hooks.Bookkeeper ----------------------------------------------------------------------------------------------
 
-    def admitted(self, exchange: Admitted) -> int | Failure:
-        """One write(2). Its number, or the failure: the journal is full. Not a checkpoint."""
-        number = self._journal.next()
-        line, begun = rows.opened(number, exchange)
-        if not self._journal.admit(line):
-            self._refused += 1
-            return Failure(Side.GATEWAY, Phase.ROUTE, Kind.UNBOOKED, _FULL)
-        self._open[number] = begun
+    def admitted(self, exchanges: Sequence[Admitted]) -> Sequence[int | Failure]:
+        """One write(2) for all of them. Their numbers, or the failure: the journal is full. Not a checkpoint."""
+        numbers = self._journal.numbers(len(exchanges))
+        begun = list(map(rows.opened, numbers, exchanges))
+        taken = self._journal.admit([line for line, _ in begun])
+        self._open.update(zip(numbers[:taken], [names for _, names in begun[:taken]], strict=True))
         if not self._fresh:
             self._wake()
-        return number
+        if taken == len(begun):
+            return numbers
+        self._refused += len(begun) - taken
+        full = Failure(Side.GATEWAY, Phase.ROUTE, Kind.UNBOOKED, _FULL)
+        return [*numbers[:taken], *[full] * (len(begun) - taken)]
 
     def ended(self, endings: Sequence[tuple[int, ExchangeRecord]]) -> None:
         """One write(2) for all of them. Not a checkpoint."""
