@@ -8,7 +8,7 @@ from typing import Any
 
 from canal_trio.errors import Phase
 from canal_trio.hooks import Admitted, ExchangeRecord, Outcome, Usage, UsageSource
-from canal_trio.observe.ledger.rows import Row, decode, ended, opened
+from canal_trio.observe.ledger.rows import Row, decode, ended, lines_of, opened
 
 __all__ = ["admitted", "open_row", "outcomes", "record", "rows_in", "whole_row"]
 
@@ -56,16 +56,14 @@ def record(number: int = 1, **changes: Any) -> ExchangeRecord:
 
 def open_row(number: int = 1, **changes: Any) -> Row:
     """The row of an exchange that runs, as its line in the journal says it."""
-    line, _ = opened(number, admitted(number, **changes))
-    row = decode(line[1:])
+    row = decode(lines_of([opened(number, admitted(number, **changes))]))
     assert row is not None
     return row
 
 
 def whole_row(number: int, exchange: ExchangeRecord, **changes: Any) -> Row:
     """The row of an exchange that has ended, as its line in the journal says it."""
-    _, begun = opened(number, admitted(number, **changes))
-    row = decode(ended(begun, exchange)[1:])
+    row = decode(lines_of([ended(opened(number, admitted(number, **changes)), exchange)]))
     assert row is not None
     return row
 

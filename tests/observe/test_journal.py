@@ -15,6 +15,7 @@ from ledger_kit import admitted, open_row, record
 
 from canal_trio.observe.ledger.filler import BATCH_BYTES, Filler
 from canal_trio.observe.ledger.journal import (
+    _AT_ONCE,
     ENDING_BYTES,
     Journal,
     JournalError,
@@ -22,7 +23,7 @@ from canal_trio.observe.ledger.journal import (
     claim,
     left_behind,
 )
-from canal_trio.observe.ledger.rows import LINE_BYTES, Row, _few, decode, ended, opened
+from canal_trio.observe.ledger.rows import LINE_BYTES, Row, _few, decode, ended, lines_of, opened
 from canal_trio.observe.ledger.sqlite import SqliteStore
 
 MUCH = 10**9
@@ -46,12 +47,12 @@ def start(journal: Journal) -> int:
 def admit(journal: Journal) -> int | None:
     """Try to admit one more; its number, if it was."""
     (number,) = journal.numbers(1)
-    return number if journal.admit([opened(number, admitted(number))[0]]) else None
+    return number if journal.admit([opened(number, admitted(number))]) else None
 
 
 def finish(journal: Journal, number: int) -> None:
     """End it."""
-    journal.end([ended(opened(number, admitted(number))[1], record(number))])
+    journal.end([ended(opened(number, admitted(number)), record(number))])
 
 
 def read_all(reader: JournalReader, most: int = 10_000) -> dict[int, str]:
@@ -176,7 +177,7 @@ def test_endings_together_on_a_disk_that_fills_up(tmp_path: Path, monkeypatch: p
         made = Journal(str(tmp_path / f"{room}.{again}"), instance="gw", most_bytes=MUCH)
         numbers = [start(made) for _ in range(3)]
         before, disk.room = made.written, room
-        made.end([ended(opened(number, admitted(number))[1], record(number)) for number in numbers])
+        made.end([ended(opened(number, admitted(number)), record(number)) for number in numbers])
         disk.room = again
         made.retry()
         disk.room = MUCH
@@ -192,23 +193,57 @@ def test_endings_together_on_a_disk_that_fills_up(tmp_path: Path, monkeypatch: p
         for again in (0, 1):
             taken, kept, broken = ending(room, again)
             assert kept == dict.fromkeys((1, 2, 3), "completed")
-            assert size <= taken <= size * 4 // 3 + 4
+            assert size <= taken <= size * 4 // 3 + 2 * len("~\n")
             assert broken <= 1 + again
 
 
+def test_beginnings_together_on_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three that are admitted in one write, cut at any byte, the first ones are taken; of the others no row is read,
+    not even of one that lacked its line's end only."""
+    disk = FullDisk(MUCH)
+    monkeypatch.setattr(os, "write", disk)
+    rows = [opened(number, admitted(number)) for number in (1, 2, 3)]
+    whole = [len(lines_of(rows[:count])) for count in range(4)]
+    for room in range(whole[3] + 1):
+        made = Journal(str(tmp_path / str(room)), instance="gw", most_bytes=MUCH)
+        disk.room = room
+        taken = made.admit(rows)
+        assert taken == made.open == sum(room >= size for size in whole) - 1
+        disk.room = MUCH
+        assert made.admit([opened(9, admitted(9))]) == 1
+        reader = JournalReader(made.folder)
+        assert read_all(reader) == dict.fromkeys([*range(1, taken + 1), 9], "open")
+        assert reader.broken == (room not in whole)
+        made.close()
+
+
+def test_of_those_admitted_together_as_many_as_there_is_room_for(tmp_path: Path) -> None:
+    """The bound holds for each of them, with its ending; the first ones are taken, and the file has no other."""
+    journal = Journal(str(tmp_path), instance="gw", most_bytes=5_000)
+    rows = [opened(number, admitted(number)) for number in range(1, 9)]
+    size = len(lines_of(rows[:1]))
+    assert journal.admit(rows) == 5_000 // (size + ENDING_BYTES) == 4
+    assert journal.admit(rows[4:]) == 0
+    assert read_all(JournalReader(journal.folder)) == dict.fromkeys((1, 2, 3, 4), "open")
+    journal.close()
+
+
 def test_many_late_endings_take_several_writes(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many endings wait for the disk, one write has a bounded number of them."""
-    numbers = [start(journal) for _ in range(150)]
+    """However many endings wait for the disk, one write has a bounded number of bytes, in whole lines."""
+    numbers = [start(journal) for _ in range(800)]
     disk = FullDisk(0)
     with monkeypatch.context() as patched:
         patched.setattr(os, "write", disk)
         for number in numbers:
             finish(journal, number)
         disk.room = MUCH
-        writes: list[int] = []
-        patched.setattr(os, "write", lambda fd, data: writes.append(data.count(b"\n")) or disk(fd, data))
+        writes: list[bytes] = []
+        patched.setattr(os, "write", lambda fd, data: writes.append(data) or disk(fd, data))
+        late = len(journal._late)
         assert journal.retry()
-    assert writes == [64, 64, 22]
+    assert sum(map(len, writes)) == late > 2 * _AT_ONCE
+    assert all(_AT_ONCE - ENDING_BYTES < len(data) <= _AT_ONCE for data in writes[:-1])
+    assert all(data.endswith(b"\n") for data in writes)
     assert read_all(JournalReader(journal.folder)) == dict.fromkeys(numbers, "completed")
 
 
@@ -245,8 +280,11 @@ def test_cut_in_the_middle_of_a_line(journal: Journal) -> None:
     assert reader.consumed == 2 * len(data) - 5
 
 
-# Lines as an earlier version wrote them, and what they say.
+# Lines as earlier versions wrote them, and what they say.
 OLDER = (
+    b'+[5,7.5,"r5",null,null,"/v1/x","m",null,"u"]\n'
+    b'+[6,8.5,"r6",null,null,"/v1/x","m",null,"u"]\n'
+    b'=[6,8.5,"r6",null,null,"/v1/x","m",null,"u",1,200,"completed"]\n'
     b'+{"seq":1,"started_at":5.5,"request_id":"r1","path":"/v1/x","model":"m"}\n'
     b'+{"seq":2,"started_at":6.5,"request_id":"r2"}\n'
     b'={"seq":1,"started_at":5.5,"request_id":"r1","path":"/v1/x","model":"m","attempts":1,"status":200,'
@@ -255,12 +293,13 @@ OLDER = (
 
 
 def test_a_journal_of_an_earlier_version_is_read(tmp_path: Path) -> None:
-    """What a gateway left behind when it was replaced by this one: lines that are objects, and one that was cut."""
+    """What a gateway left behind when this one replaced it: lines that are objects, lines with marks, broken ones."""
     (tmp_path / "00000001.log").write_bytes(OLDER + b'={"seq":2,"started_at":6.5,"requ\n={"seq":"3"}\n+{"seq":4,"s"}\n')
     reader = JournalReader(str(tmp_path))
     started, finished = reader.read(MUCH)
-    assert started == [Row(2, 6.5, "r2")]
+    assert started == [Row(5, 7.5, "r5", None, None, "/v1/x", "m", None, "u"), Row(2, 6.5, "r2")]
     assert finished == [
+        Row(6, 8.5, "r6", None, None, "/v1/x", "m", None, "u", 1, 200, "completed"),
         Row(
             *(1, 5.5, "r1"),
             path="/v1/x",
@@ -273,7 +312,7 @@ def test_a_journal_of_an_earlier_version_is_read(tmp_path: Path) -> None:
             prompt_tokens=3,
             cost=7,
             duration=0.5,
-        )
+        ),
     ]
     assert reader.broken == 3
 
@@ -285,20 +324,19 @@ def test_many_lines_are_read_as_each_of_them_is(tmp_path_factory: pytest.TempPat
     texts = st.text(max_size=12) | st.sampled_from(['],["', ",[1,", '"', "\\", "\n=[", "]"])
     lines = []
     for number in range(data.draw(st.integers(1, 6))):
-        line, begun = opened(number, admitted(number, path=data.draw(texts), model=data.draw(texts)))
+        row = opened(number, admitted(number, path=data.draw(texts), model=data.draw(texts)))
         if data.draw(st.booleans()):
-            line = ended(begun, record(number, model=data.draw(texts | st.none())))
-        line = data.draw(st.sampled_from([b"+", b"="])) + line[1:-1]
+            row = ended(row, record(number, model=data.draw(texts | st.none())))
+        line = data.draw(st.sampled_from([b"", b"", b"", b"+", b"="])) + lines_of([row])[:-1]
         lines.append(line[: data.draw(st.just(len(line)) | st.integers(0, len(line)))])
     folder = tmp_path_factory.mktemp("lines")
     (folder / "00000001.log").write_bytes(b"".join(line + b"\n" for line in lines))
     reader = JournalReader(str(folder))
     started, finished = reader.read(MUCH)
     shutil.rmtree(folder)
-    each = [(line[:1], decode(line[1:])) for line in lines]
-    assert finished == [row for mark, row in each if mark == b"=" and row is not None]
-    over = {row.seq for row in finished}
-    assert started == [row for mark, row in each if mark == b"+" and row is not None and row.seq not in over]
+    each = [row for row in map(decode, lines) if row is not None]
+    assert finished == [row for row in each if row.outcome != "open"]
+    assert started == [row for row in each if row.outcome == "open"]
     assert reader.broken <= len(lines) - len(finished) - len(started)
 
 
@@ -365,7 +403,7 @@ def test_a_reader_that_meets_the_next_segment(journal: Journal) -> None:
 
 def test_rows_are_small(journal: Journal) -> None:
     """The bytes that are set aside for an ending are more than a usual one has."""
-    journal.end([ended(opened(1, admitted(1))[1], record(1))])
+    journal.end([ended(opened(1, admitted(1)), record(1))])
     assert journal.written < ENDING_BYTES
 
 

@@ -1,8 +1,8 @@
 """The journal: what was admitted and how it ended, on this machine's disk before anything else happens.
 
 One folder for each run of a process, held by a lock that the kernel takes back when the process dies, however it dies.
-In it segments of lines, appended to by one write(2) each: a row that is open (`+`), a row that is whole (`=`). A line
-that was written survives the process (not the machine's power). Reading is done by others, from the files.
+In it segments of lines, appended to by write(2): rows that are open, rows that are whole (rows.py). A line that was
+written survives the process (not the machine's power). Reading is done by others, from the files.
 
 Invariants: what waits for the store is bounded in bytes, the endings of all open rows included, and beyond that nothing
 is admitted; an ending is never refused: where the disk is full it waits in memory, and nothing is admitted meanwhile.
@@ -13,24 +13,23 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final, final
 
 import msgspec
 
 from canal_trio.errors import CanalError
-from canal_trio.observe.ledger.rows import LINE_BYTES, Row, Run, decode, decode_all
+from canal_trio.observe.ledger.rows import LINE_BYTES, OPEN, Begun, Ended, Row, Run, decode, decode_all, lines_of
 
 __all__ = ["Journal", "JournalError", "JournalReader", "claim", "left_behind"]
 
 SEGMENT_BYTES: Final = 1024 * 1024
 ENDING_BYTES: Final = 1024  # set aside for the ending of each open row; a usual one has half of it
 _MANIFEST: Final = "run.json"
-_AT_ONCE: Final = 64  # lines of one write(2)
+_AT_ONCE: Final = 64 * 1024  # bytes of one write(2), or a line
+_VOID: Final = b"~\n"  # ends what a write left half done: that is no row then, even where it lacks nothing but its end
 _encode: Final = msgspec.json.Encoder().encode
-_BEGUN: Final = re.compile(rb'\+(?:\[|\{"seq":)(\d{1,18}),').match  # an open row: its number comes first
 
 
 class JournalError(CanalError):
@@ -53,8 +52,8 @@ class Journal:
         self.applied = 0  # of these, what the store has; the filler's to set
         self.open = 0  # rows that have not ended
         self._seq = 0
-        self._late: list[bytes] = []  # endings that the disk did not take
-        self._torn = False  # the last write was cut: a line has to be ended first
+        self._late = bytearray()  # lines of endings that the disk did not take
+        self._torn = False  # the last write was cut in the middle of a line
         try:
             os.makedirs(self.folder, mode=0o700)
             self._lock = os.open(os.path.join(self.folder, _MANIFEST), os.O_CREAT | os.O_RDWR, 0o600)
@@ -73,8 +72,7 @@ class Journal:
     @property
     def backlog(self) -> int:
         """Bytes that the store does not have."""
-        waiting = self.written - self.applied
-        return waiting + sum(map(len, self._late)) if self._late else waiting
+        return self.written - self.applied + len(self._late)
 
     def numbers(self, count: int) -> range:
         """The numbers of the next `count` rows."""
@@ -82,57 +80,53 @@ class Journal:
         self._seq += count
         return range(first, first + count)
 
-    def admit(self, lines: list[bytes]) -> int:
-        """Write the `lines` of open rows: how many of them were taken, the first ones. Where the journal is full, or
-        the disk is, it is not all: nothing may be done for the others."""
+    def admit(self, rows: Sequence[Begun]) -> int:
+        """Write open rows, at most a round's: how many were taken, the first ones. Where the journal is full, or the
+        disk is, these are not all: nothing may be done for the others."""
         if self._late and not self.retry():
             return 0
-        ahead = self.written - self.applied + self.open * ENDING_BYTES
-        ahead += sum(map(len, lines)) + len(lines) * ENDING_BYTES
-        while lines and ahead > self._most:
-            *lines, line = lines
-            ahead -= len(line) + ENDING_BYTES
-        taken = self._write(lines) if lines else 0
-        self.open += taken
-        return taken
+        count, data = len(rows), lines_of(rows)
+        while count and self.written - self.applied + len(data) + (self.open + count) * ENDING_BYTES > self._most:
+            count -= 1
+            data = lines_of(rows[:count])
+        count -= data.count(b"\n", self._write(data)) if data else 0
+        self.open += count
+        return count
 
-    def end(self, lines: list[bytes]) -> None:
-        """Write the lines of whole rows, now or as soon as the disk takes them."""
-        self.open -= len(lines)
-        self._late += lines
+    def end(self, rows: Sequence[Ended]) -> None:
+        """Write whole rows, now or as soon as the disk takes them."""
+        self.open -= len(rows)
+        self._late += lines_of(rows)
         self.retry()
 
     def retry(self) -> bool:
         """Write what the disk has not taken. True: nothing is left of it."""
         late = self._late
         while late:
-            lines = late[:_AT_ONCE]
-            taken = self._write(lines)
+            data = bytes(late[: late.rfind(b"\n", 0, _AT_ONCE) + 1 or late.index(b"\n") + 1])
+            taken = self._write(data)
             del late[:taken]
-            if taken < len(lines):
+            if taken < len(data):
                 return False
         return True
 
-    def _write(self, lines: list[bytes]) -> int:
-        """One write(2): how many of `lines` it took. What it leaves half done is no line: the next one ends it."""
-        data = b"".join([b"\n", *lines] if self._torn else lines)
+    def _write(self, data: bytes) -> int:
+        """One write(2) of lines: how many bytes of them were taken, as whole lines."""
         try:
             if self._size >= self._segment_bytes:
                 self._rotate()
-            count = os.write(self._fd, data)
+            void = _VOID if self._torn else b""
+            count = os.write(self._fd, void + data)
         except OSError:
             return 0
         self._size += count
         self.written += count
+        count -= len(void)
         if count == len(data):
             self._torn = False
-            return len(lines)
-        count -= self._torn
-        taken = 0
-        while count >= len(lines[taken]):
-            count -= len(lines[taken])
-            taken += 1
-        self._torn = count != 0
+            return count
+        taken = data.rfind(b"\n", 0, max(count, 0)) + 1
+        self._torn = count != taken
         return taken
 
     def _rotate(self) -> None:
@@ -143,7 +137,7 @@ class Journal:
             self._number -= 1
             raise
         os.close(self._fd)
-        self._fd, self._size = fd, 0
+        self._fd, self._size, self._torn = fd, 0, False  # half a line at a segment's end is none
 
     def close(self) -> None:
         """Let go of the files. Idempotent."""
@@ -178,7 +172,7 @@ class JournalReader:
 
     def read(self, most: int) -> tuple[list[Row], list[Row]]:
         """The next rows, open ones and whole ones, from up to `most` bytes (but at least a line). Raises OSError."""
-        begun: dict[bytes, bytes] = {}  # by their number
+        begun: dict[int, Row] = {}  # by their number
         finished: list[Row] = []
         number, offset, taken = self._number, self._offset, 0
         while taken < most:
@@ -186,7 +180,7 @@ class JournalReader:
             # Read behind that look: if there is a later one, nothing is written here any more.
             data = self._data(number, offset, room)
             end = data.rfind(b"\n") + 1
-            self._lines(data[:end].split(b"\n"), begun, finished)
+            self._rows(data[:end], begun, finished)
             offset += end
             taken += end
             if end == 0:
@@ -199,13 +193,10 @@ class JournalReader:
                 break
         self.full = taken >= most
         self._next = (number, offset, taken)
-        # A row that has ended meanwhile needs to be written once only, and so read once only: it is most of them.
-        if begun:
+        if begun:  # those that have ended meanwhile, which are most of them, need to be written once only
             for row in finished:
-                begun.pop(b"%d" % row[0], None)
-        started = [row for row in map(decode, begun.values()) if row is not None]
-        self.broken += len(begun) - len(started)
-        return started, finished
+                begun.pop(row.seq, None)
+        return list(begun.values()), finished
 
     def commit(self) -> None:
         """What was read last is in the store. Raises OSError."""
@@ -224,20 +215,15 @@ class JournalReader:
             return number + 1 if os.path.exists(os.path.join(self.folder, _name(number + 1))) else None
         return min((other for other in _segments(self.folder) if other > number), default=None)
 
-    def _lines(self, lines: list[bytes], begun: dict[bytes, bytes], finished: list[Row]) -> None:
-        """Take note of many lines, in few steps for each: the loop waits for the interpreter meanwhile."""
-        whole = [line[1:] for line in lines if line.startswith(b"=")]
-        rows = decode_all(whole)
-        if rows is None:  # one is broken, or of the older kind
-            rows = [row for row in map(decode, whole) if row is not None]
-            self.broken += len(whole) - len(rows)
-        finished += rows
-        others = len(lines) - len(whole) - lines.count(b"")
-        for line in lines:
-            if line.startswith(b"+") and (match := _BEGUN(line)):
-                begun[match[1]] = line[1:]
-                others -= 1
-        self.broken += others
+    def _rows(self, data: bytes, begun: dict[int, Row], finished: list[Row]) -> None:
+        """Take note of the rows of many lines, in few steps for each: the loop waits for the interpreter meanwhile."""
+        rows = decode_all(data)
+        if rows is None:  # one is broken, or of an older kind
+            lines = [line for line in data.split(b"\n") if line]
+            rows = [row for row in map(decode, lines) if row is not None]
+            self.broken += len(lines) - len(rows)
+        begun.update({row.seq: row for row in rows if row.outcome == OPEN})
+        finished += [row for row in rows if row.outcome != OPEN]
 
     def _data(self, number: int, offset: int, most: int) -> bytes:
         try:

@@ -76,8 +76,8 @@ class Ledger:
         """One write(2) for all of them. Their numbers, or the failure: the journal is full. Not a checkpoint."""
         numbers = self._journal.numbers(len(exchanges))
         begun = list(map(rows.opened, numbers, exchanges))
-        taken = self._journal.admit([line for line, _ in begun])
-        self._open.update(zip(numbers[:taken], [names for _, names in begun[:taken]], strict=True))
+        taken = self._journal.admit(begun)
+        self._open.update(zip(numbers[:taken], begun[:taken], strict=True))
         if not self._fresh:
             self._wake()
         if taken == len(begun):

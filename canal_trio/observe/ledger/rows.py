@@ -5,12 +5,14 @@ seq), which no other row of any gateway has; so both may be applied to a store a
 billionths, so that sums are exact. Texts that came from a client are cut to what a row may hold, so a line is bounded.
 
 A line is a JSON array in the order of the columns; that of an open row ends behind the columns that are known, and the
-rest have their defaults. So neither a name nor an object is made for a value, on any way from an exchange to the store.
-What is added goes to the end. (Once a line was an object; that is still read.)
+rest have their defaults. So neither a name nor an object is made for a value, on any way from an exchange to the store,
+and many lines are written, and read, in one call. What is added goes to the end. (Once a line was an object, and once
+it had a mark in front, `+` or `=`; these are still read.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from operator import itemgetter
 from typing import Final, NamedTuple, TypeAlias
@@ -25,11 +27,13 @@ __all__ = [
     "LINE_BYTES",
     "OPEN",
     "Begun",
+    "Ended",
     "Row",
     "Run",
     "decode",
     "decode_all",
     "ended",
+    "lines_of",
     "opened",
 ]
 
@@ -38,7 +42,7 @@ INTERRUPTED: Final = "interrupted"  # ... and never will, because its process is
 
 _TEXT: Final = 200  # characters of each text; JSON makes six bytes of one at most
 LINE_BYTES: Final = 16 * 1024  # a line is never longer
-_AT_ONCE: Final = 512  # lines decoded in one call, in which the loop waits: a fraction of a millisecond
+_AT_ONCE: Final = 64 * 1024  # bytes decoded in one call, in which the loop waits: a fraction of a millisecond
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -84,15 +88,15 @@ COLUMNS: Final = Row._fields
 _UNKNOWN: Final = (None, None, None, None)  # what was used
 _decoder: Final = msgspec.json.Decoder(Row)
 
-Begun: TypeAlias = tuple[bytes, str | None]
-"""Of an exchange that was admitted: the columns that name it, as its line has them, and the model."""
+Begun: TypeAlias = tuple[int | float | str | None, ...]
+"""The row of an exchange that was admitted: the columns that are known, which are the first nine."""
+Ended: TypeAlias = list[object]
+"""The row of one that has ended."""
 
-_encode: Final = msgspec.json.Encoder().encode
+_encode_lines: Final = msgspec.json.Encoder().encode_lines
 _models: Final = itemgetter(*map(ExchangeRecord._fields.index, ("model", "upstream_model", "upstream")))
-_tries: Final = itemgetter(*map(ExchangeRecord._fields.index, ("attempts", "status")))
-_amounts: Final = itemgetter(
-    *map(ExchangeRecord._fields.index, COLUMNS[COLUMNS.index("cost") : COLUMNS.index("flags")])
-)
+_columns: Final = (COLUMNS[9:14], COLUMNS[18:25])  # those that are the record's: before what was used, and behind it
+_ending, _amounts = (itemgetter(*map(ExchangeRecord._fields.index, names)) for names in _columns)
 
 
 def _cut(text: str) -> str:
@@ -118,65 +122,57 @@ def _texts(*texts: str | None) -> tuple[str | None, ...]:
 _few_texts = lru_cache(1024)(_texts)  # the same few go together nearly always: one look-up for all of them
 
 
-def _names(
-    path: str, principal: str | None, key: str | None, model: str | None, upstream: str | None
-) -> tuple[bytes, bytes, str | None]:
-    """Of an open row's line the part with these names, the part behind it, and the model."""
-    *names, model, upstream = _texts(principal, key, path, model, upstream)
-    return _encode(names)[1:-1], b",%b]" % _encode((model, None, upstream))[1:-1], model
-
-
-_few_names = lru_cache(1024)(_names)
-
-
-def opened(seq: int, admitted: Admitted) -> tuple[bytes, Begun]:
-    """The line of an exchange that is about to go upstream, and what `ended` needs of it."""
+def opened(seq: int, admitted: Admitted) -> Begun:
+    """The row of an exchange that is about to go upstream."""
     id_, started, path, principal, key, model, upstream = admitted
-    few = _few_names if len(path) + len(model or "") <= _TEXT else _names
-    names, rest, model = few(path, principal, key, model, upstream)
-    head = b"[%d,%a,%b,%b" % (seq, started, _encode(id_), names)
-    return b"+%b%b\n" % (head, rest), (head, model)
+    few = _few_texts if len(path) + len(model or "") <= _TEXT else _texts
+    return (seq, started, id_, *few(principal, key, path, model, None, upstream))
 
 
-def ended(begun: Begun, record: ExchangeRecord) -> bytes:
-    """The line of an exchange that has ended. What names the exchange stays as it was when it was admitted."""
+def ended(begun: Begun, record: ExchangeRecord) -> Ended:
+    """The row of an exchange that has ended. What names the exchange stays as it was when it was admitted."""
     model, upstream_model, upstream = _models(record)
-    head, known = begun
     few = _few_texts if len(model or "") + len(upstream_model or "") <= _TEXT else _texts
     model, upstream_model, upstream = few(model, upstream_model, upstream)
-    rest = (
-        known if model is None else model,  # perhaps nobody had to know it before
+    return [
+        *begun[:6],
+        begun[6] if model is None else model,  # perhaps nobody had to know it before
         upstream_model,
         upstream,
-        *_tries(record),
-        record.outcome._value_,  # .value is a Python call or two
-        record.phase._value_,
-        record.usage_source._value_,
+        *_ending(record),
         *(record.usage or _UNKNOWN),
         *_amounts(record),
         ",".join(record.flags) if record.flags else "",
-    )
-    return b"=%b,%b\n" % (head, _encode(rest)[1:])
+    ]
+
+
+def lines_of(rows: Sequence[Begun | Ended]) -> bytes:
+    """The lines of these rows, each ended by LF."""
+    return _encode_lines(rows)
 
 
 def decode(line: bytes) -> Row | None:
     """The row of a journal's line; None if it is no whole one (the disk was full, the process died in it)."""
+    line = line.lstrip(b"+=")  # marks of earlier versions
     try:
         return _older(line) if line.startswith(b"{") else _decoder.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
 
 
-def decode_all(lines: list[bytes]) -> list[Row] | None:
-    """The rows of many lines at once; None if not each of them is one."""
+def decode_all(data: bytes) -> list[Row] | None:
+    """The rows of lines, each ended by LF, at once; None if not each of them is one."""
+    found: list[Row] = []
+    at = 0
     try:
-        found: list[Row] = []
-        for at in range(0, len(lines), _AT_ONCE):
+        while at < len(data):
+            end = data.rfind(b"\n", at, at + _AT_ONCE) + 1 or data.index(b"\n", at) + 1
             # No row goes over the end of a line: a string may not, and a line that goes on an array is no part of it.
-            found += _decoder.decode_lines(b"\n".join(lines[at : at + _AT_ONCE]))
+            found += _decoder.decode_lines(data[at:end])
+            at = end
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    return found if len(found) == len(lines) else None
+    return found if len(found) == data.count(b"\n") else None
 
 
 def _older(line: bytes) -> Row:
