@@ -257,16 +257,14 @@ class Pipeline:
 
     async def _read(self, body: HeldBody | WholeBody, *, strict: bool) -> Failure | None:
         """Hold the body and judge it. `strict`: it is of a kind that can be read, so it must be."""
-        exchange = self._exchange
-        exchange.phase = Phase.UPLOAD
-        most, length = self._settings.bounds.held_body_bytes, self._facts.length
-        if isinstance(length, int) and length > most:
-            return Failure(Side.CLIENT, Phase.UPLOAD, Kind.BODY_TOO_LARGE, f"The limit is {most} bytes.")
+        exchange, most = self._exchange, self._settings.bounds.held_body_bytes
         if not isinstance(body, WholeBody):  # which is here
-            failure = await body.hold_all()
+            failure = await self._hold(body, most)
             if failure is not None:
                 return failure
         content = body.beginning(most)
+        if content is None:
+            return _too_large(most)
         if not content:
             return None
         if len(content) <= AT_ONCE_BYTES:
@@ -279,30 +277,41 @@ class Pipeline:
             return None
         return judged
 
+    async def _hold(self, body: HeldBody, most: int) -> Failure | None:
+        """Until all of the body is here, but at most that many bytes."""
+        self._exchange.phase = Phase.UPLOAD
+        length = self._facts.length
+        if isinstance(length, int) and length > most:
+            return _too_large(most)
+        return await body.hold_all()
+
     def _path_route(self) -> Plan | Failure | None:
         origin = origin_form(self._head)
         path = None if isinstance(origin, Failure) else plain_path(origin[0])
         return self._generation.router.by_path(path, self._exchange.principal)
 
     async def _admit(self, admission: Admission, first: Choice) -> Failure | None:
-        """Ask the limits, once for all attempts; `first` is tried first. Why not, if not.
-
-        Whatever the body calls itself, it is read: many upstreams do not look at that. Only files are not held for it.
-        """
-        exchange, body, content = self._exchange, self._exchange.body, None
-        if admission.wants_body and body is not None and exchange.upgrade is None:
+        """Ask the limits, once for all attempts; `first` is tried first. Why not, if not."""
+        exchange, content = self._exchange, None
+        if admission.wants_body and exchange.body is not None and exchange.upgrade is None:
             form = not self._facts.json and is_form(self._head.headers.get(b"content-type") or b"")
-            if exchange.judged is None and ((named := self._facts.names_model) or not form):
-                failure = await self._read(body, strict=named)
+            if exchange.judged is None:
+                failure = await self._read_anyway(exchange.body, form=form)
                 if failure is not None:
                     return failure
-                exchange.phase = Phase.ROUTE
             if not form:
-                content = body.beginning(self._settings.bounds.held_body_bytes)
+                content = exchange.body.beginning(self._settings.bounds.held_body_bytes)
         principal, judged = exchange.principal, exchange.judged
-        name = None if principal is None else principal.name
-        wanted = None if judged is None else judged.wanted
-        asked = Asked(self._facts.path, name, exchange.model, first.upstream.name, first.model, content, wanted)
+        fields = (
+            self._facts.path,
+            None if principal is None else principal.name,
+            exchange.model,
+            first.upstream.name,
+            first.model,
+            content,
+            None if judged is None else judged.wanted,
+        )
+        asked: Asked = tuple.__new__(Asked, fields)  # as `Asked`, in half the time
         if admission.admit_now is not None:
             verdict = admission.admit_now(asked)
         else:
@@ -313,6 +322,16 @@ class Pipeline:
             return verdict.failure
         exchange.slot = verdict
         return None
+
+    async def _read_anyway(self, body: HeldBody | WholeBody, *, form: bool) -> Failure | None:
+        """Read a body that the route did not need: whatever it calls itself, for many upstreams do not look at that.
+        Only files are not held for it."""
+        named = self._facts.names_model
+        if form and not named:
+            return None
+        failure = await self._read(body, strict=named)
+        self._exchange.phase = Phase.ROUTE
+        return failure
 
     def _settle(self) -> None:
         """The answer is here: no attempt will follow, so nothing of the request is held any longer."""
@@ -327,3 +346,8 @@ class Pipeline:
                 model = None
             exchange.model = model[:_MODEL_CHARACTERS] if model is not None else None
         exchange.body.stop_holding()
+
+
+def _too_large(most: int) -> Failure:
+    detail = f"Bodies that name a model are read whole, up to {most} bytes."
+    return Failure(Side.CLIENT, Phase.UPLOAD, Kind.BODY_TOO_LARGE, detail)
