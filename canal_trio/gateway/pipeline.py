@@ -224,8 +224,10 @@ class Pipeline:
                 if failure is not None:
                     return failure
         exchange.phase = Phase.ROUTE
+        if plan is not None:
+            return plan
         asks = body is not None or self._head.method not in _SAFE
-        return plan or router.route(exchange.model, exchange.principal, has_body=asks)
+        return router.route(exchange.model, exchange.principal, has_body=asks, deployment=self._facts.deployment)
 
     async def _list(self, wanted: str) -> Failure | None:
         """Answer with the models there are for this principal, or with the one that is `wanted`."""

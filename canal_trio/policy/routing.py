@@ -149,12 +149,21 @@ class Router:
         """
         return (named and self._has_models) or self.limited(principal)
 
-    def route(self, model: str | None, principal: Principal | None, *, has_body: bool = False) -> Plan | Failure:
+    def route(
+        self, model: str | None, principal: Principal | None, *, has_body: bool = False, deployment: str | None = None
+    ) -> Plan | Failure:
         """Where a request goes that no path's route takes. `model` is None when the request names none.
 
         A request without a body (a list of files) asks for no generation; one with a body that names no model may.
+        A `deployment` that its path names is what some upstreams take for the model, whatever the body says: so a key
+        for certain models must open both.
         """
         allowed = self._by_key[principal.key].models if principal is not None else None
+        if deployment is not None and allowed is not None and deployment not in allowed:
+            detail = "It is not clear which deployment the path names, and the key is for certain models."
+            if deployment:
+                detail = f"The key has no access to the deployment '{deployment}'."
+            return Failure(Side.CLIENT, Phase.ROUTE, Kind.FORBIDDEN, detail)
         if model is None:
             if has_body and allowed is not None:
                 detail = "The key is for certain models, and the request's body names none."

@@ -14,6 +14,7 @@ from canal_trio.messages import RequestHead, ResponseHead
 from canal_trio.wire.bodies import content_length, request_framing
 from canal_trio.wire.form_fields import is_form
 from canal_trio.wire.headers import is_event_stream, is_json, keep_alive, upgrade_of, wants_continue
+from canal_trio.wire.targets import deployment_in
 
 __all__ = ["RequestFacts", "ResponseFacts", "request_facts", "response_facts"]
 
@@ -35,6 +36,7 @@ class RequestFacts:
     one_type: bool  # there is one content type at most
     method: str  # for people
     path: str  # the same; without the query, which may hold secrets
+    deployment: str | None  # the model that the path names, as Azure's do; "": it is not clear which
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ def request_facts(head: RequestHead) -> RequestFacts:
         one_type=len(types) <= 1,
         method=head.method.decode("ascii", "backslashreplace"),
         path=path,
+        deployment=deployment_in(path),
     )
     head.keep(facts)
     return facts

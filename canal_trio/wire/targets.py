@@ -15,7 +15,16 @@ from dataclasses import dataclass
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.messages import RequestHead
 
-__all__ = ["BaseUrl", "is_authority", "origin_form", "parse_base_url", "plain_path", "upstream_target", "wanted_model"]
+__all__ = [
+    "BaseUrl",
+    "deployment_in",
+    "is_authority",
+    "origin_form",
+    "parse_base_url",
+    "plain_path",
+    "upstream_target",
+    "wanted_model",
+]
 
 # RFC 3986 3.2.2, without the comma: no host has one, and it is how two Host values are joined into one.
 _NAME = rb"(?:[A-Za-z0-9\-._~!$&'()*+;=]|%[0-9A-Fa-f]{2})+"
@@ -129,6 +138,18 @@ def plain_path(target: bytes) -> str | None:
     """The path in an origin-form `target`; None if it is not one that every upstream reads in the same way."""
     path = target.partition(b"?")[0]
     return path.decode("ascii") if _PLAIN.fullmatch(path) else None
+
+
+_DEPLOYMENT = re.compile(r"/deployments/+([^/]*)", re.IGNORECASE)
+
+
+def deployment_in(path: str) -> str | None:
+    """The model that a path names as Azure's do (`/openai/deployments/{id}/...`), whatever its body says; None if it
+    names none, `""` if not every upstream would read the same one."""
+    found = _DEPLOYMENT.findall(urllib.parse.unquote(path, errors="replace"))
+    if not found:
+        return None
+    return found[0] if len(found) == 1 and _PLAIN.fullmatch(path.encode("ascii")) else ""
 
 
 def wanted_model(path: str) -> str | None:

@@ -144,6 +144,22 @@ async def test_what_a_key_opens(secret: str, model: str, status: int, code: str 
             assert upstream.requests == []
 
 
+async def test_a_limited_key_is_held_to_the_deployment_of_an_azure_path() -> None:
+    """Its body may name a model that is open to it; the path, by which Azure goes, must as well."""
+    async with ScriptedUpstream(reply(b"{}")) as upstream, running_gateway(settings(upstream.url)) as gateway:
+
+        async def post(secret: str, deployment: str) -> int:
+            path = f"/openai/deployments/{deployment}/chat/completions?api-version=2024-10-21"
+            fields = (f"api-key: {secret}", "Content-Type: application/json")
+            return (await gateway.ask(request("POST", path, b'{"model":"small"}', *fields))).status
+
+        assert await post("sk-small", "small") == 200
+        assert await post("sk-all", "big") == 200
+        for deployment in ("big", "%62ig", "small/../big"):
+            assert await post("sk-small", deployment) == 403
+        assert len(upstream.requests) == 2
+
+
 async def test_a_limited_key_has_the_routes_that_it_is_given() -> None:
     """A path's route is open to whom it is given; a strange path to it is not that route."""
     body = b"x" * 100

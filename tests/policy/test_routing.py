@@ -211,6 +211,20 @@ def test_a_limited_key_went_round_its_models(models: tuple[Model, ...]):
     assert tried(routes.route(None, None, has_body=True)) == [("one", None), ("two", None)]
 
 
+def test_a_limited_key_went_round_its_models_by_an_azure_path():
+    """The deployment in a path has to be one that the key opens, besides the body's model; for other keys it is only a
+    path."""
+    routes = router(models=MODELS, keys=(TEAM, Key("all", digest("sk-all"), ("*",))))
+    team, everybody = who(routes, "sk-team"), who(routes, "sk-all")
+    plan = tried(routes.route("small", team, has_body=True))
+    assert tried(routes.route("small", team, has_body=True, deployment="small")) == plan
+    said = {name: refused(routes.route("small", team, deployment=name), Kind.FORBIDDEN).detail for name in ("big", "")}
+    assert said["big"] == "The key has no access to the deployment 'big'."
+    assert "not clear" in said[""]
+    for anybody in (everybody, None):
+        assert tried(routes.route("small", anybody, deployment="big")) == plan
+
+
 ROUTES = (Route("files", "/v1/files*", (Target("two"),)), Route("batches", "/v1/files/batches", (Target("one"),)))
 
 

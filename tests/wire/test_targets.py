@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 
 from canal_trio.errors import Failure, Kind
 from canal_trio.messages import Headers, RequestHead
-from canal_trio.wire.targets import BaseUrl, is_authority, origin_form, parse_base_url, plain_path, upstream_target
+from canal_trio.wire.targets import (
+    BaseUrl,
+    deployment_in,
+    is_authority,
+    origin_form,
+    parse_base_url,
+    plain_path,
+    upstream_target,
+)
 
 
 def form(target: bytes, host: bytes | None = b"gw.test", method: bytes = b"GET", version: bytes = b"1.1") -> object:
@@ -246,3 +254,25 @@ def test_what_is_not_a_base_url_is_explained(url: str) -> None:
 def test_a_plain_path_is_one_that_nobody_resolves(target: bytes, path: str | None):
     """What a route is chosen by is the path that the upstream will see, or there is no route."""
     assert plain_path(target) == path
+
+
+@pytest.mark.parametrize(
+    ("path", "deployment"),
+    [
+        ("/v1/chat/completions", None),
+        ("/v1/deploymentsx/a", None),
+        ("/openai/deployments/gpt-4o/chat/completions", "gpt-4o"),
+        ("/openai/Deployments/gpt-4.1_b", "gpt-4.1_b"),
+        ("/deployments/", ""),
+        ("/openai/deployments/a/deployments/b", ""),
+        ("/openai/deployments//a", ""),
+        ("/openai/deployments/a/../b/x", ""),
+        ("/openai/deployments/%61", ""),
+        ("/openai/%64eployments/a", ""),
+        ("/openai/deployments%2fa", ""),
+        ("/openai/deployments/a;b", ""),
+    ],
+)
+def test_the_deployment_that_a_path_names(path: str, deployment: str | None):
+    """It is told only where every upstream reads the same one."""
+    assert deployment_in(path) == deployment
