@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import socket
 import struct
 
@@ -50,14 +51,31 @@ async def clogged_tcp_pair() -> tuple[TcpStream, TcpStream]:
 
 
 async def clog(*streams: TcpStream) -> None:
-    """Send until the kernels take no more, also after they have had the time to pass on what they took."""
+    """Send until the kernels take no more, also after they have passed on what they took.
+
+    However long that takes on a busy machine: they have when no byte is under way and some are left, which wait for
+    room at the other end. (A TLS stream has no socket to be asked; it is given some time.)
+    """
     with trio.fail_after(30):
         quiet = 0
         while quiet < 5:
             # A full kernel may refuse a large piece and still take small ones, until its last page is full as well.
             taken = sum(stream.try_send(bytes(size)) for stream in streams for size in (65_536, 4_096, 256, 16, 1))
-            quiet = 0 if taken else quiet + 1
+            still = not taken and all(map(_passes_nothing_on, streams))
+            quiet = quiet + 1 if still else 0
             await trio.sleep(0.0 if taken else 0.002)
+
+
+_SIOCOUTQ, _SIOCOUTQNSD = 0x5411, 0x894B  # tcp(7), sockios.h: bytes not acknowledged, and of these the ones not sent
+
+
+def _passes_nothing_on(stream: TcpStream) -> bool:
+    if stream.socket is None:
+        return True
+    unacknowledged, unsent = (
+        struct.unpack("i", fcntl.ioctl(stream.socket, request, bytes(4)))[0] for request in (_SIOCOUTQ, _SIOCOUTQNSD)
+    )
+    return unacknowledged == unsent > 0
 
 
 def reset(stream: TcpStream) -> None:
