@@ -18,6 +18,7 @@ from unittest import mock
 import trio
 
 from canal_trio.errors import Failure, Retry, Side
+from canal_trio.gateway import booking
 from canal_trio.gateway.attempts import Attempts
 from canal_trio.gateway.body import WholeBody
 from canal_trio.gateway.connection import ClientConnection
@@ -365,3 +366,13 @@ def drain_cuts_at_once() -> Replaced:
     drain = Gateway.drain
 
     yield Gateway, "drain", lambda self, _deadline: drain(self, trio.current_time())
+
+
+@_mutant(0)
+def noted_after_it_was_sent() -> Replaced:
+    """What is to be noted before a round's sends waits for something else."""
+
+    def forgets(_call: Callable[[], None]) -> bool:
+        return True
+
+    yield booking, "before_sends", forgets

@@ -65,6 +65,7 @@ class SimNetwork:
         self.turn: dict[int, int] = {}  # per client: how many of its exchanges are over
         self.uploaded: dict[int, int] = {}  # per client: bytes that went upstream for its present exchange
         self.complaints: list[str] = []
+        self.first_sent: Callable[[int, int], None] | None = None  # of an exchange: (client, which of its exchanges)
 
     @property
     def now(self) -> Moment:
@@ -193,6 +194,8 @@ class GatewayEnd(SimStream):
             number = self.network.turn.get(client, 0)
             if not (self.uses and (self.uses[-1].client, self.uses[-1].number) == (client, number)):
                 self.uses.append(Use(client, number, self.network.now))
+                if self.network.first_sent is not None:
+                    self.network.first_sent(client, number)
         if self.raises is not None:
             if self.sent >= self.raises:
                 raise ZeroDivisionError("a planted bug in a stream")

@@ -26,6 +26,7 @@ from canal_trio.hooks import ExchangeRecord, Outcome
 from canal_trio.settings import Bounds, Upstream
 from canal_trio.testing.causes import hazards_of
 from canal_trio.testing.plans import Ask, Client, Plan, settings_of
+from canal_trio.testing.simbooks import SimBooks
 from canal_trio.testing.simlink import SimLink
 from canal_trio.testing.simnet import WHO, GatewayEnd, Moment, SimNetwork, Steps, Trace
 from canal_trio.testing.simpeers import Attempt, ClientPeer, UpstreamPeer
@@ -156,7 +157,10 @@ class _World:
         self._seen = seen
         self._network = SimNetwork(counter, plan, handover=seen.handover, traced=trace)
         self._network.complaints = seen.complaints
+        self._network.first_sent = self._first_sent
         self._gateway = Gateway(settings_of(plan), recorders=[self], dialer=self._dial)
+        self._books = SimBooks(seen.complaints)
+        self._gateway.keep_books(self._books)
         self._dials: dict[tuple[int, int], int] = {}
         self._serving: set[int] = set()
         self._read_before: dict[int, int] = {}  # bytes of each client, before its present exchange
@@ -294,6 +298,8 @@ class _World:
             say(f"left in the gateway: {statistics}")
         if self._gateway.places.used or statistics.waiting or statistics.flow_bytes:
             say(f"places or bytes are left: {self._gateway.places.used} used, {statistics}")
+        if self._books.open:
+            say(f"not ended in the books: {self._books.open}")
         idle = 0
         for pool in self._pools:
             counts = pool.statistics()
@@ -331,6 +337,9 @@ class _World:
         ours.measure = lambda: self._measure_answer(ours, peer)
         self.nursery.start_soon(peer.run)
         return network.for_gateway(ours)
+
+    def _first_sent(self, client: int, number: int) -> None:
+        self._books.sent(self._plan.clients[client].asks[number].tag)
 
     def finished(self, record: ExchangeRecord) -> None:
         """A record was made."""
