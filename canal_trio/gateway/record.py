@@ -54,7 +54,9 @@ def record_of(exchange: Exchange, prices: Prices | None = None) -> ExchangeRecor
         tuple(sorted(exchange.flags)) if exchange.flags else (),
         usage,
         source,
-        prices.charge(usage, exchange.upstream, upstream_model, exchange.model) if usage and prices else None,
+        None
+        if usage is None or prices is None
+        else prices.charge(usage, exchange.upstream, upstream_model, exchange.model),
     )
 
 

@@ -1,6 +1,7 @@
 """Days and months of the calendar (UTC) as numbers, for budgets. Pure, but for the clock it is given.
 
-Worked out once a day: within a day only the seconds that are left change.
+Worked out once a day: within a day only the seconds that are left change. `today` does not even look at that: it looks
+at the clock once a second, so that one that somebody sets is noticed a second later.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from canal_trio.policy.ratelimit import Moment
 __all__ = ["Calendar"]
 
 _DAY = 86_400
+_LOOKS = 1.0  # seconds
 
 
 @final
@@ -26,11 +28,15 @@ class Calendar:
         self._day = self._month = 0
         self._begins, self._ends = math.inf, 0.0  # the day
         self._month_ends = 0.0
-        self._latest: Moment | None = None
+        self._looks = -math.inf  # when `today` looks again
+        self._today = 0, 0
 
-    def latest(self) -> Moment | None:
-        """The last moment that was asked for, if it still is that day."""
-        return self._latest if self._begins <= self._wall() < self._ends else None
+    def today(self, now: float) -> tuple[int, int]:
+        """The day and the month of this moment, which a clock that only rises calls `now`."""
+        if now >= self._looks:
+            moment = self.moment(now)
+            self._looks, self._today = now + min(_LOOKS, moment.day_left), (moment.day, moment.month)
+        return self._today
 
     def moment(self, now: float) -> Moment:
         """This moment, which a clock that only rises calls `now`."""
@@ -38,8 +44,7 @@ class Calendar:
         if not self._begins <= wall < self._ends:
             self._turn(int(wall // _DAY))
         fields = (now, self._day, self._month, self._ends - wall, self._month_ends - wall)
-        self._latest = moment = tuple.__new__(Moment, fields)  # as `Moment`, in half the time
-        return moment
+        return tuple.__new__(Moment, fields)  # as `Moment`, in half the time
 
     def _turn(self, day: int) -> None:
         self._begins, self._ends = day * _DAY, (day + 1) * _DAY

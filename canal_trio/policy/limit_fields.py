@@ -6,11 +6,11 @@ that has least left. `reset` is when the whole burst is there again.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from math import ceil, inf
 
 from canal_trio.policy.prices import money
-from canal_trio.policy.ratelimit import Refusal, State, What
+from canal_trio.policy.ratelimit import Refusal, Rule, State, What
 from canal_trio.policy.scopes import Scope
 
 __all__ = ["Counted", "go_duration", "limit_fields", "refusal_text"]
@@ -19,50 +19,73 @@ Counted = Sequence[tuple[Scope, State]]
 """Each scope of an exchange and what it has counted, this exchange included if it was let in."""
 
 
+_NEARLY = 1e-6  # of one: what rounding may have taken
+_MILLIS = [b"0s", *(b"%dms" % number for number in range(1, 1000))]
+
+
 def go_duration(seconds: float) -> bytes:
-    """A duration as OpenAI writes it, which is as Go does: `0s`, `17ms`, `8.64s`, `6m0s`, `1h0m0s`. Rounded up."""
-    if seconds <= 1.001e-9:
-        return b"0s"
-    millis = math.ceil(seconds * 1000 - 1e-6)  # what rounding may have added
+    """A duration as OpenAI writes it, which is as Go does: `0s`, `17ms`, `8.64s`, `6m0s`, `1h0m0s`. Rounded up.
+
+    None is below zero.
+    """
+    millis = ceil(seconds * 1000 - 1e-6)  # what rounding may have added
     if millis < 1000:
-        return b"%dms" % millis
+        return _MILLIS[millis]
+    if millis < 60_000:
+        return b"%gs" % (millis / 1000)
     minutes, rest = divmod(millis, 60_000)
-    text = f"{rest / 1000:.3f}".rstrip("0").rstrip(".")
     hours, minutes = divmod(minutes, 60)
     if hours:
-        return f"{hours}h{minutes}m{text}s".encode("ascii")
-    return f"{minutes}m{text}s".encode("ascii") if minutes else f"{text}s".encode("ascii")
+        return b"%dh%dm%gs" % (hours, minutes, rest / 1000)
+    return b"%dm%gs" % (minutes, rest / 1000)
 
 
-_REQUESTS, _TOKENS = (
-    b"x-ratelimit-limit-%b: %%d\r\nx-ratelimit-remaining-%b: %%d\r\nx-ratelimit-reset-%b: %%b\r\n" % ((name,) * 3)
-    for name in (b"requests", b"tokens")
-)
-_BOTH = _REQUESTS + _TOKENS
+_FORM = b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %%d\r\nx-ratelimit-reset-%b: %%b\r\n"
+
+
+def _forms(rule: Rule) -> tuple[bytes, bytes, bytes]:
+    """What is filled in for requests, for tokens, and for both, of those that `rule` limits. Made once for a rule."""
+    requests, tokens = (
+        b"" if most is None else _FORM % (name, most, name, name)
+        for name, most in ((b"requests", rule.requests), (b"tokens", rule.tokens))
+    )
+    rule.forms = forms = requests, tokens, requests + tokens if requests and tokens else b""
+    return forms
 
 
 def limit_fields(counted: Counted) -> bytes:
     """The fields for an answer, as lines; none where neither requests nor tokens are limited."""
-    requests = tokens = None
+    if len(counted) == 1:  # all of one scope, as often: what is below in half the time
+        scope, state = counted[0]
+        rule = scope.rule
+        form = (rule.forms or _forms(rule))[2]
+        if form:
+            requests, tokens = state.requests, state.tokens
+            left, rest = rule.request_burst - requests, rule.token_burst - tokens
+            return form % (
+                left + _NEARLY if left > 0 else 0,
+                go_duration(requests / rule.request_rate),
+                rest + _NEARLY if rest > 0 else 0,
+                go_duration(tokens / rule.token_rate),
+            )
+    fewest, least = inf, inf
+    few = little = None  # in which scope
     for scope, state in counted:
         rule = scope.rule
-        if rule.requests is not None:
-            left = rule.request_burst - state.requests
-            if requests is None or left < requests[0]:
-                requests = (left, rule.requests, state.requests / rule.request_rate)
-        if rule.tokens is not None:
-            left = rule.token_burst - state.tokens
-            if tokens is None or left < tokens[0]:
-                tokens = (left, rule.tokens, state.tokens / rule.token_rate)
-    words: tuple[float | bytes, ...] = ()
-    if requests is not None:
-        left, most, reset = requests
-        words = (most, left + 1e-6 if left > 0 else 0, go_duration(reset))
-    if tokens is None:
-        return _REQUESTS % words if words else b""
-    left, most, reset = tokens
-    form = _BOTH if words else _TOKENS
-    return form % (*words, most, left + 1e-6 if left > 0 else 0, go_duration(reset))
+        if rule.requests is not None and rule.request_burst - state.requests < fewest:
+            fewest, few = rule.request_burst - state.requests, (rule, state)
+        if rule.tokens is not None and rule.token_burst - state.tokens < least:
+            least, little = rule.token_burst - state.tokens, (rule, state)
+    lines = b""
+    if few is not None:
+        rule, state = few
+        reset = go_duration(state.requests / rule.request_rate)
+        lines = (rule.forms or _forms(rule))[0] % (fewest + _NEARLY if fewest > 0 else 0, reset)
+    if little is not None:
+        rule, state = little
+        reset = go_duration(state.tokens / rule.token_rate)
+        lines += (rule.forms or _forms(rule))[1] % (least + _NEARLY if least > 0 else 0, reset)
+    return lines
 
 
 _UNITS = {
@@ -78,7 +101,7 @@ def refusal_text(scope: Scope, refusal: Refusal) -> str:
     """One sentence or two: which limit of whom, and when to come again."""
     unit = _UNITS[refusal.what]
     if refusal.what in (What.SPEND_DAY, What.SPEND_MONTH):
-        when = go_duration(math.ceil(refusal.wait)).decode("ascii")
+        when = go_duration(ceil(refusal.wait)).decode("ascii")
         return f"The budget of {scope.text}, {money(int(refusal.limit))} {unit}, is spent. It begins anew in {when}."
     if refusal.what is What.STREAMS:
         return f"Rate limit reached for {scope.text}: {refusal.limit:g} {unit}. Try again when one has ended."

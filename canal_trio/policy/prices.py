@@ -13,31 +13,38 @@ from typing import final
 from canal_trio.hooks import Usage
 from canal_trio.settings import Price
 
-__all__ = ["NANOS", "Prices", "cost", "money"]
+__all__ = ["NANOS", "Prices", "Tariff", "money"]
 
 NANOS = 10**9  # in one unit of the currency
 _PER_TOKEN = 1000  # nanos per token, for one unit per million tokens
 _REMEMBERED = 4096  # look-ups; clients choose the names
 
 
-def cost(price: Price, *, prompt: int, completion: int, cached: int = 0, reasoning: int = 0) -> int:
-    """The cost of one exchange in nanos, to the nearest.
+@final
+class Tariff:
+    """A `Price` in the units that are calculated with: nanos per token, and per exchange."""
 
-    Counted as OpenAI does: `cached` tokens are among the `prompt` tokens, `reasoning` tokens among the `completion`
-    tokens; more of them than there are of the whole count as all of it.
-    """
-    if not cached and not reasoning:  # most have neither
-        return round((prompt * price.input + completion * price.output) * _PER_TOKEN + price.request * NANOS)
-    cached, reasoning = min(cached, prompt), min(reasoning, completion)
-    cached_input = price.input if price.cached_input is None else price.cached_input
-    thinking = price.output if price.reasoning is None else price.reasoning
-    tokens = (
-        (prompt - cached) * price.input
-        + cached * cached_input
-        + (completion - reasoning) * price.output
-        + reasoning * thinking
-    )
-    return round(tokens * _PER_TOKEN + price.request * NANOS)
+    __slots__ = ("cached", "completion", "price", "prompt", "reasoning", "request")
+
+    def __init__(self, price: Price) -> None:
+        self.price = price
+        self.prompt, self.completion = price.input * _PER_TOKEN, price.output * _PER_TOKEN
+        self.cached = self.prompt if price.cached_input is None else price.cached_input * _PER_TOKEN
+        self.reasoning = self.completion if price.reasoning is None else price.reasoning * _PER_TOKEN
+        self.request = price.request * NANOS
+
+    def cost(self, prompt: int, completion: int, cached: int = 0, reasoning: int = 0) -> int:
+        """The cost of one exchange in nanos, to the nearest.
+
+        Counted as OpenAI does: `cached` tokens are among the `prompt` tokens, `reasoning` tokens among the `completion`
+        tokens; more of them than there are of the whole count as all of it.
+        """
+        nanos = self.request
+        if cached or reasoning:  # most have neither
+            cached, reasoning = min(cached, prompt), min(reasoning, completion)
+            nanos += cached * self.cached + reasoning * self.reasoning
+            prompt, completion = prompt - cached, completion - reasoning
+        return round(nanos + prompt * self.prompt + completion * self.completion)
 
 
 def money(nanos: int) -> str:
@@ -52,45 +59,43 @@ class Prices:
     """The price table, ready to be asked. Each look-up is remembered."""
 
     def __init__(self, prices: Iterable[Price]) -> None:
-        self._exact: dict[tuple[str | None, str], Price] = {}
-        self._patterns: list[Price] = []
+        self._exact: dict[tuple[str | None, str], Tariff] = {}
+        self._patterns: list[Tariff] = []
         for price in prices:
             if price.model.endswith("*"):
-                self._patterns.append(price)
+                self._patterns.append(Tariff(price))
             else:
-                self._exact[price.upstream, price.model] = price
-        self._patterns.sort(key=lambda price: (len(price.model), price.upstream is not None), reverse=True)
-        self._found: dict[tuple[str | None, tuple[str | None, ...]], Price | None] = {}
+                self._exact[price.upstream, price.model] = Tariff(price)
+        self._patterns.sort(key=lambda one: (len(one.price.model), one.price.upstream is not None), reverse=True)
+        self._found: dict[tuple[str | None, str | None, str | None], Tariff | None] = {}
 
-    def __bool__(self) -> bool:
-        return bool(self._exact or self._patterns)
-
-    def find(self, upstream: str | None, *models: str | None) -> Price | None:
-        """The price of the first of `models` that has one: the upstream's own name first, then the client's."""
-        key = (upstream, models)
+    def find(self, upstream: str | None, model: str | None, alias: str | None = None) -> Tariff | None:
+        """What `model`, as the upstream calls it, costs there, or else what its `alias`, the client's name, does."""
+        key = upstream, model, alias
         if key in self._found:
             return self._found[key]
         if len(self._found) >= _REMEMBERED:
             self._found.clear()
-        named = [model for model in models if model is not None]
-        price = self._found[key] = self._look_up(upstream, named or [""])  # without a name it may still be `*`
-        return price
+        named = [name for name in (model, alias) if name is not None]
+        tariff = self._found[key] = self._look_up(upstream, named or [""])  # without a name it may still be `*`
+        return tariff
 
-    def charge(self, usage: Usage, upstream: str | None, *models: str | None) -> int | None:
+    def charge(self, usage: Usage, upstream: str | None, model: str | None, alias: str | None = None) -> int | None:
         """What `usage` costs, in nanos; None if it has no price. Found as `find` does."""
-        price = self.find(upstream, *models)
-        if price is None:
-            return None
-        prompt, completion, cached, reasoning = usage
-        return cost(price, prompt=prompt, completion=completion, cached=cached, reasoning=reasoning)
+        try:
+            tariff = self._found[upstream, model, alias]
+        except KeyError:
+            tariff = self.find(upstream, model, alias)
+        return None if tariff is None else tariff.cost(*usage)
 
-    def _look_up(self, upstream: str | None, models: list[str]) -> Price | None:
+    def _look_up(self, upstream: str | None, models: list[str]) -> Tariff | None:
         for model in models:
             found = self._exact.get((upstream, model)) or self._exact.get((None, model))
             if found is not None:
                 return found
         for model in models:
-            for price in self._patterns:
+            for tariff in self._patterns:
+                price = tariff.price
                 if price.upstream in (None, upstream) and model.startswith(price.model[:-1]):
-                    return price
+                    return tariff
         return None

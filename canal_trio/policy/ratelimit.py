@@ -16,6 +16,7 @@ import enum
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import NamedTuple, Protocol, TypeVar, final
 
 from canal_trio.policy.prices import NANOS
@@ -30,10 +31,11 @@ __all__ = [
     "State",
     "What",
     "begin",
+    "begin_far",
     "refill",
     "refusal",
-    "returns",
     "settle",
+    "settle_back",
     "worst",
 ]
 
@@ -55,8 +57,8 @@ class What(enum.Enum):
 class Rule:
     """A `Limit` in the units that are calculated with: per second, and nanos. Infinite where there is no limit."""
 
-    __slots__ = ("request_burst", "request_rate", "requests", "spend_day", "spend_month", "streams", "token_burst",
-                 "token_rate", "tokens")  # fmt: skip
+    __slots__ = ("forms", "request_burst", "request_rate", "requests", "spend_day", "spend_month", "streams",
+                 "token_burst", "token_rate", "tokens")  # fmt: skip
 
     def __init__(self, limit: Limit) -> None:
         self.requests, self.tokens = limit.requests, limit.tokens  # per minute
@@ -67,6 +69,7 @@ class Rule:
         self.streams: float = math.inf if limit.streams is None else limit.streams
         self.spend_day: float = math.inf if limit.spend_day is None else round(limit.spend_day * NANOS)
         self.spend_month: float = math.inf if limit.spend_month is None else round(limit.spend_month * NANOS)
+        self.forms: tuple[bytes, bytes, bytes] | None = None  # of `limit_fields`, once they were made
 
 
 class Ruled(Protocol):
@@ -132,17 +135,18 @@ def refill(rule: Rule, state: State, moment: Moment) -> None:
         if state.tokens > 0:
             left = state.tokens - passed * rule.token_rate
             state.tokens = left if left > 0 else 0.0
-    if moment.day != state.day or moment.month != state.month:
-        _turn(state, moment)
+    if moment.day != state.day:
+        _turn(state, moment.day, moment.month)
 
 
-def _turn(state: State, moment: Moment) -> None:
-    """Another day, or month. A clock that was set back a little does not give the money back; one that was far ahead
-    does not keep it."""
-    if not state.day - 1 <= moment.day <= state.day:
-        state.day, state.spent_day = moment.day, 0
-    if not state.month - 1 <= moment.month <= state.month:
-        state.month, state.spent_month = moment.month, 0
+def _turn(state: State, day: int, month: int) -> None:
+    """Another day, and so perhaps month. A clock that was set back a little does not give the money back; one that was
+    far ahead does not keep it."""
+    if state.day - 1 <= day <= state.day:
+        return
+    state.day, state.spent_day = day, 0
+    if not state.month - 1 <= month <= state.month:
+        state.month, state.spent_month = month, 0
 
 
 def refusal(rule: Rule, state: State, ask: Ask, moment: Moment) -> Refusal | None:
@@ -176,49 +180,90 @@ def worst(counted: Sequence[tuple[S, State]], ask: Ask, moment: Moment) -> tuple
 
 def begin(counted: Sequence[tuple[S, State]], ask: Ask, moment: Moment) -> tuple[S, Refusal] | None:
     """Let `ask` in everywhere, or nowhere, and why not. All are brought to `moment`. `settle` is due when it ends."""
-    tokens, cost = ask
-    far = True  # from every number, as nearly always
+    if begin_far(counted, ask, moment.now, moment.day):
+        return None
     for ruled, state in counted:
-        rule, reserved = ruled.rule, state.reserved
-        refill(rule, state, moment)
-        if (
-            state.requests + 1 > rule.request_burst
-            or state.tokens + tokens > rule.token_burst
-            or state.streams >= rule.streams
-            or state.spent_day + reserved >= rule.spend_day
-            or state.spent_month + reserved >= rule.spend_month
-        ):
-            far = False
-    why = None if far else worst(counted, ask, moment)
+        refill(ruled.rule, state, moment)
+    why = worst(counted, ask, moment)
     if why is None:
         for ruled, state in counted:
-            rule = ruled.rule
-            if rule.requests is not None:
-                state.requests += 1
-            if rule.tokens is not None:
-                state.tokens += min(tokens, rule.token_burst)
+            state.requests += 1
+            state.tokens += min(ask.tokens, ruled.rule.token_burst)
             state.streams += 1
-            state.reserved += cost
+            state.reserved += ask.cost
     return why
 
 
-def returns(ruled: Sequence[Ruled], ask: Ask, used: Ask) -> bool:
-    """Does no level rise when `ask` ends having used `used`?"""
-    # Of an estimate larger than a burst no more than the burst was taken.
-    return used.tokens <= ask.tokens and all(used.tokens <= one.rule.token_burst for one in ruled)
+def begin_far(counted: Sequence[tuple[Ruled, State]], ask: Ask, now: float, day: int) -> bool:
+    """The short way of `begin`, where all are far from every number, as nearly always, and it is no other day. False:
+    that is not so, and nothing is counted."""
+    tokens, cost = ask
+    for ruled, state in counted:
+        rule = ruled.rule
+        passed = now - state.at
+        requests = state.requests - passed * rule.request_rate + 1.0
+        if requests < 1.0:
+            requests = 1.0
+        level = state.tokens - passed * rule.token_rate
+        level = level + tokens if level > 0 else tokens
+        reserved = state.reserved
+        if (
+            passed <= 0  # what never drains times nothing is no number
+            or requests > rule.request_burst
+            or level > rule.token_burst
+            or state.streams >= rule.streams
+            or state.day != day
+            or state.spent_day + reserved >= rule.spend_day
+            or state.spent_month + reserved >= rule.spend_month
+        ):
+            _take_back(counted, state, ask)
+            return False
+        state.at = now
+        state.requests = requests
+        state.tokens = level
+        state.streams += 1
+        state.reserved = reserved + cost
+    return True
+
+
+def _take_back(counted: Sequence[tuple[Ruled, State]], until: State, ask: Ask) -> None:
+    """Those before `until` have counted it, just now."""
+    for _, state in takewhile(lambda one: one[1] is not until, counted):
+        state.requests -= 1.0
+        state.tokens -= ask.tokens
+        state.streams -= 1
+        state.reserved -= ask.cost
 
 
 def settle(rule: Rule, state: State, ask: Ask, used: Ask) -> None:
-    """An exchange that asked for `ask` has ended, and has used `used`. `state` was brought to now.
-
-    Or, if no level rises by it (`returns`), to an earlier moment of this day: what drains before a level sinks, or
-    after it, is the same.
-    """
-    if rule.tokens is not None:
-        left = state.tokens + used.tokens - min(ask.tokens, rule.token_burst)
-        state.tokens = left if left > 0 else 0.0
+    """An exchange that asked for `ask` has ended, and has used `used`. `state` was brought to now."""
+    left = state.tokens + used.tokens - min(ask.tokens, rule.token_burst)
+    state.tokens = left if left > 0 else 0.0
     if state.streams > 0:
         state.streams -= 1
     state.spent_day += used.cost  # before it is not reserved any more: another thread may look, and finds no less
     state.spent_month += used.cost
     state.reserved = max(0, state.reserved - ask.cost)
+
+
+def settle_back(counted: Sequence[tuple[Ruled, State]], ask: Ask, used: Ask, today: tuple[int, int]) -> bool:
+    """The short way of `settle` for those that `begin_far` has counted, where no level rises. False: one would, and
+    nothing is settled. `today` is the day and the month.
+
+    What drains before a level sinks, or after it, is the same: so nothing has to be brought to now but the calendar.
+    """
+    asked, reserved = ask
+    tokens, cost = used
+    spare = asked - tokens
+    if spare < 0:
+        return False
+    for _, state in counted:
+        if state.day != today[0]:
+            _turn(state, *today)
+        left = state.tokens - spare
+        state.tokens = left if left > 0 else 0.0
+        state.streams -= 1
+        state.spent_day += cost  # in the order of `settle`
+        state.spent_month += cost
+        state.reserved -= reserved
+    return True

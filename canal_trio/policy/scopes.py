@@ -21,9 +21,12 @@ _REMEMBERED = 16_384  # pairs of principal and model; clients may choose the mod
 _ID_CHARACTERS = 160  # a longer one is made of a digest
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Scope:
-    """One limit at work: what is counted together, by which rule; `kind` is bounded, `text` is for people."""
+    """One limit at work: what is counted together, by which rule; `kind` is bounded, `text` is for people.
+
+    Equal to itself only, so that several together are found quickly by what they are.
+    """
 
     id: str
     rule: Rule

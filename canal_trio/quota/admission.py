@@ -7,7 +7,7 @@ rules under which it was let in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, Protocol, final
 
 import trio
@@ -15,29 +15,30 @@ import trio
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.hooks import Admission, Asked, ExchangeRecord, Outcome, Refused, Slot
 from canal_trio.policy.expected import Estimate, estimate, guess_used
-from canal_trio.policy.limit_fields import limit_fields, refusal_text
-from canal_trio.policy.prices import Prices, cost
-from canal_trio.policy.ratelimit import Ask, Refusal, State, What
+from canal_trio.policy.limit_fields import Counted, limit_fields, refusal_text
+from canal_trio.policy.prices import Prices
+from canal_trio.policy.ratelimit import Ask, Refusal, What
 from canal_trio.policy.scopes import Scope, Scopes
-from canal_trio.settings import Price, Settings
+from canal_trio.settings import Settings
 
 __all__ = ["Keeper", "Limits", "Store", "Verdict"]
 
 _GENERATES = ("/completions", "/responses", "/messages")
+_REMEMBERED = 16_384  # terms
 _NOT_SENT = frozenset({Phase.HEAD, Phase.ROUTE, Phase.UPLOAD, Phase.LEASE, Phase.DIAL})
 
 
 class Keeper(Protocol):
     """Who has counted an exchange, and settles it."""
 
-    def settle(self, scopes: Sequence[Scope], ask: Ask, used: Ask) -> None:
-        """What was let in has ended. Not a checkpoint."""
+    def settle(self, counted: Counted, ask: Ask, used: Ask) -> None:
+        """What was let in with that verdict has ended. Not a checkpoint."""
 
 
 class Verdict(NamedTuple):
     """What each scope has counted (with this exchange, if it was let in), why it was not, and who keeps it."""
 
-    counted: Sequence[tuple[Scope, State]]
+    counted: Counted
     why: tuple[Scope, Refusal] | None
     keeper: Keeper
 
@@ -54,10 +55,10 @@ class Store(Protocol):
         """How often it did not answer."""
 
     @property
-    def admit_now(self) -> Callable[[Sequence[Scope], Ask], Verdict | None] | None:
+    def admit_now(self) -> Callable[[tuple[Scope, ...], Ask], Verdict | None] | None:
         """`admit` where nothing is ever waited for; else None."""
 
-    async def admit(self, scopes: Sequence[Scope], ask: Ask) -> Verdict | None:
+    async def admit(self, scopes: tuple[Scope, ...], ask: Ask) -> Verdict | None:
         """Let it in everywhere or nowhere, or why not; None: nobody can tell. Cancelling it leaves nothing counted."""
 
     async def flush(self) -> None:
@@ -108,6 +109,7 @@ class _Admission:
         self._output_tokens = settings.limit_store.output_tokens
         self._fail_open = settings.limit_store.fail == "open"
         self._counts = scopes.tokens or scopes.spend
+        self._terms: dict[tuple[str | None, ...], _Terms] = {}
         self.wants_usage = self._counts
         self.wants_body = self._counts or scopes.models
         self._count_now = limits.store.admit_now
@@ -115,105 +117,114 @@ class _Admission:
 
     async def admit(self, asked: Asked) -> Slot | Refused:
         """`hooks.Admission`."""
-        slot, count = self._slot(asked), self._limits.store.admit
-        if not slot.scopes:
-            return slot
-        verdict = await count(slot.scopes, slot.ask)
+        terms, expected, ask = self._weigh(asked)
+        scopes, count = terms.scopes, self._limits.store.admit
+        if not scopes:
+            return _Slot(terms, expected, ask)
+        verdict = await count(scopes, ask)
         if self._ask_again(verdict):
-            verdict = await count(slot.scopes, slot.ask)
-        return self._judged(slot, verdict)
+            verdict = await count(scopes, ask)
+        return self._judged(terms, expected, ask, verdict)
 
     def _admit_now(self, asked: Asked) -> Slot | Refused:
-        slot, count = self._slot(asked), self._count_now
+        terms, expected, ask = self._weigh(asked)
+        scopes, count = terms.scopes, self._count_now
+        if not scopes:
+            return _Slot(terms, expected, ask)
         assert count is not None
-        if not slot.scopes:
-            return slot
-        verdict = count(slot.scopes, slot.ask)
-        if self._ask_again(verdict):
-            verdict = count(slot.scopes, slot.ask)
-        return self._judged(slot, verdict)
+        verdict = count(scopes, ask)
+        if verdict is None or verdict.why is not None:
+            if self._ask_again(verdict):
+                verdict = count(scopes, ask)
+            return self._judged(terms, expected, ask, verdict)
+        counted, _, keeper = verdict  # let in, as nearly always: as `_judged`, in half the time
+        return tuple.__new__(_Slot, (terms, expected, ask, keeper, counted, limit_fields(counted)))
 
     def _ask_again(self, verdict: Verdict | None) -> bool:
         """It says no, and others that have ended are settled only now."""
         return verdict is not None and verdict.why is not None and self._account()
 
-    def _slot(self, asked: Asked) -> _Slot:
-        """What it asks for, of whom; not counted yet."""
-        expected, price, ask = _NOTHING, None, _ONE
-        if self._counts:
-            generates = asked.path.endswith(_GENERATES)
-            expected = estimate(asked.body, asked.wanted, generates=generates, output_tokens=self._output_tokens)
-            price = self._prices.find(asked.upstream, asked.upstream_model, asked.model)
-            prompt, completion = expected
-            ask = _ask(price, prompt, completion)
-        return _Slot(self, self._scopes.of(asked.principal, asked.model), asked, price, expected, ask)
+    def _weigh(self, asked: Asked) -> tuple[_Terms, Estimate, Ask]:
+        """What it asks for, of whom."""
+        terms = self._terms.get(asked[1:5]) or self._look_up(asked)
+        if not self._counts:
+            return terms, _NOTHING, _ONE
+        unsaid = self._output_tokens if asked.path.endswith(_GENERATES) else 0
+        prompt, completion = expected = estimate(asked.body, asked.wanted, unsaid)
+        tokens, tariff = prompt + completion, terms.tariff
+        nanos = tariff.cost(prompt, completion) if tokens and tariff is not None else 0
+        return terms, expected, tuple.__new__(Ask, (tokens, nanos))  # as `Ask`, in half the time
 
-    def _judged(self, slot: _Slot, verdict: Verdict | None) -> Slot | Refused:
+    def _look_up(self, asked: Asked) -> _Terms:
+        """The terms of such exchanges. Remembered: look-ups in what is configured, by names that clients may choose."""
+        if len(self._terms) >= _REMEMBERED:
+            self._terms.clear()
+        terms = _Terms(self._scopes, self._prices, asked, counts=self._counts)
+        self._terms[asked[1:5]] = terms
+        return terms
+
+    def _judged(self, terms: _Terms, expected: Estimate, ask: Ask, verdict: Verdict | None) -> Slot | Refused:
         if verdict is None:
             if self._fail_open:
-                return slot
+                return _Slot(terms, expected, ask)
             return Refused(Failure(Side.GATEWAY, Phase.ROUTE, Kind.UNCOUNTED, retry_after=1.0))
-        counted, why, keeper = verdict
-        fields = limit_fields(counted)
-        if why is not None:
-            return Refused(self._limits.refuse(*why), fields)
-        slot.keeper, slot.fields = keeper, fields
-        return slot
-
-    def used(self, slot: _Slot, record: ExchangeRecord) -> Ask:
-        """What the exchange of a slot has used."""
-        if not self._counts:
-            return _ONE
-        usage = record.usage
-        if usage is not None:
-            return tuple.__new__(Ask, (usage.prompt + usage.completion, record.cost or 0))
-        prompt, completion = used_by(record, slot.expected)
-        asked, price = slot.asked, slot.price
-        if record.upstream != asked.upstream or record.upstream_model != asked.upstream_model:
-            price = self._prices.find(record.upstream, record.upstream_model or asked.upstream_model, asked.model)
-        return _ask(price, prompt, completion)
+        if verdict.why is not None:
+            return Refused(self._limits.refuse(*verdict.why), limit_fields(verdict.counted))
+        return _Slot(terms, expected, ask, verdict.keeper, verdict.counted, limit_fields(verdict.counted))
 
 
-_NOTHING = Estimate()
+_NOTHING: Estimate = 0, 0
 _ONE = Ask()
 
 
-def _ask(price: Price | None, prompt: int, completion: int) -> Ask:
-    tokens = prompt + completion
-    # Where nothing was generated nothing was paid for.
-    nanos = 0 if price is None or not tokens else cost(price, prompt=prompt, completion=completion)
-    return tuple.__new__(Ask, (tokens, nanos))  # as `Ask`, in half the time
+@final
+class _Terms:
+    """What is the same for all exchanges that ask like `asked`: of this principal, for this model, and at first at this
+    upstream, which calls it so. `tariff` is what it costs there."""
+
+    __slots__ = ("_alias", "_prices", "_upstream", "_upstream_model", "counts", "scopes", "tariff")
+
+    def __init__(self, scopes: Scopes, prices: Prices, asked: Asked, *, counts: bool) -> None:
+        self._prices = prices
+        self._alias, self._upstream, self._upstream_model = asked.model, asked.upstream, asked.upstream_model
+        self.counts = counts  # tokens, or money
+        self.scopes = scopes.of(asked.principal, asked.model)
+        self.tariff = prices.find(asked.upstream, asked.upstream_model, asked.model)
+
+    def guess(self, record: ExchangeRecord, expected: Estimate) -> Ask:
+        """What an exchange has used of which the upstream has said nothing, or of which it does not count."""
+        if not self.counts:
+            return _ONE
+        upstream, model, tariff = record.upstream, record.upstream_model, self.tariff
+        if upstream != self._upstream or model != self._upstream_model:
+            tariff = self._prices.find(upstream, model or self._upstream_model, self._alias)
+        prompt, completion = used_by(record, expected)
+        tokens = prompt + completion  # where there are none nothing was paid for
+        return Ask(tokens, tariff.cost(prompt, completion) if tokens and tariff is not None else 0)
 
 
 @final
-class _Slot:
-    """`hooks.Slot`: settled once, whatever happens. `price` is that of the upstream that is to be asked first."""
+class _Slot(NamedTuple):
+    """`hooks.Slot`. Nothing of the request is kept alive by it."""
 
-    __slots__ = ("_admission", "ask", "asked", "expected", "fields", "keeper", "price", "scopes")
-
-    def __init__(
-        self,
-        admission: _Admission,
-        scopes: Sequence[Scope],
-        asked: Asked,
-        price: Price | None,
-        expected: Estimate,
-        ask: Ask,
-    ) -> None:
-        self._admission = admission
-        self.scopes = scopes
-        self.asked = asked
-        self.price = price
-        self.expected = expected
-        self.ask = ask
-        self.keeper: Keeper | None = None  # nobody counts it
-        self.fields = b""
+    terms: _Terms
+    expected: Estimate
+    ask: Ask
+    keeper: Keeper | None = None  # nobody counts it
+    counted: Counted = ()
+    fields: bytes = b""
 
     def release(self, record: ExchangeRecord) -> None:
         """The exchange has ended."""
-        keeper, self.keeper = self.keeper, None
-        if keeper is not None:
-            keeper.settle(self.scopes, self.ask, self._admission.used(self, record))
+        terms, expected, ask, keeper, counted, _ = self
+        if keeper is None:
+            return
+        usage = record.usage
+        if usage is None or not terms.counts:
+            used = terms.guess(record, expected)
+        else:
+            used = tuple.__new__(Ask, (usage.prompt + usage.completion, record.cost or 0))
+        keeper.settle(counted, ask, used)
 
 
 def used_by(record: ExchangeRecord, expected: Estimate) -> Estimate:

@@ -23,6 +23,7 @@ import trio
 from coredis import Redis
 from coredis.exceptions import RedisError
 
+from canal_trio.policy.limit_fields import Counted
 from canal_trio.policy.ratelimit import Ask
 from canal_trio.policy.scopes import Scope
 from canal_trio.quota import scripts
@@ -96,7 +97,7 @@ class RedisStore:
 
     # -- exchanges -----------------------------------------------------------------------------------------------------
 
-    async def admit(self, scopes: Sequence[Scope], ask: Ask) -> Verdict | None:
+    async def admit(self, scopes: tuple[Scope, ...], ask: Ask) -> Verdict | None:
         """By Redis, or as was chosen while it is away. A checkpoint; cancelled, a place is given back when it comes."""
         if self._connection is not None:
             pending = self._send(scripts.ADMIT, scopes, [ask.tokens, ask.cost, *limit_words(scopes)])
@@ -107,7 +108,7 @@ class RedisStore:
                 except trio.Cancelled:
                     pending.given_up = True
                     if self._let_in(pending.answer):
-                        self.settle(scopes, ask, Ask())
+                        self._settle(scopes, ask, Ask())
                     raise
                 if pending.answer is not None:
                     return verdict_of(scopes, ask, pending.answer, self)
@@ -118,7 +119,7 @@ class RedisStore:
         if self._let_in(answer):
             self.hold(scopes, ask, told=True)
             if pending.given_up:
-                self.settle(scopes, ask, Ask())
+                self._settle(scopes, ask, Ask())
 
     @staticmethod
     def _let_in(answer: Any) -> bool:
@@ -146,8 +147,11 @@ class RedisStore:
             if not held.streams:
                 del self._held[scope.id]
 
-    def settle(self, scopes: Sequence[Scope], ask: Ask, used: Ask) -> None:
+    def settle(self, counted: Counted, ask: Ask, used: Ask) -> None:
         """What Redis let in has ended. Not a checkpoint."""
+        self._settle([scope for scope, _ in counted], ask, used)
+
+    def _settle(self, scopes: Sequence[Scope], ask: Ask, used: Ask) -> None:
         if self._connection is not None:
             spent = Spent(self._next(), scopes, used.cost)
             arguments = [spent.number, ask.tokens, ask.cost, used.tokens, used.cost, *rate_words(scopes, burst=True)]
@@ -338,18 +342,18 @@ class _Local:
         self._store = store
         self._memory = memory
 
-    def admit(self, scopes: Sequence[Scope], ask: Ask) -> Verdict | None:
+    def admit(self, scopes: tuple[Scope, ...], ask: Ask) -> Verdict | None:
         """By the memory."""
         verdict = self._memory.admit_now(scopes, ask)
         if verdict is None or verdict.why is not None:
             return verdict
-        self._store.hold(scopes, ask, told=False)
+        self._store.hold([scope for scope, _ in verdict.counted], ask, told=False)
         return Verdict(verdict.counted, None, self)
 
-    def settle(self, scopes: Sequence[Scope], ask: Ask, used: Ask) -> None:
+    def settle(self, counted: Counted, ask: Ask, used: Ask) -> None:
         """In the memory, and in Redis if that is possible: it was told, or will be, that it is in flight."""
-        self._memory.settle(scopes, ask, used)
-        self._store.settle(scopes, Ask(0, ask.cost), used)  # no tokens were set aside there
+        self._memory.settle(counted, ask, used)
+        self._store.settle(counted, Ask(0, ask.cost), used)  # no tokens were set aside there
 
 
 _MEANWHILE = {

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import final
 
@@ -65,12 +65,12 @@ class Table:
         self._remembers = remembers
         self._memory = memory
         self._lock = nullcontext() if lock is None else lock
-        self._shared = True
-        self._known: dict[int, State] = {}  # by its place, where nobody else has the table
-        self._named: dict[str, State] = {}  # the same by the scope's id, once it was asked for
-        self._names: dict[int, str] = {}  # place -> id, of those
-        self._together: dict[int, tuple[Sequence[Scope], Counted]] = {}  # by identity: scopes, all named, and states
-        self._own_changes = 0  # the same
+        self.shared = True
+        # Where nobody else has it:
+        self.gave_way: Callable[[], object] = int  # called when a state has given way to another scope's
+        self.spends = False  # what was spent has changed since somebody looked at `changes`
+        self._own_changes = 0
+        self._known: dict[int, State] = {}  # by its place
         self._size = _HEAD.size + columns * _CELL.size
         self._cells = struct.Struct(f"<{2 * columns}q")
         self._single = columns == 1
@@ -81,11 +81,15 @@ class Table:
 
     def own(self) -> None:
         """Nobody else has the memory from now on: nothing is locked, and states stay objects, which other threads may
-        look at. The memory then says only which scopes there are."""
+        look at. The memory then says only which scopes there are.
+
+        Who has got states from `admit` may count in them by itself, as long as none has given way; those with exchanges
+        in flight never do.
+        """
         assert self._single
         self._own_changes = self.changes
         self._lock = nullcontext()
-        self._shared = False
+        self.shared = False
 
     # -- exchanges -----------------------------------------------------------------------------------------------------
 
@@ -93,12 +97,6 @@ class Table:
         self, scopes: Sequence[Scope], ask: Ask, moment: Moment
     ) -> tuple[Counted, tuple[Scope, Refusal] | None]:
         """Let `ask` in everywhere, or nowhere: what each scope has counted by then, and why not."""
-        known = self._all_named(scopes)
-        if known is not None:
-            worst = begin(known, ask, moment)
-            if worst is None and ask.cost:
-                self._own_changes += 1
-            return known, worst
         counted: list[tuple[Scope, State]] = []
         places: list[int] = []
         with self._lock:
@@ -117,19 +115,10 @@ class Table:
                     self._changed()
         return counted, worst
 
-    def settle(self, scopes: Sequence[Scope], ask: Ask, used: Ask, moment: Moment) -> None:
+    def settle(self, counted: Counted, ask: Ask, used: Ask, moment: Moment) -> None:
         """What was let in by `admit` with these has ended."""
-        known = self._all_named(scopes)
-        if known is not None:
-            for scope, state in known:
-                rule = scope.rule
-                refill(rule, state, moment)
-                settle(rule, state, ask, used)
-            if ask.cost or used.cost:
-                self._own_changes += 1
-            return
         with self._lock:
-            for scope in scopes:
+            for scope, _ in counted:
                 place = self._place(scope.id, moment)
                 if place is None:
                     continue
@@ -139,22 +128,6 @@ class Table:
                 self._write(place, scope.id, state, -1, -ask.cost)
             if ask.cost or used.cost:
                 self._changed()
-
-    def _all_named(self, scopes: Sequence[Scope]) -> Counted | None:
-        """These with their states, where nobody else has the table and each of them has its record: nothing has to be
-        locked then, and no place looked at. The same few come again and again, so they are kept together."""
-        kept = self._together.get(id(scopes))
-        if kept is not None and kept[0] is scopes:
-            return kept[1]
-        named = self._named
-        if self._shared or not all(scope.id in named for scope in scopes):
-            return None
-        counted = tuple([(scope, named[scope.id]) for scope in scopes])
-        if isinstance(scopes, tuple):  # nobody can change it meanwhile
-            if len(self._together) >= self._remembers:
-                self._together.clear()
-            self._together[id(scopes)] = scopes, counted
-        return counted
 
     # -- the others ----------------------------------------------------------------------------------------------------
 
@@ -176,8 +149,11 @@ class Table:
 
     @property
     def changes(self) -> int:
-        """Rises with every change of what was spent."""
-        if not self._shared:
+        """Has risen if what was spent has changed."""
+        if not self.shared:
+            if self.spends:
+                self.spends = False  # before anybody reads what it is about
+                self._own_changes += 1
             return self._own_changes
         number: int = _CHANGES.unpack_from(self._memory, 0)[0]
         return number
@@ -253,15 +229,14 @@ class Table:
                 least = (weight, at)
         place = spare if spare is not None else (None if least is None else least[1])
         if place is not None:
-            self._known.pop(place, None)
-            if self._named.pop(self._names.pop(place, ""), None) is not None:
-                self._together.clear()
+            if self._known.pop(place, None) is not None:
+                self.gave_way()
             self._memory[place + _HEAD.size : place + size] = bytes(size - _HEAD.size)
             self._store(place, digest, State(at=moment.now, day=moment.day, month=moment.month))
         return place
 
     def _read(self, place: int) -> State:
-        if self._shared:
+        if self.shared:
             return self._unpacked(place)
         state = self._known.get(place)
         if state is None:
@@ -282,10 +257,10 @@ class Table:
 
     def _write(self, place: int, name: str, state: State, streams: int, reserved: int) -> None:
         """Write `state`, in which that many streams and so much money have been added. Negative: taken away."""
-        if not self._shared:  # it is the one that is known
-            self._named[name], self._names[place] = state, name
-            return
         digest = self._places[name][1]
+        if not self.shared:  # it is the one that is known, unless another one of this exchange has pushed it out
+            self._known[place], self._memory[place : place + 16] = state, digest
+            return
         if not self._single:
             self._store(place, digest, state)
             self._add(place, streams, reserved)
@@ -325,7 +300,7 @@ class Table:
         _CELL.pack_into(self._memory, at, max(0, was[0] + streams), max(0, was[1] + reserved))
 
     def _changed(self) -> None:
-        if not self._shared:
-            self._own_changes += 1
+        if not self.shared:
+            self.spends = True
             return
         _CHANGES.pack_into(self._memory, 0, (self.changes + 1) % 2**64)

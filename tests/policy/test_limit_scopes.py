@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from canal_trio.policy.expected import Estimate, estimate, guess_used
+from canal_trio.policy.expected import estimate, guess_used
 from canal_trio.policy.limit_fields import go_duration, limit_fields, refusal_text
 from canal_trio.policy.prices import NANOS
 from canal_trio.policy.ratelimit import Refusal, State, What
@@ -100,16 +101,15 @@ def test_an_answer_is_taken_to_be_as_long_as_it_may_be(said: dict[str, object], 
     body = json.dumps(said | {"messages": []}).encode()
     fields = json_fields(body)
     assert isinstance(fields, JsonFields)
-    got = estimate(body, fields.wanted, generates=True, output_tokens=1000)
-    assert got == Estimate(-(-len(body) // 4), completion)
-    assert got.tokens == got.prompt + got.completion
+    got = estimate(body, fields.wanted, 1000)
+    assert got == (-(-len(body) // 4), completion)
 
 
 def test_what_generates_nothing_is_not_taken_to():
     """Embeddings cost their prompt; without a body, or with one that is no JSON, little is guessed."""
-    assert estimate(b'{"input":"x"}', None, generates=False, output_tokens=1000) == Estimate(4, 0)
-    assert estimate(None, None, generates=True, output_tokens=1000) == Estimate()
-    assert estimate(b"[1", None, generates=True, output_tokens=9) == Estimate(1, 9)
+    assert estimate(b'{"input":"x"}', None, 0) == (4, 0)
+    assert estimate(None, None, 1000) == (0, 0)
+    assert estimate(b"[1", None, 9) == (1, 9)
 
 
 def test_an_image_is_not_a_million_tokens():
@@ -119,29 +119,29 @@ def test_an_image_is_not_a_million_tokens():
     body = json.dumps(
         {"content": [{"image_url": {"url": image}}, {"input_audio": {"data": audio, "format": "wav"}}]}
     ).encode()
-    assert 2000 <= estimate(body, None, generates=False, output_tokens=0).prompt < 2200
+    assert 2000 <= estimate(body, None, 0)[0] < 2200
     text = json.dumps({"content": "A" * 400_000}).encode()
-    assert estimate(text, None, generates=False, output_tokens=0).prompt > 100_000
+    assert estimate(text, None, 0)[0] > 100_000
     short = json.dumps({"data": "x", "content": "word " * 4000}).encode()
-    assert estimate(short, None, generates=False, output_tokens=0).prompt == -(-len(short) // 4)
+    assert estimate(short, None, 0)[0] == -(-len(short) // 4)
     open_end = b'{"data"' + b" " * 9000
-    assert estimate(open_end, None, generates=False, output_tokens=0).prompt > 2000
+    assert estimate(open_end, None, 0)[0] > 2000
     unended = b'{"x":"data:;base64,' + b"A" * 9000
-    assert estimate(unended, None, generates=False, output_tokens=0).prompt > 2000
+    assert estimate(unended, None, 0)[0] > 2000
 
 
 def test_the_search_for_attachments_ends():
     """A body of nothing but beginnings of attachments is looked at no longer than it is worth."""
     body = b'{"a":["' + b'","'.join([b";base64," + b"A" * 9000] * 1500) + b'"]}'
-    assert estimate(body, None, generates=False, output_tokens=0).prompt > 500 * 9000 / 4
+    assert estimate(body, None, 0)[0] > 500 * 9000 / 4
 
 
 def test_what_was_used_is_guessed_from_what_was_delivered():
     """Without usage: events are tokens, else four bytes are one; nothing where nothing was answered."""
-    expected = Estimate(100, 1000)
-    assert guess_used(expected, delivered_bytes=9999, events=7, answered=True) == Estimate(100, 7)
-    assert guess_used(expected, delivered_bytes=41, events=0, answered=True) == Estimate(100, 11)
-    assert guess_used(expected, delivered_bytes=0, events=0, answered=False) == Estimate()
+    expected = (100, 1000)
+    assert guess_used(expected, delivered_bytes=9999, events=7, answered=True) == (100, 7)
+    assert guess_used(expected, delivered_bytes=41, events=0, answered=True) == (100, 11)
+    assert guess_used(expected, delivered_bytes=0, events=0, answered=False) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +164,17 @@ def test_what_was_used_is_guessed_from_what_was_delivered():
 def test_durations_are_written_as_openai_writes_them(seconds: float, text: bytes):
     """Go's notation, never too short."""
     assert go_duration(seconds) == text
+
+
+@settings(deadline=None)
+@given(st.one_of(st.floats(0, 2), st.floats(0, 200), st.floats(0, 1e7)))
+def test_a_duration_is_the_next_millisecond(seconds: float):
+    """Read as Go reads it, it is what was meant, rounded up to whole milliseconds: never less, never one more."""
+    text = go_duration(seconds).decode()
+    parts = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:([\d.]+)s|(\d+)ms)", text)
+    assert parts is not None
+    hours, minutes, rest, millis = (float(part or 0) for part in parts.groups())
+    assert -2e-9 <= hours * 3600 + minutes * 60 + rest + millis / 1000 - seconds < 0.001
 
 
 def said(fields: bytes) -> dict[bytes, bytes]:
@@ -193,6 +204,23 @@ def test_the_fields_tell_of_the_scope_with_least_left():
     for state in (State(requests=70.5, tokens=100), State(requests=100, tokens=9000), State()):
         one_of_two = limit_fields([(total, state), (only, State())])
         assert limit_fields([(total, state)]) == one_of_two  # the other one says nothing of either
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from([None, 0.5, 60, 100.25, 1e9]),
+    st.sampled_from([None, 1, 6000, 1e11]),
+    st.floats(0, 1e12),
+    st.one_of(st.integers(0, 200), st.floats(0, 1e12)),
+)
+def test_the_fields_of_one_scope_are_made_in_a_short_way(
+    requests: float | None, tokens: float | None, done: float, used: float
+):
+    """They are what they are beside a scope that has nothing to say."""
+    (one,) = Scopes([Limit(requests=requests, tokens=tokens)]).of(None, None)
+    (other,) = Scopes([Limit(streams=1)]).of(None, None)
+    state = State(requests=done, tokens=used)
+    assert limit_fields([(one, state)]) == limit_fields([(other, State()), (one, state)])
 
 
 def test_a_refusal_says_whose_limit_it_was_and_when_to_come_again():

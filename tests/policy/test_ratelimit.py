@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from canal_trio.policy.calendar import Calendar
@@ -19,10 +19,11 @@ from canal_trio.policy.ratelimit import (
     State,
     What,
     begin,
+    begin_far,
     refill,
     refusal,
-    returns,
     settle,
+    settle_back,
     worst,
 )
 from canal_trio.settings import Limit
@@ -123,25 +124,101 @@ def test_the_order_of_settlements_does_not_matter(uses: list[tuple[int, int, int
     assert results[0].tokens == pytest.approx(sum(used.tokens for _, used in asks))
 
 
+LEVELS = st.one_of(st.just(0.0), st.floats(0, 12), st.integers(0, 12))
+LIMITS = st.builds(
+    Limit,
+    requests=st.sampled_from([None, 60, 600]),
+    tokens=st.sampled_from([None, 60, 600]),
+    burst=st.sampled_from([1.0, 10.0]),
+    streams=st.sampled_from([None, 5]),
+    spend_day=st.sampled_from([None, 20 / NANOS]),
+    spend_month=st.sampled_from([None, 25 / NANOS]),
+)
+USES = st.tuples(st.integers(0, 12), st.integers(0, 9))
+TODAY = Moment(1000.0, 20_000, 24_000)
+
+
+@st.composite
+def scopes_with_states(draw: st.DrawFn) -> list[tuple[Of, State]]:
+    """Some scopes, each with what it has counted a while ago, perhaps yesterday, and at least one in flight."""
+    found = []
+    for limit in draw(st.lists(LIMITS, min_size=1, max_size=4)):
+        at = TODAY.now - draw(st.one_of(st.just(0.0), st.floats(0.001, 10)))
+        day = TODAY.day - draw(st.sampled_from([0, 0, 0, 1, 2]))
+        month = TODAY.month - (draw(st.booleans()) if day != TODAY.day else 0)
+        level = draw(LEVELS), draw(LEVELS)
+        numbers = draw(st.integers(1, 6)), draw(st.integers(0, 15)), draw(st.integers(0, 15)), draw(st.integers(0, 15))
+        streams, reserved, today, more = numbers
+        found.append((Of(Rule(limit)), State(*level, at, streams, reserved, day, today, month, today + more)))
+    return found
+
+
+def copies(counted: list[tuple[Of, State]]) -> list[tuple[Of, State]]:
+    """The same, to be counted elsewhere."""
+    return [(of, replace(state)) for of, state in counted]
+
+
+def alike(one: list[tuple[Of, State]], other: list[tuple[Of, State]], moment: Moment) -> None:
+    """Both say the same at `moment`; levels but for rounding."""
+    for (of, mine), (_, theirs) in zip(copies(one), copies(other), strict=True):
+        for state in (mine, theirs):
+            refill(of.rule, state, moment)
+        assert mine.requests == pytest.approx(theirs.requests, abs=1e-6)
+        assert mine.tokens == pytest.approx(theirs.tokens, abs=1e-6)
+        assert replace(mine, requests=0, tokens=0) == replace(theirs, requests=0, tokens=0)
+
+
 @settings(deadline=None)
-@given(GAPS, GAPS, st.floats(0, 1000), st.integers(0, 1000), st.integers(0, 1000))
-def test_what_goes_back_may_drain_before_or_after(first: float, second: float, level: float, asked: int, used: int):
-    """Tokens that were not needed are the same level less, whether it was brought to that moment before or not."""
-    rule = Rule(Limit(tokens=600))
-    ask, use = Ask(asked, 5), Ask(used, 3)
-    exact = State(tokens=level, streams=1, reserved=5)
-    lazy = replace(exact)
-    refill(rule, exact, Moment(first))
-    settle(rule, exact, ask, use)
-    settle(rule, lazy, ask, use)
-    for state in (exact, lazy):
-        refill(rule, state, Moment(first + second))
-    if returns([Of(rule)], ask, use):
-        assert lazy.tokens == pytest.approx(exact.tokens, abs=1e-6)
+@given(scopes_with_states(), st.integers(0, 12), st.integers(0, 5))
+def test_the_short_way_in_is_the_long_one(counted: list[tuple[Of, State]], tokens: int, cost: int):
+    """Whom the short way lets in nothing refuses, and everything is counted as step by step; else nothing is. It is no
+    answer only near a number, for more than a burst, at the very same moment, or on another day."""
+    ask, plain, far = Ask(tokens, cost), copies(counted), copies(counted)
+    for of, state in plain:
+        refill(of.rule, state, TODAY)
+    why = worst(plain, ask, TODAY)
+    if begin_far(far, ask, TODAY.now, TODAY.day):
+        assert why is None
     else:
-        assert used > min(asked, rule.token_burst)
-        assert lazy.tokens <= exact.tokens + 1e-6
-    assert (lazy.spent_day, lazy.streams, lazy.reserved) == (exact.spent_day, 0, 0)
+        alike(far, plain, TODAY)
+        assert why is not None or any(
+            old.at == TODAY.now
+            or old.day != TODAY.day
+            or tokens > of.rule.token_burst
+            or refusal(of.rule, replace(new, requests=new.requests + 1e-6, tokens=new.tokens + 1e-6), ask, TODAY)
+            for (of, old), (_, new) in zip(counted, plain, strict=True)
+        )
+        assert begin(far, ask, TODAY) == why
+    if why is None:
+        for of, state in plain:
+            state.requests += 1
+            state.tokens += min(tokens, of.rule.token_burst)
+            state.streams += 1
+            state.reserved += cost
+    alike(far, plain, TODAY)
+    alike(far, plain, TODAY._replace(now=TODAY.now + 1))
+
+
+@settings(deadline=None)
+@given(scopes_with_states(), USES, USES, st.floats(0, 3))
+def test_the_short_way_out_is_the_long_one(
+    counted: list[tuple[Of, State]], asked: tuple[int, int], using: tuple[int, int], gap: float
+):
+    """Tokens that were not needed are the same level less, whether it was brought to that moment before or not, and
+    money is spent on the day when the exchange ends. Where a level would rise it is no answer: nothing is settled."""
+    ask, used = Ask(*asked), Ask(*using)
+    for of, state in counted:
+        assume(ask.tokens <= of.rule.token_burst)  # else the short way would not have let it in
+        state.reserved += ask.cost
+    plain, short = copies(counted), copies(counted)
+    done = settle_back(short, ask, used, (TODAY.day, TODAY.month))
+    assert done == (used.tokens <= ask.tokens)
+    if done:
+        for of, state in plain:
+            refill(of.rule, state, TODAY)
+            settle(of.rule, state, ask, used)
+    alike(short, plain, TODAY)
+    alike(short, plain, TODAY._replace(now=TODAY.now + gap))
 
 
 NEAR = st.integers(0, 12)
@@ -290,3 +367,18 @@ def test_days_and_months_of_the_calendar():
     assert first.month == 2026 * 12
     wall[0] += 10
     assert calendar.moment(16.0).day_left == 86_390.0
+
+
+def test_today_ends_with_the_day_and_hears_of_a_clock_that_was_set():
+    """It turns in the very moment when the day ends; a clock that somebody sets is noticed within a second."""
+    wall = [1_767_225_598.75]  # 2025-12-31 23:59:58.75
+    calendar = Calendar(lambda: wall[0])
+    last, first = (20_453, 2025 * 12 + 11), (20_454, 2026 * 12)
+    assert calendar.today(5.0) == last
+    wall[0] += 1.125
+    assert calendar.today(6.125) == last
+    wall[0] += 0.125
+    assert calendar.today(6.25) == first
+    wall[0] -= 86_400
+    assert calendar.today(7.0) == first
+    assert calendar.today(7.25) == last

@@ -23,10 +23,22 @@ def scope(name: str, limit: Limit) -> Scope:
     return Scope(name, Rule(limit), "total", name)
 
 
+def of(*scopes: Scope) -> list[tuple[Scope, State]]:
+    """As a verdict has them: to a table only matters which they are."""
+    return [(one, State()) for one in scopes]
+
+
 def tables(columns: int = 2, records: int = WAYS) -> list[Table]:
     """The views of several workers of one piece of memory."""
     memory = bytearray(table_bytes(records, columns))
     return [Table(memory, column=column, columns=columns) for column in range(columns)]
+
+
+def alike(some: list[State], others: list[State]) -> None:
+    """They say the same, but for rounding: in how many steps a level has drained may differ."""
+    for one, other in zip(some, others, strict=True):
+        assert (one.requests, one.tokens) == pytest.approx((other.requests, other.tokens), abs=1e-6)
+        assert replace(one, requests=0, tokens=0) == replace(other, requests=0, tokens=0)
 
 
 STEPS = st.lists(
@@ -54,7 +66,7 @@ def test_several_workers_count_as_one(workers: int, steps: list[tuple[int, float
         if ends and running:
             owner, ask = running.pop()
             used = Ask(tokens, cost)
-            views[owner].settle(scopes, ask, used, now)
+            views[owner].settle(of(*scopes), ask, used, now)
             for one, state in zip(scopes, states, strict=True):
                 refill(one.rule, state, now)
                 settle(one.rule, state, ask, used)
@@ -74,9 +86,7 @@ def test_several_workers_count_as_one(workers: int, steps: list[tuple[int, float
                 assert begin([(one, state)], ask, now) is None
         else:
             assert why[1] == max(filter(None, reasons), key=lambda reason: reason.wait)
-            if not workers:  # objects are brought to this moment in place, so the next step drains from here: rounding
-                states = now_states
-        assert [state for _, state in counted] == now_states
+        alike([state for _, state in counted], now_states)
 
 
 def test_a_refusal_leaves_no_trace_in_any_scope():
@@ -110,7 +120,7 @@ def test_what_was_spent_can_be_kept_and_is_there_again():
     one, two = scope("one", Limit(spend_day=1)), scope("two", Limit(spend_month=1))
     assert table.admit([one, two], Ask(0, 100), NOW)[1] is None
     before = table.changes
-    table.settle([one, two], Ask(0, 100), Ask(0, 40), NOW)
+    table.settle(of(one, two), Ask(0, 100), Ask(0, 40), NOW)
     assert table.changes > before
     assert table.admit([two], Ask(0, 7), NOW)[1] is None
     kept = table.spent(NOW)
@@ -136,14 +146,14 @@ def test_the_memory_is_bounded_whatever_clients_invent():
     for number in range(200):
         one = scope(f"new{number}", Limit(requests=1))
         assert table.admit([one], NONE, NOW)[1] is None
-        table.settle([one], NONE, NONE, NOW)
+        table.settle(of(one), NONE, NONE, NOW)
     assert all(table.admit([one], NONE, NOW)[1] is not None for one in busy)
     assert table.overflows == 0
     last = scope("last", Limit(streams=1))
     assert table.admit([last], NONE, NOW)[1] is None
     assert table.admit([scope("one too many", Limit(streams=1))], NONE, NOW) == ([], None)
     assert table.overflows == 1
-    table.settle([scope("one too many", Limit(streams=1))], NONE, NONE, NOW)
+    table.settle(of(scope("one too many", Limit(streams=1))), NONE, NONE, NOW)
     long_after = NOW._replace(now=NOW.now + 10_000)
     assert table.admit([busy[0]], NONE, long_after)[1] is not None
 
@@ -159,13 +169,27 @@ def test_one_exchange_does_not_push_out_its_own_scope():
     assert [name.id for name, _ in counted] == ["a"]
 
 
+def test_one_exchange_does_not_push_out_its_own_scope_where_nobody_shares() -> None:
+    """Nor there: the one that keeps its place goes on counting where it is found again."""
+    (table,) = tables(1)
+    table.own()
+    for number in range(WAYS - 1):
+        assert table.admit([scope(f"busy{number}", Limit(streams=1))], NONE, NOW)[1] is None
+    first, second = scope("a", Limit(streams=2)), scope("b", Limit(streams=2))
+    for _ in range(2):
+        counted, why = table.admit([first, second], NONE, NOW)
+        assert why is None
+        assert [name.id for name, _ in counted] == ["a"]
+    assert table.admit([first], NONE, NOW)[1] is not None
+
+
 def test_a_place_that_another_worker_gave_away_is_noticed():
     """A worker remembers where a scope's record was, and looks whether it is still there."""
     mine, other = tables()
     one = scope("mine", Limit(requests=2))
     for _ in range(2):
         assert mine.admit([one], NONE, NOW)[1] is None
-        mine.settle([one], NONE, NONE, NOW)
+        mine.settle(of(one), NONE, NONE, NOW)
     for number in range(WAYS):
         assert other.admit([scope(f"other{number}", Limit(streams=1))], NONE, NOW._replace(now=9e9))[1] is None
     assert mine.admit([one], NONE, NOW) == ([], None)  # no place left: not counted, and not mistaken for another's
@@ -188,14 +212,15 @@ def test_a_table_that_nobody_shares_gives_places_away_as_well():
             counted, why = table.admit(scopes, Ask(1, 0), later)
             assert why is None
             assert counted[0][1].requests == 1
-            table.settle(scopes, Ask(1, 0), NONE, later)
+            table.settle(counted, Ask(1, 0), NONE, later)
             later = later._replace(now=later.now + 2 * IDLE)
     assert table.overflows == 0
     assert table.spent(later) == {"ab" * 16: (NOW.day, 5, NOW.month, 7)}
     payer = scope("payer", Limit(spend_day=1))
     assert table.admit([payer], Ask(1, 10), later)[1] is None
-    table.settle([payer], Ask(1, 10), Ask(1, 20), later)
-    assert table.changes == changes + 2
+    table.settle(of(payer), Ask(1, 10), Ask(1, 20), later)
+    assert table.changes == changes + 1  # since it was looked at
+    assert table.changes == changes + 1
     assert sorted(table.spent(later).values()) == [(NOW.day, 5, NOW.month, 7), (NOW.day, 20, NOW.month, 20)]
 
 
@@ -205,13 +230,5 @@ def test_places_of_names_are_forgotten_in_time():
     for number in range(500):
         one = scope(f"n{number}", Limit(requests=1))
         assert table.admit([one], NONE, NOW)[1] is None
-        table.settle([one], NONE, NONE, NOW)
+        table.settle(of(one), NONE, NONE, NOW)
     assert len(table._places) <= 100
-    alone = Table(bytearray(table_bytes(WAYS * 16, 1)), remembers=100)
-    alone.own()
-    asked = [(scope(f"n{number}", Limit(requests=1)),) for number in range(300)]
-    for scopes in asked:
-        for _ in range(2):
-            alone.admit(scopes, NONE, NOW)
-    assert 0 < len(alone._together) <= 100
-    assert [alone.admit(scopes, NONE, NOW)[0][0][1].streams for scopes in asked] == [1] * 300

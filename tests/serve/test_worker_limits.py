@@ -17,7 +17,7 @@ from workers_kit import BODY, CHAT, Workers, two_workers
 
 from canal_trio.config import Flags, load
 from canal_trio.errors import ConfigError
-from canal_trio.policy.ratelimit import Ask, Moment, Rule
+from canal_trio.policy.ratelimit import Ask, Moment, Rule, State
 from canal_trio.policy.scopes import Scope
 from canal_trio.quota.memory import Busy, MemoryStore, SharedMemory, memory_for
 from canal_trio.quota.spending import Spending
@@ -148,7 +148,7 @@ async def test_what_is_spent_is_written_every_second(
         await _at_last(lambda: not spending.failed)
         assert b"[20000,7,24000,7]" in path.read_bytes()
         nursery.cancel_scope.cancel()
-    table.settle([ONE], Ask(0, 7), Ask(0, 9), NOW)
+    table.settle([(ONE, State())], Ask(0, 7), Ask(0, 9), NOW)
     spending.close()
     assert b"[20000,9,24000,9]" in path.read_bytes()
     said = [record.getMessage() for record in caplog.records]
@@ -180,7 +180,7 @@ async def test_the_lock_of_a_dead_process_is_free() -> None:
     memory = SharedMemory.make(WAYS, 2)
     _, go = _hold(memory, die=True)
     os.close(go)
-    verdict = await MemoryStore(memory.table(0)).admit([ONE], Ask())
+    verdict = await MemoryStore(memory.table(0)).admit((ONE,), Ask())
     assert verdict is not None
     assert verdict.why is None
     memory.close()
@@ -190,17 +190,17 @@ async def test_a_stopped_holder_of_the_lock_is_not_waited_for_for_ever() -> None
     """A short time, once; nobody can tell then, what ends meanwhile is settled when it can be."""
     memory = SharedMemory.make(WAYS, 2)
     store = MemoryStore(memory.table(0))
-    verdict = await store.admit([ONE], Ask())
+    verdict = await store.admit((ONE,), Ask())
     assert verdict is not None
     pid, go = _hold(memory, die=False)
-    assert await store.admit([ONE], Ask()) is None
-    store.settle([ONE], Ask(), Ask())
+    assert await store.admit((ONE,), Ask()) is None
+    store.settle(verdict.counted, Ask(), Ask())
     assert store.errors == 2
     with pytest.raises(Busy):
         memory.table(0).admit([ONE], Ask(), NOW)
     os.close(go)
     await trio.to_thread.run_sync(os.waitpid, pid, 0)
-    again = await store.admit([ONE], Ask())  # the place that was given back in between
+    again = await store.admit((ONE,), Ask())  # the place that was given back in between
     assert again is not None
     assert again.why is None
     memory.close()
@@ -211,13 +211,13 @@ async def test_workers_share_what_the_owner_made() -> None:
     settings = Settings(limits=(Limit(streams=1),))
     owner = Counting(settings, 2)
     first, second = (limits_of_worker(settings, os.dup(owner.memory.fd), column, 2).store for column in (0, 1))
-    verdicts = [await store.admit([ONE], Ask()) for store in (first, second)]
+    verdicts = [await store.admit((ONE,), Ask()) for store in (first, second)]
     assert [verdict.why is None for verdict in verdicts if verdict] == [True, False]
     owner.bury(0)
-    again = await second.admit([ONE], Ask())
+    again = await second.admit((ONE,), Ask())
     assert again is not None
     assert again.why is None
-    alone = await limits_of_worker(settings, None, 0, 1).store.admit([ONE], Ask())
+    alone = await limits_of_worker(settings, None, 0, 1).store.admit((ONE,), Ask())
     assert alone is not None
     assert alone.why is None
     await second.flush()

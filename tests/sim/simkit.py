@@ -237,7 +237,10 @@ async def _running(
     upstreams: Sequence[Upstream], play: Play | None, settings: dict[str, Any], *, handover: bool
 ) -> AsyncIterator[World]:
     async with trio.open_nursery() as nursery:
-        limits = settings.pop("counting", None) or Limits(MemoryStore(Table(bytearray(TABLE)), wall=lambda: NOON))
+        table = Table(bytearray(TABLE))
+        if handover:  # as with one worker; else as with several
+            table.own()
+        limits = settings.pop("counting", None) or Limits(MemoryStore(table, wall=lambda: NOON))
         made = World(settings_for(*upstreams, **settings), nursery, play, handover=handover, limits=limits)
         await nursery.start(limits.store.run)
         await nursery.start(made.gateway.run)
