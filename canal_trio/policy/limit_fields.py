@@ -68,23 +68,24 @@ def limit_fields(counted: Counted) -> bytes:
                 rest + _NEARLY if rest > 0 else 0,
                 go_duration(tokens / rule.token_rate),
             )
-    fewest, least = inf, inf
-    few = little = None  # in which scope
+    fewest = least = inf  # where nothing is limited as much is left, which is not less
+    few = little = None  # whose rule
+    done = used = 0.0
     for scope, state in counted:
         rule = scope.rule
-        if rule.requests is not None and rule.request_burst - state.requests < fewest:
-            fewest, few = rule.request_burst - state.requests, (rule, state)
-        if rule.tokens is not None and rule.token_burst - state.tokens < least:
-            least, little = rule.token_burst - state.tokens, (rule, state)
+        left = rule.request_burst - state.requests
+        if left < fewest:
+            fewest, few, done = left, rule, state.requests
+        left = rule.token_burst - state.tokens
+        if left < least:
+            least, little, used = left, rule, state.tokens
     lines = b""
     if few is not None:
-        rule, state = few
-        reset = go_duration(state.requests / rule.request_rate)
-        lines = (rule.forms or _forms(rule))[0] % (fewest + _NEARLY if fewest > 0 else 0, reset)
+        form = (few.forms or _forms(few))[0]
+        lines = form % (fewest + _NEARLY if fewest > 0 else 0, go_duration(done / few.request_rate))
     if little is not None:
-        rule, state = little
-        reset = go_duration(state.tokens / rule.token_rate)
-        lines += (rule.forms or _forms(rule))[1] % (least + _NEARLY if least > 0 else 0, reset)
+        form = (little.forms or _forms(little))[1]
+        lines += form % (least + _NEARLY if least > 0 else 0, go_duration(used / little.token_rate))
     return lines
 
 

@@ -133,12 +133,13 @@ class _Admission:
             return _Slot(terms, expected, ask)
         assert count is not None
         verdict = count(scopes, ask)
-        if verdict is None or verdict.why is not None:
-            if self._ask_again(verdict):
-                verdict = count(scopes, ask)
-            return self._judged(terms, expected, ask, verdict)
-        counted, _, keeper = verdict  # let in, as nearly always: as `_judged`, in half the time
-        return tuple.__new__(_Slot, (terms, expected, ask, keeper, counted, limit_fields(counted)))
+        if verdict is not None:
+            counted, why, keeper = verdict
+            if why is None:  # as nearly always: as `_judged` says it, in half the time
+                return tuple.__new__(_Slot, (terms, expected, ask, keeper, counted, limit_fields(counted)))
+        if self._ask_again(verdict):
+            verdict = count(scopes, ask)
+        return self._judged(terms, expected, ask, verdict)
 
     def _ask_again(self, verdict: Verdict | None) -> bool:
         """It says no, and others that have ended are settled only now."""
