@@ -120,7 +120,6 @@ class MemoryStore:
         self._unsettled: deque[tuple[Counted, Ask, Ask]] = deque()  # the lock was not to be had
         self._short = _Short(self, clock, self._calendar)
         self._let_in: dict[tuple[Scope, ...], Verdict] = {}  # what `_Short` keeps; by scopes that come together
-        table.gave_way = self._let_in.clear
         self.errors = 0
 
     async def admit(self, scopes: tuple[Scope, ...], ask: Ask) -> Verdict | None:
@@ -148,7 +147,7 @@ class MemoryStore:
 
     def _remember(self, scopes: tuple[Scope, ...], counted: Counted) -> None:
         """The same few come again and again. Nobody else has the table, so nothing has to be locked for them, and no
-        place looked at: their states are these until one of them gives way."""
+        place looked at: their states are these, until one of them gives way."""
         if len(self._let_in) >= _REMEMBERED:
             self._let_in.clear()
         self._let_in[scopes] = Verdict(counted, None, self._short)

@@ -15,8 +15,9 @@ from __future__ import annotations
 import hashlib
 import mmap
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from math import inf
 from typing import final
 
 from canal_trio.policy.ratelimit import Ask, Moment, Refusal, State, begin, refill, settle
@@ -67,7 +68,6 @@ class Table:
         self._lock = nullcontext() if lock is None else lock
         self.shared = True
         # Where nobody else has it:
-        self.gave_way: Callable[[], object] = int  # called when a state has given way to another scope's
         self.spends = False  # what was spent has changed since somebody looked at `changes`
         self._own_changes = 0
         self._known: dict[int, State] = {}  # by its place
@@ -83,8 +83,8 @@ class Table:
         """Nobody else has the memory from now on: nothing is locked, and states stay objects, which other threads may
         look at. The memory then says only which scopes there are.
 
-        Who has got states from `admit` may count in them by itself, as long as none has given way; those with exchanges
-        in flight never do.
+        Who has got states from `admit` may count in them by itself: those with exchanges in flight stay, and one that
+        gives way is out of time (infinite), so that `begin_far` lets nobody in.
         """
         assert self._single
         self._own_changes = self.changes
@@ -101,8 +101,8 @@ class Table:
         places: list[int] = []
         with self._lock:
             for scope in scopes:
-                place = self._place(scope.id, moment)
-                if place is None or place in places:  # the latter: it would push out this exchange's other one
+                place = self._place(scope.id, moment, places)
+                if place is None:
                     self.overflows += 1
                     continue
                 counted.append((scope, self._read(place)))
@@ -193,7 +193,8 @@ class Table:
                     break  # nor is anybody behind it: see `_free`
                 yield place
 
-    def _place(self, name: str, moment: Moment) -> int | None:
+    def _place(self, name: str, moment: Moment, taken: Collection[int] = ()) -> int | None:
+        """Where the record of the scope `name` is from now on, in the place of none in `taken`."""
         known = self._places.get(name)
         if known is None:
             digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest()
@@ -201,14 +202,14 @@ class Table:
             return known[0]
         else:
             digest = known[1]
-        place = self._free(digest, moment)
+        place = self._free(digest, moment, taken)
         if place is not None:
             if len(self._places) >= self._remembers:
                 self._places.clear()
             self._places[name] = (place, digest)
         return place
 
-    def _free(self, digest: bytes, moment: Moment) -> int | None:
+    def _free(self, digest: bytes, moment: Moment, taken: Collection[int] = ()) -> int | None:
         """Where the record with `digest` is, or can be; None: every place it may have is needed."""
         memory, size = self._memory, self._size
         first = _HEADER + int.from_bytes(digest[:8], "little") % (self._records // WAYS) * WAYS * size
@@ -222,15 +223,16 @@ class Table:
                 spare = at
                 break  # nobody is behind the first free one: records give way, but are never removed
             state = self._read(at)
-            if state.streams or (state.month == moment.month and (state.spent_month or state.reserved)):
+            if at in taken or state.streams or (state.month == moment.month and (state.spent_month or state.reserved)):
                 continue
             weight = 0.0 if state.at + IDLE < moment.now else 1.0 + state.requests + state.tokens
             if least is None or weight < least[0]:
                 least = (weight, at)
         place = spare if spare is not None else (None if least is None else least[1])
         if place is not None:
-            if self._known.pop(place, None) is not None:
-                self.gave_way()
+            known = self._known.pop(place, None)
+            if known is not None:
+                known.at = inf
             self._memory[place + _HEAD.size : place + size] = bytes(size - _HEAD.size)
             self._store(place, digest, State(at=moment.now, day=moment.day, month=moment.month))
         return place
@@ -257,10 +259,9 @@ class Table:
 
     def _write(self, place: int, name: str, state: State, streams: int, reserved: int) -> None:
         """Write `state`, in which that many streams and so much money have been added. Negative: taken away."""
-        digest = self._places[name][1]
-        if not self.shared:  # it is the one that is known, unless another one of this exchange has pushed it out
-            self._known[place], self._memory[place : place + 16] = state, digest
+        if not self.shared:  # it is the one that is known
             return
+        digest = self._places[name][1]
         if not self._single:
             self._store(place, digest, state)
             self._add(place, streams, reserved)
