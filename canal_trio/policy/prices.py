@@ -86,7 +86,10 @@ class Prices:
             tariff = self._found[upstream, model, alias]
         except KeyError:
             tariff = self.find(upstream, model, alias)
-        return None if tariff is None else tariff.cost(*usage)
+        if tariff is None:
+            return None
+        prompt, completion, cached, reasoning = usage
+        return tariff.cost(prompt, completion, cached, reasoning)
 
     def _look_up(self, upstream: str | None, models: list[str]) -> Tariff | None:
         for model in models:

@@ -7,6 +7,8 @@ is owed. An estimate larger than a whole burst takes the whole burst: nothing is
 Money is counted per day and per month (UTC), in nanos. A budget is passed by one exchange at most, as far as estimates
 hold: one is let in while anything is left, and what it is expected to cost counts from then on.
 
+`begin_far` and `settle_back` are short ways for what is so nearly always; they come to the same.
+
 Invariants: a refused exchange leaves no trace; the order of settlements does not matter; no level is below zero.
 """
 

@@ -1,8 +1,8 @@
 """The hook: which limits an exchange has to keep, what it is expected to use, and what it has used in the end.
 
 `Limits` is there once in a process and keeps the store; `admission` gives one configuration's hook, or None where no
-limits are configured: then an exchange costs nothing. Invariant: what a store let in is settled exactly once, with the
-rules under which it was let in.
+limits are configured: then an exchange costs nothing. Invariant: what a store let in is settled exactly once (a slot is
+released once), with the rules under which it was let in, where it was counted.
 """
 
 from __future__ import annotations

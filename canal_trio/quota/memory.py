@@ -3,6 +3,9 @@
 The memory belongs to the process that made it; workers get its descriptor. The lock is a record lock on that
 descriptor (fcntl): the kernel gives it back when its holder dies, however it dies. It is held for microseconds; a
 holder that was stopped in the middle is waited for `PATIENCE` seconds, once, and then for none until it is back.
+
+A worker that is alone has its table for itself: there the usual exchange is let in and settled in the states at hand,
+without the table. Invariant: that comes to the same.
 """
 
 from __future__ import annotations
