@@ -33,7 +33,6 @@ __all__ = ["Busy", "MemoryStore", "SharedMemory", "memory_for"]
 PATIENCE = 0.05  # seconds
 _PAUSE = 50e-6
 _LEAST_RECORDS = 16_384
-_REMEMBERED = 65_536  # scopes that come together
 
 _log = logging.getLogger("canal_trio.quota")
 
@@ -121,8 +120,7 @@ class MemoryStore:
         self._clock = clock
         self._calendar = Calendar(wall)
         self._unsettled: deque[tuple[Counted, Ask, Ask]] = deque()  # the lock was not to be had
-        self._short = _Short(self, clock, self._calendar)
-        self._let_in: dict[tuple[Scope, ...], Verdict] = {}  # what `_Short` keeps; by scopes that come together
+        self._again = _Again(self, clock, self._calendar)
         self.errors = 0
 
     async def admit(self, scopes: tuple[Scope, ...], ask: Ask) -> Verdict | None:
@@ -131,29 +129,15 @@ class MemoryStore:
 
     def admit_now(self, scopes: tuple[Scope, ...], ask: Ask) -> Verdict | None:
         """The verdict; None if the table cannot be had."""
-        now = self._clock()
-        verdict = self._let_in.get(scopes)
-        if verdict is not None and begin_far(verdict.counted, ask, now, self._calendar.today(now)[0]):
-            if ask.cost:
-                self.table.spends = True
-            return verdict
         try:
             if self._unsettled:
                 self._catch_up()
-            counted, why = self.table.admit(scopes, ask, self._calendar.moment(now))
-            if not self.table.shared and len(counted) == len(scopes):
-                self._remember(scopes, counted)
-            return Verdict(counted, why, self)
+            counted, why = self.table.admit(scopes, ask, self._calendar.moment(self._clock()))
+            alone = not self.table.shared and len(counted) == len(scopes)
+            return Verdict(counted, why, self, self._again if alone else None)
         except Busy:
             self.errors += 1
             return None
-
-    def _remember(self, scopes: tuple[Scope, ...], counted: Counted) -> None:
-        """The same few come again and again. Nobody else has the table, so nothing has to be locked for them, and no
-        place looked at: their states are these, until one of them gives way."""
-        if len(self._let_in) >= _REMEMBERED:
-            self._let_in.clear()
-        self._let_in[scopes] = Verdict(counted, None, self._short)
 
     def settle(self, counted: Counted, ask: Ask, used: Ask) -> None:
         """Now, or before anything is let in again."""
@@ -180,17 +164,28 @@ class MemoryStore:
 
 
 @final
-class _Short:
-    """Settles what its store has let in by the short way, in a table that nobody else has."""
+class _Again:
+    """The short way of `store`, whose table nobody else has: nothing has to be locked for those whose states are known,
+    and no place looked at."""
 
     def __init__(self, store: MemoryStore, clock: Callable[[], float], calendar: Calendar) -> None:
         self._store = store
+        self._table = store.table
         self._clock = clock
         self._calendar = calendar
 
+    def begin(self, counted: Counted, ask: Ask) -> bool:
+        """Let it in, in the states that a verdict had. False: one has given way, or the store has to think about it."""
+        now = self._clock()
+        if not begin_far(counted, ask, now, self._calendar.today(now)[0]):
+            return False
+        if ask.cost:
+            self._table.spends = True
+        return True
+
     def settle(self, counted: Counted, ask: Ask, used: Ask) -> None:
-        """At once, without looking for anybody's record: those with exchanges in flight stay what they are."""
+        """What `begin` has let in has ended. None of its states has given way meanwhile: it was in flight."""
         if not settle_back(counted, ask, used, self._calendar.today(self._clock())):
             self._store.settle(counted, ask, used)
         elif ask.cost or used.cost:
-            self._store.table.spends = True
+            self._table.spends = True
