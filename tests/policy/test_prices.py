@@ -45,6 +45,21 @@ def test_a_cost_is_never_negative_and_grows_with_use(prompt: int, completion: in
     assert 0 <= one <= more
 
 
+MILLS = st.integers(0, 10**5)  # thousandths per million tokens: nanos per token
+
+
+@settings(deadline=None)
+@given(TOKENS, TOKENS, TOKENS, TOKENS, st.tuples(MILLS, MILLS, MILLS, MILLS))
+def test_a_cost_is_exact_to_the_nano(prompt: int, completion: int, cached: int, reasoning: int, mills: tuple[int, ...]):
+    """What prices of three decimals come to, in whole numbers."""
+    names = ("input", "output", "cached_input", "reasoning")
+    tariff = Tariff(Price("m", **{name: number / 1000 for name, number in zip(names, mills, strict=True)}))
+    cached_too, reasoning_too = min(cached, prompt), min(reasoning, completion)
+    tokens = prompt - cached_too, completion - reasoning_too, cached_too, reasoning_too
+    exact = sum(number * count for number, count in zip(mills, tokens, strict=True))
+    assert tariff.cost(prompt, completion, cached, reasoning) == exact
+
+
 def test_the_nearest_price_wins():
     """This upstream before any, an exact name before a pattern, a longer pattern before a shorter one."""
     exact, here = Price("gpt-4o", input=1), Price("gpt-4o", input=2, upstream="azure")
