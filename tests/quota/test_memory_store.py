@@ -160,6 +160,23 @@ def test_a_record_in_flight_stays_and_one_that_gave_way_is_looked_for_again():
     assert asks.short == 4  # never the first time, nor on another day
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_who_was_not_counted_gives_no_place_back(shared: bool):
+    """One that found no room for its scope when it began takes nothing from those that do when it ends."""
+    clock, scopes = Clock(), Scopes([Limit(principal="*", streams=1)])
+    ask = Asks(store_with(clock, shared=shared, records=WAYS))
+    busy = [ask(scopes.of(f"busy{number}", None), Ask()) for number in range(WAYS)]
+    late = scopes.of("late", None)
+    first = ask(late, Ask())
+    assert (list(first.counted), first.why) == ([], None)
+    busy[0].keeper.settle(busy[0].counted, Ask(), Ask())
+    clock.now += 2 * IDLE
+    assert ask(late, Ask()).why is None
+    first.keeper.settle(first.counted, Ask(), Ask())
+    clock.now += 1
+    assert ask(late, Ask()).why is not None
+
+
 HOLDS = (tuple, list, dict, bytes, Asked, Verdict, admission._Slot, admission._Terms)
 
 
