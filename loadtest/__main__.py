@@ -171,20 +171,22 @@ def run(
 @click.option(
     "--peers", default="nginx,envoy,caddy,canal,direct", show_default=True, help=f"Some of {', '.join(PEERS)}."
 )
+@click.option("--base", default="nginx", show_default=True, help="Whom the others are compared with.")
 @click.option("--only", default="", help="Some of the measures, instead of all.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1, 50))
 @click.option("--quick", is_flag=True, help="One round, short windows: to see that it works.")
 @click.option("--tls", is_flag=True, help="Peers terminate TLS to the client.")
 @_JSON
-def compare(peers: str, only: str, rounds: int, quick: bool, tls: bool, json_to: str | None) -> int:
+def compare(peers: str, base: str, only: str, rounds: int, quick: bool, tls: bool, json_to: str | None) -> int:
     """Compare gateways: CPU per event and request, added latency, throughput, memory, in interleaved rounds."""
     from loadtest import compare as comparing
 
     wanted = some_of(only or ",".join(comparing.DEFAULT), comparing.MEASURES, "--only")
     who = some_of(peers, PEERS, "--peers")
+    some_of(base, PEERS, "--base")
     progress = Progress()
     result = comparing.compare(
-        who, wanted, progress, rounds=1 if quick else rounds, shorter=0.3 if quick else 1.0, tls=tls
+        who, wanted, progress, rounds=1 if quick else rounds, shorter=0.3 if quick else 1.0, tls=tls, base=base
     )
     progress.end()
     give(result, comparing.shown(result), json_to)

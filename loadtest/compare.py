@@ -26,7 +26,7 @@ from loadtest.table import table
 
 __all__ = ["MEASURES", "compare", "shown"]
 
-BASE = "nginx"
+BASE = "nginx"  # whom the others are compared with, unless another one is named
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +84,12 @@ def compare(
     rounds: int = 3,
     shorter: float = 1.0,
     tls: bool = False,
+    base: str = BASE,
 ) -> dict[str, Any]:
-    """Interleaved rounds over all peers that can be had. Never raises for a missing one: it is in `missing`."""
+    """Interleaved rounds over all peers that can be had. Never raises for a missing one: it is in `missing`.
+
+    Ratios are those to `base`; without it among the peers there are none.
+    """
     own, others = cores()[0], cores()[-1]
     missing: dict[str, str] = {}
     found: dict[str, dict[str, list[dict[str, float]]]] = {}
@@ -133,13 +137,14 @@ def compare(
         "seconds": round(time.time() - began),
         "rounds": rounds,
         "tls": tls,
+        "base": base,
         "peers": {name: PEERS[name].about for name in gateways},
         "missing": missing,
         "figures": found,
         "medians": {
             measure: {name: _medians(rows) for name, rows in by_peer.items()} for measure, by_peer in found.items()
         },
-        "ratios": {measure: _ratios(by_peer) for measure, by_peer in found.items()},
+        "ratios": {measure: _ratios(by_peer, base) for measure, by_peer in found.items()},
         "curves": curves,
     }
 
@@ -173,9 +178,9 @@ def _medians(rows: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def _ratios(by_peer: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Per peer and figure: the median over rounds of peer / base within the round."""
-    base = by_peer.get(BASE)
+def _ratios(by_peer: dict[str, list[dict[str, float]]], name: str) -> dict[str, dict[str, float]]:
+    """Per peer and figure: the median over rounds of peer / base, which is the one of that `name`, within the round."""
+    base = by_peer.get(name)
     if base is None:
         return {}
     out: dict[str, dict[str, float]] = {}
@@ -223,7 +228,7 @@ _COLUMNS: tuple[tuple[str, tuple[tuple[str, str, str, float], ...]], ...] = (
 
 
 def shown(result: dict[str, Any]) -> str:
-    """Tables for people: a figure and its ratio to nginx; latencies as what is added to a direct connection."""
+    """Tables for people: a figure and its ratio to the base; latencies as what is added to a direct connection."""
     medians, ratios = result["medians"], result["ratios"]
     blocks = []
     for title, columns in _COLUMNS:
@@ -252,7 +257,7 @@ def shown(result: dict[str, Any]) -> str:
     ]
     notes.append(
         f"{result['machine']}; others used {result.get('others_cores', 0):.1f} cores; "
-        f"medians of {result['rounds']} interleaved rounds, × is the ratio to {BASE} within a round"
+        f"medians of {result['rounds']} interleaved rounds, × is the ratio to {result.get('base', BASE)} within a round"
         f"{'; TLS to the client' if result['tls'] else ''}; {result['seconds']} s"
     )
     return "\n\n".join([*blocks, "\n".join(notes)])

@@ -46,6 +46,7 @@ class Peer:
     seconds: float = 30  # it may take this long to come up
     stamp: str = "field"  # where the upstream puts its time stamps, so that they get through
     share: float = 1.0  # of a load's streams, for one that could not carry all
+    ours: bool = False  # run from this checkout
 
 
 @dataclass(slots=True)
@@ -77,6 +78,15 @@ PEERS: dict[str, Peer] = {
             config="canal.toml",
             tls="canal-tls.toml",
             seconds=90,  # trials start it on machines that are busy
+            ours=True,
+        ),
+        Peer(
+            "canal-all",
+            "canal-trio, one worker, with key, alias, limits, prices and ledger",
+            (sys.executable, "-m", "canal_trio", "serve", "--config", "$config"),
+            config="canal-all.toml",
+            seconds=90,
+            ours=True,
         ),
         Peer(
             "nginx",
@@ -237,7 +247,7 @@ def running(
         environ = {key: string.Template(value).substitute(words) for key, value in peer.environ}
         try:
             process = stack.enter_context(
-                started(name, [*argv, *arguments], environ=environ, core=core, cwd=ROOT if name == "canal" else folder)
+                started(name, [*argv, *arguments], environ=environ, core=core, cwd=ROOT if peer.ours else folder)
             )
             wait_for_port(process, port, peer.seconds)
         except NotStarted as exc:

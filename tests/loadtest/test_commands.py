@@ -84,6 +84,18 @@ def test_a_missing_peer_is_named(monkeypatch: pytest.MonkeyPatch):
     assert "missing: haproxy" in compare.shown(result)
 
 
+def test_what_all_of_the_policy_costs():
+    """With everything on each request is answered, and the ratio is the one to the peer that was named."""
+    result = compare.compare(["canal", "canal-all"], ["small"], silent, rounds=1, shorter=0.1, base="canal")
+    assert result["missing"] == {}
+    for name in ("canal", "canal-all"):
+        assert result["medians"]["small"][name]["requests_per_s"] > 0
+        assert result["medians"]["small"][name]["errors"] == 0
+    assert result["ratios"]["small"]["canal"]["cpu_us_per_request"] == 1
+    assert result["ratios"]["small"]["canal-all"]["cpu_us_per_request"] > 0
+    assert "is the ratio to canal within a round" in compare.shown(result)
+
+
 FRAGILE = """
 import socket, sys
 server = socket.create_server(("127.0.0.1", int(sys.argv[1])))
