@@ -17,7 +17,7 @@ from canal_trio.gateway.deliver import Delivery
 from canal_trio.gateway.drain import Draining
 from canal_trio.gateway.early import EarlyHead
 from canal_trio.gateway.exchange import GENERATING, Exchange
-from canal_trio.gateway.judged import AT_ONCE_BYTES, Judged, judge, judge_in_thread
+from canal_trio.gateway.judged import AT_ONCE_BYTES, judge, judge_in_thread
 from canal_trio.gateway.places import Places
 from canal_trio.gateway.requests import UpstreamRequests
 from canal_trio.gateway.respond import continue_head
@@ -148,7 +148,7 @@ class Pipeline:
         exchange = self._exchange
         exchange.accounted = self._settings.accounting or (admission is not None and admission.wants_usage)
         judged = exchange.judged
-        if exchange.accounted and judged is not None and judged.can_ask_usage:
+        if exchange.accounted and judged is not None and judged.usage is not None:
             exchange.asked_usage = self._facts.path.endswith("/completions")  # the Responses API tells it unasked
 
     def _drain(self, plan: Plan) -> Draining | None:
@@ -270,14 +270,14 @@ class Pipeline:
         if not content:
             return None
         if len(content) <= AT_ONCE_BYTES:
-            judged = judge(self._head, content, strict)
+            judged = judge(self._head.headers, self._facts, content, strict)
         else:
-            judged = await judge_in_thread(self._head, content, strict)
-        if isinstance(judged, Judged):
-            exchange.judged = judged
-            exchange.model = judged.model
-            return None
-        return judged
+            judged = await judge_in_thread(self._head.headers, self._facts, content, strict)
+        if judged is None or isinstance(judged, Failure):
+            return judged
+        exchange.judged = judged
+        exchange.model = judged.model
+        return None
 
     async def _hold(self, body: HeldBody, most: int) -> Failure | None:
         """Until all of the body is here, but at most that many bytes."""

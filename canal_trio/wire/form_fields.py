@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
 from canal_trio.wire.splice import Edit
 
-__all__ = ["FormFields", "form_fields", "form_model_edit", "is_form"]
+__all__ = ["FormFields", "form_fields", "is_form"]
 
 HEAD_BYTES: Final = 8192  # of one part
 PARTS: Final = 4096
@@ -37,11 +37,20 @@ _UNENCODED: Final = frozenset({b"binary", b"8bit", b"7bit"})
 
 @dataclass(frozen=True, slots=True)
 class FormFields:
-    """What a form says; `start` and `end` are where its `model` stands."""
+    """What a form says; `start` and `end` are where its `model` stands. The rest is what only JSON can say."""
 
     model: str | None = None
     start: int = 0
     end: int = 0
+    stream: ClassVar[bool] = False
+    wanted: ClassVar[None] = None
+    usage: ClassVar[None] = None
+
+    def edits(self, model: str | None, *, usage: bool) -> tuple[Edit, ...]:
+        """For an upstream that calls the model `model`, without line ends (None: as the client does)."""
+        if model is None or self.model is None or model == self.model:
+            return ()
+        return (Edit(self.start, self.end, model.encode()),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +91,6 @@ def _model(part: _Part, body: bytes) -> FormFields | str:
     if part.end - part.start > MODEL_BYTES:
         return "The form's 'model' is too long for a name."
     return FormFields(text, part.start, part.end)
-
-
-def form_model_edit(fields: FormFields, model: str) -> Edit:
-    """The form's `model` becomes another one, without line ends. There is one."""
-    return Edit(fields.start, fields.end, model.encode())
 
 
 def _parts(body: bytes, delimiter: bytes) -> list[_Part] | str:

@@ -4,9 +4,9 @@ What was judged must be what the upstream gets, whichever parser it has: of two 
 the last, and some do not tell upper case from lower. So a body that has one of these keys twice, compared unescaped and
 without case, is refused. msgspec decides what JSON is, and what the fields say.
 
-One search finds every place in the body that could be one of the keys, in any spelling. Where none of them is there
-twice, which is nearly always, that place is the key; else a scan of the top level tells. Time is O(length), and nothing
-is copied.
+One search finds every place in the body that could be one of the keys, in any spelling. Where each of them is spelled
+as nearly everybody does, and none is there twice, that place is the key; else a scan of the top level tells. Time is
+O(length), and nothing is copied.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from functools import lru_cache
-from typing import Final, NamedTuple
+from typing import Final
 
 import msgspec
+from msgspec import UNSET
 
 from canal_trio.hooks import Wanted
 from canal_trio.wire.splice import Edit
 
-__all__ = ["JsonFields", "json_fields", "model_edit", "usage_edit"]
+__all__ = ["JsonFields", "json_fields"]
 
-_KEPT: Final = 256  # characters of a model's name whose JSON is kept
 _JUDGED: Final = ("model", "stream", "stream_options")
 _USUAL: Final = {name.encode(): name for name in _JUDGED}  # as nearly everybody spells them
 
@@ -46,8 +45,11 @@ _BLANK: Final = rb"[ \t\r\n]*+"
 _STRING: Final = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 # No possessive repeat of alternatives: before 3.11.5 (Debian 12 has 3.11.2) `re` gets them wrong (CPython gh-106052).
 _PLAIN: Final = rb'[^"{}\[\]]*+(?:%b[^"{}\[\]]*+)*+' % _STRING
+# The key, and its value if that is a string. Most strings begin otherwise, which is seen at once.
 _CANDIDATE: Final = re.compile(
-    rb'"(%b|%b(?:%b)?)"%b:%b' % (_spelled("model"), _spelled("stream"), _spelled("_options"), _BLANK, _BLANK)
+    rb'"(?=[mMsS\\\xc5])(%b|%b(?:%b)?)"%b:%b(%b|)'
+    % (_spelled("model"), _spelled("stream"), _spelled("_options"), _BLANK, _BLANK, _STRING),
+    re.DOTALL,
 )
 _OPEN: Final = re.compile(rb"%b\{%b" % (_BLANK, _BLANK))
 _KEY: Final = re.compile(rb"(%b)%b:%b" % (_STRING, _BLANK, _BLANK), re.DOTALL)
@@ -63,36 +65,49 @@ _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
 class _Body(msgspec.Struct):
-    model: str | msgspec.UnsetType | None = msgspec.UNSET
-    stream: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    stream_options: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    model: str | None = None
+    stream: msgspec.Raw | msgspec.UnsetType = UNSET
+    stream_options: msgspec.Raw | msgspec.UnsetType = UNSET
     # What bounds a generation, as the APIs call it: of any type, for nobody is refused for its sake.
-    max_tokens: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    max_completion_tokens: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    max_output_tokens: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    n: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    max_completion_tokens: msgspec.Raw | msgspec.UnsetType = UNSET
+    max_tokens: msgspec.Raw | msgspec.UnsetType = UNSET
+    max_output_tokens: msgspec.Raw | msgspec.UnsetType = UNSET
+    n: msgspec.Raw | msgspec.UnsetType = UNSET
 
 
 class _Options(msgspec.Struct):
-    include_usage: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    include_usage: msgspec.Raw | msgspec.UnsetType = UNSET
 
 
 _decode_body: Final = msgspec.json.Decoder(_Body).decode
 _decode_options: Final = msgspec.json.Decoder(_Options).decode
-_UNSAID: Final = (msgspec.UNSET,) * 3
 _decode_number: Final = msgspec.json.Decoder(int | float | None).decode
+_encode: Final = msgspec.json.Encoder().encode
+_astuple: Final = msgspec.structs.astuple
+_UNBOUNDED: Final = (UNSET,) * 4  # the last fields of a body that does not say how much it wants
 
 
-class JsonFields(NamedTuple):
-    """What a request's body says, and where its model stands and its options begin (None: it does not say)."""
+class JsonFields(msgspec.Struct, frozen=True):
+    """What a request's body says, and where its model stands (from `start` to `end`; 0 and 0 if it names none).
+
+    `wanted` is how much it wants generated (None: it does not say). `usage` makes `stream_options.include_usage` true:
+    there where a stream is asked for and the body does not say.
+    """
 
     model: str | None = None
     stream: bool = False  # a stream is asked for
-    include_usage: bool | None = None  # None: it does not say, or says null
-    model_at: tuple[int, int] | None = None
-    options_at: int | None = None
-    odd_options: bool = False  # `stream_options` may be there in another case, which is not read
-    wanted: Wanted | None = None  # None: it does not say
+    wanted: Wanted | None = None
+    start: int = 0
+    end: int = 0
+    usage: Edit | None = None
+
+    def edits(self, model: str | None, *, usage: bool) -> tuple[Edit, ...]:
+        """For an upstream that calls the model `model` (None: as the client does), and is asked for usage or not."""
+        edits = (self.usage,) if usage and self.usage is not None else ()
+        if model is None or self.model is None or model == self.model:
+            return edits
+        edit = Edit(self.start, self.end, _encode(model))
+        return (*edits, edit) if edits else (edit,)
 
 
 def json_fields(body: bytes) -> JsonFields | str:
@@ -108,32 +123,22 @@ def json_fields(body: bytes) -> JsonFields | str:
         return "The body is not the JSON expected: the model's name is not UTF-8."
     except RecursionError:
         return "The body is nested too deeply."
-    places: dict[str, int] = {}
+    places: dict[str, tuple[int, int]] = {}  # the value of each; where it is no string, its beginning twice
     for match in _CANDIDATE.finditer(body):
-        name = _USUAL.get(match[1]) or _folded(match[1])
-        if name in places:
+        name = _USUAL.get(match[1])
+        if name is None or name in places:
             scanned = _by_scan(body)
             if isinstance(scanned, str):
                 return scanned
             places = scanned
             break
-        places[name] = match.end()
-    unset, model, options = msgspec.UNSET, said.model, said.stream_options
-    at = None if model is unset else places.get("model")
-    if options is unset:
-        include, options_at, odd = None, None, "stream_options" in places
-    else:
-        include, options_at, odd = _include_usage(bytes(options)), places["stream_options"], False
-    fields = (
-        model if isinstance(model, str) else None,
-        said.stream is not unset and bytes(said.stream) == b"true",
-        include,
-        None if at is None else (at, _scalar_end(body, at)),
-        options_at,
-        odd,
-        _wanted(said),
-    )
-    return tuple.__new__(JsonFields, fields)  # as `JsonFields`, in half the time
+        places[name] = match.span(2)
+    model = said.model
+    start, end = (0, 0) if model is None else places["model"]
+    wanted = None if _astuple(said)[3:] == _UNBOUNDED else _wanted(said)
+    if said.stream is UNSET or bytes(said.stream) != b"true":
+        return JsonFields(model, False, wanted, start, end)
+    return JsonFields(model, True, wanted, start, end, _usage_edit(body, said, places))
 
 
 def _decode_mended(body: bytes) -> _Body:
@@ -145,77 +150,46 @@ def _decode_mended(body: bytes) -> _Body:
     return said
 
 
-def _wanted(said: _Body) -> Wanted | None:
+def _wanted(said: _Body) -> Wanted:
     """How much is to be generated. What is not a number says nothing: the upstream will tell what is wrong with it."""
     most = said.max_completion_tokens, said.max_tokens, said.max_output_tokens
-    if most == _UNSAID and said.n is msgspec.UNSET:
-        return None
     tokens = (number for raw in most if (number := _number(raw)) is not None)
     return Wanted(next(tokens, None), _number(said.n))
 
 
 def _number(raw: msgspec.Raw | msgspec.UnsetType) -> float | None:
     try:
-        return None if raw is msgspec.UNSET else _decode_number(raw)
+        return None if raw is UNSET else _decode_number(raw)
     except msgspec.DecodeError:
         return None
 
 
-def _by_scan(body: bytes) -> dict[str, int] | str:
-    """Where the values of the top level's keys begin; a `str` says which is there twice, for people."""
-    places: dict[str, int] = {}
-    for key, start, _ in _top_level(body):
+def _by_scan(body: bytes) -> dict[str, tuple[int, int]] | str:
+    """Where the values of the top level's keys stand; a `str` says which is there twice, for people."""
+    places: dict[str, tuple[int, int]] = {}
+    for key, *place in _top_level(body):
         name = _folded(key[1:-1])
         if name in places and name in _JUDGED:
             return f"The body has '{name}' more than once."
-        places[name] = start
+        places[name] = place[0], place[1]
     return places
 
 
-def _include_usage(options: bytes) -> bool | None:
-    if not options.startswith(b"{"):
-        return None
-    said = _decode_options(options).include_usage
-    return None if not isinstance(said, msgspec.Raw) or bytes(said) == b"null" else bytes(said) == b"true"
+def _usage_edit(body: bytes, said: _Body, places: dict[str, tuple[int, int]]) -> Edit | None:
+    """`stream_options.include_usage` becomes true in a body that asks for a stream, and does not say.
 
-
-# -- edits -------------------------------------------------------------------------------------------------------------
-
-
-def model_edit(fields: JsonFields, model: str) -> Edit:
-    """The value of `model` becomes another one. There is one."""
-    assert fields.model_at is not None, "the body names no model"
-    # A part of it may be a stranger's (`*` in a model's name): nothing long is kept.
-    text = _written_once(model) if len(model) <= _KEPT else _written(model)
-    return tuple.__new__(Edit, (*fields.model_at, text))  # as `Edit`, in half the time
-
-
-def _written(model: str) -> bytes:
-    return json.dumps(model, ensure_ascii=False).encode()
-
-
-_written_once: Final = lru_cache(1024)(_written)
-
-
-def usage_edit(body: bytes, fields: JsonFields) -> Edit | None:
-    """`stream_options.include_usage` becomes true, where a stream is asked for and the body does not say.
-
-    None where it says (that is respected), where there is no stream, or where `stream_options` is of another kind or in
-    another case: some parsers read it, and would have it twice. `fields` are those of `body`.
+    None where it says (that is respected), or where `stream_options` is of another kind or in another case: some
+    parsers read it, and would have it twice.
     """
-    if not fields.stream or fields.include_usage is not None:
-        return None
-    start = fields.options_at
-    if start is None:
-        if fields.odd_options and any(_folded(key[1:-1]) == "stream_options" for key, _, _ in _top_level(body)):
+    if said.stream_options is UNSET:
+        if "stream_options" in places and any(_folded(key[1:-1]) == "stream_options" for key, _, _ in _top_level(body)):
             return None
         at = body.index(b"{") + 1
         return Edit(at, at, b'"stream_options":{"include_usage":true},')  # never the only one: there is `stream`
-    end = _value_end(body, start)
-    options = body[start:end]
+    options, start = bytes(said.stream_options), places["stream_options"][0]
     if options == b"null":
-        return Edit(start, end, b'{"include_usage":true}')
-    if not options.startswith(b"{"):
+        return Edit(start, start + 4, b'{"include_usage":true}')
+    if not options.startswith(b"{") or _says(options):
         return None
     nulls = [place for key, *place in _top_level(options) if _folded(key[1:-1]) == "include_usage"]
     if len(nulls) > 1:
@@ -224,6 +198,12 @@ def usage_edit(body: bytes, fields: JsonFields) -> Edit | None:
         return Edit(start + nulls[0][0], start + nulls[0][1], b"true")
     comma = b"," if options[1:-1].strip() else b""
     return Edit(start + 1, start + 1, b'"include_usage":true' + comma)
+
+
+def _says(options: bytes) -> bool:
+    """Whether there shall be a usage chunk; null does not say."""
+    said = _decode_options(options).include_usage
+    return said is not UNSET and bytes(said) != b"null"
 
 
 # -- the scan ----------------------------------------------------------------------------------------------------------
@@ -250,16 +230,12 @@ def _top_level(body: bytes) -> Iterator[tuple[bytes, int, int]]:
         at = following.end()
 
 
-def _scalar_end(body: bytes, start: int) -> int:
-    scalar = _SCALAR.match(body, start)
-    assert scalar is not None, "not JSON"
-    return scalar.end()
-
-
 def _value_end(body: bytes, start: int) -> int:
     """Where the value at `start` of valid JSON ends."""
     if body[start] not in b"{[":
-        return _scalar_end(body, start)
+        scalar = _SCALAR.match(body, start)
+        assert scalar is not None, "not JSON"
+        return scalar.end()
     depth, at = 1, start + 1
     while depth:
         inside = _INSIDE.match(body, at)

@@ -14,8 +14,8 @@ from typing import Any
 from fuzz_http import same_at_every_cut
 
 from canal_trio.hooks import Usage
-from canal_trio.wire.form_fields import FormFields, form_fields, form_model_edit
-from canal_trio.wire.json_fields import JsonFields, json_fields, model_edit, usage_edit
+from canal_trio.wire.form_fields import FormFields, form_fields
+from canal_trio.wire.json_fields import JsonFields, json_fields
 from canal_trio.wire.splice import splice
 from canal_trio.wire.usage import BodyUsage, StreamUsage, usage_of
 
@@ -59,9 +59,9 @@ def json_requests(data: bytes) -> None:
 def edited(data: bytes, found: JsonFields, document: Pairs) -> None:
     """Every member but the edited one is as it was, in its order, and the edited one says what it should."""
     if found.model is not None:
-        changed = read_json(b"".join(splice([data], [model_edit(found, OTHER)])))
+        changed = read_json(b"".join(splice([data], found.edits(OTHER, usage=False))))
         assert changed == [(key, OTHER if key == "model" else value) for key, value in document], data
-    edit = usage_edit(data, found)
+    edit = found.usage
     if edit is not None:
         changed = read_json(b"".join(splice([data[:3], data[3:]], [edit])))
         (options,) = changed.of("stream_options")
@@ -94,7 +94,7 @@ def forms(data: bytes) -> None:
             models.append(content)
     assert models == ([found.model.encode()] if found.model is not None else []), data
     if found.model is not None:
-        changed = b"".join(splice([data], [form_model_edit(found, "m")]))
+        changed = b"".join(splice([data], found.edits("m", usage=False)))
         again = form_fields(b'Multipart/Form-Data; boundary="X"', changed)
         assert isinstance(again, FormFields)
         assert again.model == "m"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from canal_trio.wire.form_fields import FormFields, form_fields, form_model_edit, is_form
+from canal_trio.wire.form_fields import FormFields, form_fields, is_form
 from canal_trio.wire.splice import splice
 
 TYPE = b"multipart/form-data; boundary=B0undary"
@@ -65,8 +65,10 @@ def test_an_alias_changes_the_model_and_nothing_else(others: list[tuple[str, byt
     fields = form_fields(TYPE, body)
     assert isinstance(fields, FormFields)
     assert fields.model == model
-    edit = form_model_edit(fields, alias)
-    after = b"".join(splice([body], [edit]))
+    edits = fields.edits(alias, usage=True)
+    assert len(edits) == (alias != model)
+    assert fields.edits(None, usage=True) == ()
+    after = b"".join(splice([body], edits))
     expected = [(head, alias.encode() if head == MODEL else data) for head, data in parts]
     assert after == form(*expected)
     message = email.message_from_bytes(b"Content-Type: %b\r\n\r\n%b" % (TYPE, after), policy=email.policy.HTTP)

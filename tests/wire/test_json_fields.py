@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from canal_trio.wire.json_fields import JsonFields, _written_once, json_fields, model_edit, usage_edit
-from canal_trio.wire.splice import splice
+from canal_trio.wire.json_fields import JsonFields, _by_scan, json_fields
+from canal_trio.wire.splice import Edit, splice
 
 JUDGED = ("model", "stream", "stream_options")
 
@@ -95,6 +95,12 @@ def changed(tree: Any, key: str, change: Any) -> Any:
     return ("object", [(name, change(value) if name == key else value) for name, value in tree[1]])
 
 
+def model_edit(fields: JsonFields, model: str) -> Edit:
+    """The only edit for an upstream with another name for the model."""
+    (edit,) = fields.edits(model, usage=False)
+    return edit
+
+
 def edited(body: bytes, edit: Any) -> bytes:
     """The body after the edit, whose bytes around it are the same by construction of `splice` and by this."""
     out = b"".join(splice([body], [edit]))
@@ -111,11 +117,19 @@ def test_the_fields_are_those_that_json_reads(text: str):
     assert isinstance(fields, JsonFields)
     assert fields.model == tree.get("model")
     assert fields.stream is (tree.get("stream") is True)
-    options = tree.get("stream_options")
-    said = dict(options[1]).get("include_usage") if isinstance(options, tuple) else None
-    assert fields.include_usage == (None if said is None else said is True)
-    assert (fields.model_at is None) == ("model" not in tree)
-    assert (fields.options_at is None) == ("stream_options" not in tree)
+    if fields.model is not None:
+        assert json.loads(body[fields.start : fields.end]) == fields.model
+
+
+@given(requests())
+def test_the_search_finds_the_model_where_the_scan_does(text: str):
+    """Where every key is spelled as usual its place is the search's, else the scan's: it is the same one."""
+    body = text.encode()
+    fields, places = json_fields(body), _by_scan(body)
+    assert isinstance(fields, JsonFields)
+    assert isinstance(places, dict)
+    if fields.model is not None:
+        assert (fields.start, fields.end) == places["model"]
 
 
 @given(requests(), st.text(min_size=1, max_size=8))
@@ -124,23 +138,23 @@ def test_an_alias_changes_the_model_and_nothing_else(text: str, alias: str):
     body = text.encode()
     fields = json_fields(body)
     assert isinstance(fields, JsonFields)
-    if fields.model is None:
+    if fields.model is None or fields.model == alias:
+        assert fields.edits(alias, usage=False) == ()
         return
     edit = model_edit(fields, alias)
     assert json.loads(body[edit.start : edit.end]) == fields.model
     assert pairs(edited(body, edit)) == changed(pairs(text), "model", lambda _: alias)
 
 
-def test_a_long_model_name_of_a_strangers_stays_in_memory():
-    """A part of it may be what a `*` stood for: the names whose JSON is kept are short ones, however many come."""
-    fields = json_fields(b'{"model": "m"}')
+def test_an_upstream_gets_both_edits_or_either_or_none():
+    """What is asked of the edits is what they are: the model's if it has another name, the usage's if it is wanted."""
+    fields = json_fields(b'{"model":"m","stream":true}')
     assert isinstance(fields, JsonFields)
-    model_edit(fields, "short")
-    kept = _written_once.cache_info().currsize
-    assert kept
-    for number in range(3):
-        assert json.loads(model_edit(fields, f"{number}" * 10_000).text) == f"{number}" * 10_000
-    assert _written_once.cache_info().currsize == kept
+    model, usage = Edit(9, 12, '"é"'.encode()), fields.usage
+    assert fields.edits("é", usage=True) == (usage, model)
+    assert fields.edits("é", usage=False) == (model,)
+    assert fields.edits("m", usage=True) == fields.edits(None, usage=True) == (usage,)
+    assert fields.edits("m", usage=False) == fields.edits(None, usage=False) == ()
 
 
 @given(requests())
@@ -149,18 +163,19 @@ def test_asking_for_usage_changes_nothing_else(text: str):
     body = text.encode()
     fields = json_fields(body)
     assert isinstance(fields, JsonFields)
-    edit = usage_edit(body, fields)
+    edit = fields.usage
     before = pairs(text)
     options = dict(before[1]).get("stream_options")
     if edit is None:
+        said = isinstance(options, tuple) and dict(options[1]).get("include_usage") is not None
         several = isinstance(options, tuple) and [key for key, _ in options[1]].count("include_usage") > 1
         other = options is not None and not isinstance(options, tuple)
-        assert not fields.stream or fields.include_usage is not None or several or other
+        assert not fields.stream or said or several or other
         return
     after = edited(body, edit)
     again = json_fields(after)
     assert isinstance(again, JsonFields)
-    assert (again.stream, again.include_usage) == (True, True)
+    assert (again.stream, again.usage) == (True, None)
     new = dict(pairs(after)[1])["stream_options"]
     assert dict(new[1]).pop("include_usage") is True
 
@@ -257,7 +272,7 @@ def test_where_usage_is_asked_for(body: str, after: str | None):
     """Where a stream is asked for and the body does not say; an explicit false is respected."""
     fields = json_fields(body.encode())
     assert isinstance(fields, JsonFields)
-    edit = usage_edit(body.encode(), fields)
+    edit = fields.usage
     assert (None if edit is None else edited(body.encode(), edit).decode()) == after
 
 
