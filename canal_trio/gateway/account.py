@@ -8,76 +8,86 @@ on both ways. Invariants: what comes out is what went in, but for that one chunk
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import final
+from typing import Protocol, final
 
 from canal_trio.hooks import Usage
 from canal_trio.relay.flow import Sink
 from canal_trio.upstream.interface import Outlet
 from canal_trio.wire.facts import ResponseFacts
-from canal_trio.wire.usage import BodyUsage, StreamUsage
+from canal_trio.wire.usage import StreamUsage
 from canal_trio.wire.usage_edit import UsageEdit
 
-__all__ = ["Account", "account_for"]
+__all__ = ["Account", "OutletBehind", "account_for", "accounted", "sink_behind"]
 
 
-@final
-class Account:
-    """One answer's."""
-
-    __slots__ = ("_edit", "_tap")
-
-    def __init__(self, tap: BodyUsage | StreamUsage, edit: UsageEdit | None) -> None:
-        self._tap = tap
-        self._edit = edit
+class Account(Protocol):
+    """One answer's. Where nothing is taken out of it that is the tap itself."""
 
     @property
     def usage(self) -> Usage | None:
         """What the upstream said that it used, once it did."""
-        return self._tap.usage
-
-    @property
-    def removed(self) -> bool:
-        """The chunk that we asked for was taken out."""
-        return self._edit is not None and self._edit.removed
 
     def feed(self, piece: bytes) -> bytes:
         """A piece has come: what of it, and of what was held, may go on now. Perhaps nothing. Not a checkpoint."""
-        self._tap.feed(piece)
-        return piece if self._edit is None else self._edit.feed(piece)
 
     def flush(self) -> bytes:
         """What is held: nothing more will come."""
-        return b"" if self._edit is None else self._edit.flush()
-
-    def batch(self, pieces: list[bytes], *, over: bool) -> list[bytes]:
-        """The same for several pieces; `over`: they are the last ones."""
-        if self._edit is None:
-            for piece in pieces:
-                self._tap.feed(piece)
-            return pieces
-        passed = [self.feed(piece) for piece in pieces]
-        if over:
-            passed.append(self._edit.flush())
-        return [piece for piece in passed if piece]
-
-    def before(self, sink: Sink) -> Sink:
-        """`sink`, with the account in front of it."""
-        feed = self.feed
-
-        def accounted(piece: bytes) -> bool:
-            passed = feed(piece)
-            return sink(passed) if passed else True
-
-        return accounted
-
-    def outlet(self, outlet: Outlet) -> Outlet:
-        """`outlet`, with the account in front of it."""
-        return _Accounted(self, outlet)
 
 
 @final
-class _Accounted:
-    """An outlet behind an account. What the account does not touch goes on as it came."""
+class _Edited:
+    """The account of a stream whose usage chunk is taken out."""
+
+    __slots__ = ("_edit", "_tap")
+
+    def __init__(self, held_bytes: int) -> None:
+        self._tap = StreamUsage()
+        self._edit = UsageEdit(held_bytes)
+
+    @property
+    def usage(self) -> Usage | None:
+        return self._tap.usage
+
+    def feed(self, piece: bytes) -> bytes:
+        return self._edit.feed(self._tap.feed(piece))
+
+    def flush(self) -> bytes:
+        return self._edit.flush()
+
+
+def account_for(facts: ResponseFacts, asked: bool, held_bytes: int) -> Account | None:
+    """The account of the answer whose head has these `facts`; None where its bytes tell nothing (an image, gzip).
+
+    `asked`: the gateway asked for the usage chunk, so the client gets none.
+    """
+    tap = facts.tap
+    if asked and tap is StreamUsage:
+        return _Edited(held_bytes)
+    return None if tap is None else tap()
+
+
+def accounted(account: Account, pieces: list[bytes], *, over: bool) -> list[bytes]:
+    """As `feed`, for several pieces; `over`: they are the last ones."""
+    passed = [account.feed(piece) for piece in pieces]
+    if over:
+        passed.append(account.flush())
+    return [piece for piece in passed if piece]
+
+
+def sink_behind(account: Account, sink: Sink) -> Sink:
+    """`sink`, with the account in front of it."""
+    feed = account.feed
+
+    def accounted_sink(piece: bytes) -> bool:
+        passed = feed(piece)
+        return sink(passed) if passed else True
+
+    return accounted_sink
+
+
+@final
+class OutletBehind:
+    """An outlet with an account in front of it. What the account does not touch goes on as it came."""
 
     __slots__ = ("_feed", "_outlet", "chunked")
 
@@ -87,10 +97,12 @@ class _Accounted:
         self.chunked = outlet.chunked
 
     def piece(self, payload: bytes, now: float) -> Callable[[], bool]:
+        """What of `payload` may go on."""
         passed = self._feed(payload)
         return self._outlet.piece(passed, now) if passed else _nothing
 
     def whole(self, framed: bytes, start: int, stop: int, now: float) -> Callable[[], bool]:
+        """The same of a whole chunk's payload: with its frame, if it is all of it."""
         payload = framed[start:stop]
         passed = self._feed(payload)
         if passed is payload:
@@ -100,15 +112,3 @@ class _Accounted:
 
 def _nothing() -> bool:
     return True
-
-
-def account_for(facts: ResponseFacts, *, streamed: bool, asked: bool, held_bytes: int) -> Account | None:
-    """The account of the answer whose head has these `facts`; None where its bytes tell nothing (an image, gzip).
-
-    `asked`: the gateway asked for the usage chunk, so the client gets none.
-    """
-    if facts.coded:
-        return None
-    if streamed:
-        return Account(StreamUsage(), UsageEdit(held_bytes) if asked else None)
-    return Account(BodyUsage(), None) if facts.json else None

@@ -16,7 +16,7 @@ from typing import final
 import trio
 
 from canal_trio.errors import Failure, Kind, Phase, Side
-from canal_trio.gateway.account import account_for
+from canal_trio.gateway.account import OutletBehind, account_for, accounted, sink_behind
 from canal_trio.gateway.answers import with_fields, without_fields
 from canal_trio.gateway.early import EarlyHead
 from canal_trio.gateway.exchange import Exchange
@@ -166,9 +166,8 @@ class Delivery:
             known = None
             exchange.scanner = EventScanner()
         if exchange.accounted and not bodyless:
-            exchange.account = account_for(
-                facts, streamed=streamed, asked=exchange.asked_usage, held_bytes=self._settings.bounds.usage_event_bytes
-            )
+            held_bytes = self._settings.bounds.usage_event_bytes
+            exchange.account = account_for(facts, exchange.asked_usage, held_bytes)
         self.close = close or (not modern and known is None and not bodyless)
         self._body = BodyWriter(self._writer, exchange, chunked=chunked, length=known, on_terminal=self._terminal)
         exchange.phase = Phase.FIRST_EVENT
@@ -220,7 +219,7 @@ class Delivery:
         sink: Sink | None = writer.sink if writer.can_hand_over else None
         account = exchange.account
         if account is not None and sink is not None:
-            sink = account.before(sink)
+            sink = sink_behind(account, sink)
         beat = trio.current_time() + (heartbeat or math.inf)
         while flow.ending is None:
             batch: list[bytes] | None = None
@@ -235,7 +234,7 @@ class Delivery:
                 beat = await self._heartbeat(writer, heartbeat or math.inf)
                 continue
             if account is not None:
-                batch = account.batch(batch, over=flow.ending is not None)
+                batch = accounted(account, batch, over=flow.ending is not None)
             end = flow.ending.trailer if isinstance(flow.ending, Ended) else None
             if not await writer.write(batch, end if isinstance(end, End) else None):
                 break
@@ -270,7 +269,7 @@ class Delivery:
             exchange.lasts()
             await in_task()
             if free:
-                outlet: Outlet = writer if account is None else account.outlet(writer)
+                outlet: Outlet = writer if account is None else OutletBehind(account, writer)
                 last = await connection.pass_on(outlet, self._settings.bounds.handover_bytes)
                 if account is not None:
                     last = account.feed(last)

@@ -15,6 +15,7 @@ from canal_trio.wire.bodies import content_length, request_framing
 from canal_trio.wire.form_fields import is_form
 from canal_trio.wire.headers import is_event_stream, is_json, keep_alive, upgrade_of, wants_continue
 from canal_trio.wire.targets import deployment_in
+from canal_trio.wire.usage import BodyUsage, StreamUsage
 
 __all__ = ["RequestFacts", "ResponseFacts", "request_facts", "response_facts"]
 
@@ -47,8 +48,7 @@ class ResponseFacts:
     known: int | None  # the body's length, where it was announced in a way that can be passed on
     bodyless: bool  # by its status
     keep_alive: bool  # the upstream keeps the connection open
-    json: bool  # the content type says that the body is JSON
-    coded: bool  # the body is compressed, or encoded in another way
+    tap: type[BodyUsage | StreamUsage] | None  # what reads in its body what was used, if that can be read
     tells_limits: bool  # it has fields of the kind that tell a client its rate limits
 
 
@@ -84,13 +84,15 @@ def response_facts(head: ResponseHead) -> ResponseFacts:
         return kept
     headers = head.headers
     length = content_length(headers)
+    event_stream = is_event_stream(headers)
+    coded = (headers.get(b"content-encoding") or b"identity").strip().lower() != b"identity"
+    tap = StreamUsage if event_stream else BodyUsage if is_json(headers) else None
     facts = ResponseFacts(
-        event_stream=is_event_stream(headers),
+        event_stream=event_stream,
         known=length if isinstance(length, int) and b"transfer-encoding" not in headers else None,
         bodyless=head.status in (204, 304),
         keep_alive=keep_alive(head.version, headers),
-        json=is_json(headers),
-        coded=(headers.get(b"content-encoding") or b"identity").strip().lower() != b"identity",
+        tap=None if coded else tap,
         tells_limits=any(lower.startswith(b"x-ratelimit-") for _, lower, _ in headers.lowered()),
     )
     head.keep(facts)

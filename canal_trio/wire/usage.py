@@ -14,6 +14,7 @@ import re
 from typing import Annotated, Any, Final, final
 
 import msgspec
+from msgspec import UNSET
 
 from canal_trio.hooks import Usage
 
@@ -33,10 +34,6 @@ _OPENING, _CLOSING = frozenset(b"{["), frozenset(b"}]")
 _LINE_END: Final = re.compile(rb"\r\n?|\n")
 # Nearly every event: whole, and without a `usage` that is anything but null.
 _TELLING: Final = re.compile(rb'"usage"(?![ \t]*:[ \t]*null)').search
-
-
-# A letter of a member's name may be written as an escape: such a name is none that is looked for.
-_ESCAPED: Final = (b"\\u006", b"\\u007")
 
 
 _Tokens = Annotated[int, msgspec.Meta(ge=0, lt=_MOST_TOKENS)]
@@ -62,13 +59,27 @@ class _Usual(msgspec.Struct):
 
 
 class _Text(msgspec.Struct):
-    """A whole text, of which only this is looked at."""
+    """A whole text, of which only this is looked at: `usage`, and whether there is a `response`."""
 
-    usage: _Usual | msgspec.UnsetType = msgspec.UNSET
+    usage: _Usual | msgspec.UnsetType = UNSET
+    response: msgspec.Raw | msgspec.UnsetType = UNSET
 
 
 _ENDS: Final = (b"}", b"}\n", b"}\r\n", b"}\n\n")  # of a whole text
 _decode_text: Final = msgspec.json.Decoder(_Text).decode
+
+
+def _whole(data: bytes) -> _Usual | msgspec.UnsetType | None:
+    """The `usage` at the top of a whole text. None: it is none, or has to be read more closely."""
+    if data.find(b'"usage"', 0, -USAGE_BYTES) >= 0:
+        return None  # its value may be too long
+    if b"\\u00" in data and (b"\\u006" in data or b"\\u007" in data):
+        return None  # a letter of a member's name may be escaped: such a name is none that is looked for
+    try:
+        text = _decode_text(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return text.usage if text.response is UNSET else None
 
 
 def usage_of(raw: object) -> Usage | None:
@@ -111,7 +122,6 @@ class BodyUsage:
     """
 
     __slots__ = (
-        "_begun",
         "_depth",
         "_in_response",
         "_in_string",
@@ -119,32 +129,60 @@ class BodyUsage:
         "_kept_depth",
         "_name",
         "_open_escape",
-        "_untouched",
         "_usage",
         "_waiting",
     )
 
     def __init__(self) -> None:
         self._usage: Usage | None = None
-        self._waiting = b""  # what may be the whole text
-        self._untouched, self._begun = True, False  # as `reset` does
+        self._waiting: bytes | None = b""  # what may be the whole text; empty: nothing of it has come; None: skimmed
 
     @property
     def usage(self) -> Usage | None:
         """The counts of the last `usage` that was an object; None until one was seen."""
         if self._waiting:
-            self._look()
+            self._look(self._waiting)
         return self._usage
 
     def reset(self) -> None:
         """Another text begins. `usage` stays."""
         if self._waiting:
-            self._look()
-        self._untouched = True  # nothing of the text has come
-        self._begun = False  # the rest of the state is there
+            self._look(self._waiting)
+        self._waiting = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """Take note of `data`, which passes: it is given back."""
+        if self._waiting:
+            self._look(self._waiting)
+        if self._waiting is not None and data.endswith(_ENDS):
+            self._waiting = data
+        elif data:
+            self._skim(data)
+        return data
+
+    def flush(self) -> bytes:
+        """What is held back: nothing."""
+        return b""
+
+    def _look(self, data: bytes) -> None:
+        """Take note of what waits. Where that could be read as a text, what follows is another one."""
+        said = _whole(data)
+        if said is None:
+            self._skim(data)
+            return
+        self._waiting = b""
+        if said is not UNSET:
+            prompt, completion = said.prompt_tokens_details, said.completion_tokens_details
+            fields = (
+                said.prompt_tokens,
+                said.completion_tokens,
+                (prompt.cached_tokens or 0) if prompt else 0,
+                (completion.reasoning_tokens or 0) if completion else 0,
+            )
+            self._usage = tuple.__new__(Usage, fields)  # as `Usage`, in half the time
 
     def _begin(self) -> None:
-        self._begun = True
+        self._waiting = None  # and the rest of the state is there
         self._depth = 0
         self._in_string = False
         self._open_escape = False  # a string's last byte so far is a backslash that escapes what follows
@@ -153,24 +191,8 @@ class BodyUsage:
         self._kept: bytearray | None = None  # the value of a `usage`, as far as it is here
         self._kept_depth = 0
 
-    def feed(self, data: bytes) -> None:
-        """Take note of `data`, which has passed."""
-        if self._untouched and data:
-            self._untouched = False
-            if data.endswith(_ENDS):
-                self._waiting = data
-                return
-        if self._waiting:
-            self._look()
-        self._scan(data)
-
-    def _look(self) -> None:
-        data, self._waiting = self._waiting, b""
-        if not self._whole(data):
-            self._scan(data)
-
-    def _scan(self, data: bytes) -> None:
-        if not self._begun:
+    def _skim(self, data: bytes) -> None:
+        if self._waiting is not None:
             self._begin()
         at, size = 0, len(data)
         while at < size:
@@ -183,29 +205,6 @@ class BodyUsage:
             if end < size and not self._in_string:
                 end = self._token(data, end)
             at = end
-
-    def _whole(self, data: bytes) -> bool:
-        """Take note of a whole text. False: it is none, or has to be read more closely; nothing was done then."""
-        if _ESCAPED[0] in data or _ESCAPED[1] in data:
-            return False
-        at = data.rfind(b'"usage"')
-        if at >= 0 and (len(data) - at > USAGE_BYTES or data.find(b'"usage"') < at):
-            return False
-        try:
-            usage = _decode_text(data).usage
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return False
-        if isinstance(usage, msgspec.UnsetType):
-            return at < 0 or b'"response"' not in data
-        prompt, completion = usage.prompt_tokens_details, usage.completion_tokens_details
-        fields = (
-            usage.prompt_tokens,
-            usage.completion_tokens,
-            (prompt.cached_tokens or 0) if prompt else 0,
-            (completion.reasoning_tokens or 0) if completion else 0,
-        )
-        self._usage = tuple.__new__(Usage, fields)  # as `Usage`, in half the time
-        return True
 
     def _string(self, data: bytes, at: int) -> int:
         """Through a string, up to its closing quote and beyond it, or to the end of what is here."""
@@ -288,13 +287,18 @@ class StreamUsage:
         """The counts of the last `usage` that was an object."""
         return None if self._body is None else self._body.usage
 
-    def feed(self, piece: bytes) -> None:
-        """Take note of `piece`, which has passed."""
+    def feed(self, piece: bytes) -> bytes:
+        """Take note of `piece`, which passes: it is given back."""
         if self._idle and piece.endswith(b"\n\n") and not (b'"usage"' in piece and _TELLING(piece)):
-            return
+            return piece
         if self._body is None:
             self._body = BodyUsage()
         self._look(piece, self._body)
+        return piece
+
+    def flush(self) -> bytes:
+        """What is held back: nothing."""
+        return b""
 
     def _look(self, piece: bytes, body: BodyUsage) -> None:
         if self._after_cr and piece:

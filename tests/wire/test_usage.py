@@ -32,7 +32,8 @@ def tapped(name: str, *pieces: bytes) -> Usage | None:
     """What the tap says after these pieces."""
     tap = tap_for(name)
     for piece in pieces:
-        tap.feed(piece)
+        assert tap.feed(piece) is piece
+    assert tap.flush() == b""
     return tap.usage
 
 
@@ -126,6 +127,38 @@ def test_a_text_in_one_piece_counts_as_it_does_in_many(tokens: list[str], size: 
         for at in range(0, len(text), size):
             parts.feed(text[at : at + size])
         assert whole.usage == parts.usage
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.tuples(st.lists(st.sampled_from(TOKENS), max_size=8), st.booleans()), max_size=4), st.data())
+def test_texts_one_behind_another_count_however_they_come(texts: list[tuple[list[str], bool]], data: st.DataObject):
+    """Each of them may be read at once, or be asked about before more comes, and leaves the next one as it was."""
+    pieces = [('{"a":' + "".join(tokens) + "}" if within else "".join(tokens)).encode() for tokens, within in texts]
+    several, parts = BodyUsage(), BodyUsage()
+    for piece in pieces:
+        assert several.feed(piece) is piece
+        for at in piece:
+            parts.feed(bytes([at]))
+        if data.draw(st.booleans()):
+            assert several.usage == parts.usage
+    assert several.usage == parts.usage
+
+
+@pytest.mark.parametrize("before", [0, 5, 9000])
+@pytest.mark.parametrize("behind", [0, 5, 9000])
+def test_a_usage_of_eight_kilobytes_in_one_piece_counts_as_in_two(before: int, behind: int):
+    """Up to the bound, at it and beyond it, and whatever stands before and behind it."""
+    counted = set()
+    for blanks in (0, *range(USAGE_BYTES - 60, USAGE_BYTES + 20)):
+        value = b'{"prompt_tokens":1,%b"completion_tokens":2}' % (b" " * blanks)
+        text = b'{"x":"%b","usage":%b,"y":"%b"}' % (b"x" * before, value, b"y" * behind)
+        whole, parts = BodyUsage(), BodyUsage()
+        whole.feed(text)
+        parts.feed(text[:-1])
+        parts.feed(text[-1:])
+        assert whole.usage == parts.usage == (Usage(1, 2) if len(value) <= USAGE_BYTES else None)
+        counted.add(whole.usage)
+    assert counted == {None, Usage(1, 2)}
 
 
 COUNTS = st.sampled_from(["0", "3", "3.0", "-1", "9007199254740992", "null", "true", '"3"', "1e2"])
