@@ -44,9 +44,11 @@ class UpstreamStatistics:
 
 @final
 class Group:
-    """The upstreams of one model, of one route, or all of them. `alone` is the standing of an only one."""
+    """The upstreams of one model, of one route, or all of them."""
 
-    __slots__ = ("alone", "balancer", "budget", "by_key", "options", "standings", "timed")
+    __slots__ = (
+        "_first", "_several", "_standing", "balancer", "budget", "by_key", "options", "standings", "timed"
+    )  # fmt: skip
 
     def __init__(self, balancer: Balancer, budget: RetryBudget) -> None:
         self.balancer = balancer
@@ -55,18 +57,19 @@ class Group:
         members = balancer.members
         self.standings = tuple(member.standing for member in members)
         several = len(members) > 1
-        self.alone = members[0].standing if len(members) == 1 else None
+        self._several = several
+        # Which is asked first while its standing is calm.
+        self._first = 0 if balancer.usual is None else balancer.usual
+        self._standing = None if balancer.usual is None else self.standings[balancer.usual]
         self.by_key = several and self.options.strategy == "hash"
         self.timed = several and self.options.strategy == "fastest"
 
     def first(self, key: bytes | None) -> int | None:
         """Which to ask first; None: every one is avoided. Counts an exchange."""
-        if self.alone is not None and self.alone.calm:
-            return 0
-        self.budget.exchange()
-        usual = self.balancer.usual()
-        if usual is not None:
-            return usual
+        if self._several:
+            self.budget.exchange()
+        if self._standing is not None and self._standing.calm:
+            return self._first
         return self.balancer.pick(trio.current_time(), random.random(), key=key)
 
     def nobody(self) -> Failure:

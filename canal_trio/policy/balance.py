@@ -50,6 +50,9 @@ class Balancer:
         self._tiers = sorted({member.tier for member in self.members})
         self._standings = [member.standing for member in self.members]
         self._first_tier = [number for number, one in enumerate(self.members) if one.tier == self._tiers[0]]
+        # What `pick` says while that one's standing is calm, whatever the others': None if chance or a turn decides.
+        plain = count == 1 or (options.strategy == "in_order" and count > 0)
+        self.usual = self._first_tier[0] if plain else None
 
     def pick(self, now: float, chance: float, *, tried: Collection[int] = (), key: bytes | None = None) -> int | None:
         """Which of the members to ask: its number; None if there is none. `chance`: a random number from [0, 1).
@@ -69,15 +72,6 @@ class Balancer:
         if strategy == "fastest":
             return self._fastest(candidates, now, chance)
         return self._fewest(candidates, now, chance)
-
-    def usual(self) -> int | None:
-        """What `pick` says while everything is well, if that needs neither a clock nor chance; else None."""
-        if self.options.strategy != "in_order" or not self._first_tier:
-            return None
-        for standing in self._standings:
-            if not standing.calm:
-                return None
-        return self._first_tier[0]
 
     def available(self, now: float) -> bool:
         """Could an exchange that begins now be sent anywhere?"""

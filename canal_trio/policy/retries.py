@@ -28,7 +28,8 @@ class RetryBudget:
 
     def exchange(self) -> None:
         """An exchange begins."""
-        self._credit = min(self._credit + self._options.share, self._options.burst)
+        if self._credit < self._options.burst:  # seldom
+            self._credit = min(self._credit + self._options.share, self._options.burst)
 
     def take(self, now: float) -> bool:
         """May there be a retry? If so it is counted."""

@@ -278,13 +278,15 @@ def test_who_has_just_come_back_gets_less() -> None:
     assert standing.calm
 
 
-def test_what_is_usual_is_what_pick_says():
-    """While everything is well the first of the lowest tier is known without a clock; in trouble, and where it is
-    chance or a turn, `pick` has to be asked."""
-    members = [Member(Standing(name, Health()), tier=tier) for name, tier in (("a", 1), ("b", 0), ("c", 0))]
-    balancer = Balancer(members, Balance(), most_ejected=0.5)
-    assert balancer.usual() == balancer.pick(0.0, 0.9) == 1
-    members[2].standing.calm = False
-    assert balancer.usual() is None
-    assert Balancer(members[:2], Balance(strategy="round_robin"), most_ejected=0.5).usual() is None
-    assert Balancer([], Balance(), most_ejected=0.5).usual() is None
+@given(
+    st.lists(st.integers(0, 2), max_size=5), st.sampled_from(STRATEGIES), st.sets(st.integers(0, 4)), points, points
+)
+def test_what_is_usual_is_what_pick_says(
+    tiers: list[int], strategy: str, ejected: set[int], most: float, chance: float
+) -> None:
+    """While that one is well it is chosen, without a clock, chance or a turn, however the others are."""
+    here = balancer(strategy, [1.0] * len(tiers), tiers=tiers, most=most)
+    eject(here, *(number for number in ejected if number < len(tiers)))
+    assert (here.usual is not None) == (len(tiers) == 1 or (strategy == "in_order" and len(tiers) > 0))
+    if here.usual is not None and here.members[here.usual].standing.calm:
+        assert here.usual == here.pick(1.0, chance)
