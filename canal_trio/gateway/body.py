@@ -224,7 +224,8 @@ class WholeBody:
 
     def close(self) -> None:
         """The exchange is over. Idempotent."""
-        self.stop_holding()
+        if self.replayable:
+            self.stop_holding()
 
 
 @final

@@ -32,7 +32,7 @@ from canal_trio.relay.idle import Reaper
 from canal_trio.settings import Settings
 from canal_trio.upstream.interface import AnswerBody, Outlet
 from canal_trio.wire.error_bodies import error_event, event_of_error
-from canal_trio.wire.facts import response_facts
+from canal_trio.wire.facts import ResponseFacts, response_facts
 from canal_trio.wire.headers import ForClient
 from canal_trio.wire.sse import EventScanner
 
@@ -94,7 +94,7 @@ class Delivery:
         assert request is not None
         if request.version == b"1.0" or head.status == 100 or self.early is not None:
             return
-        if not await self._writer.write([self._head(head, body=0, close=False)]):
+        if not await self._writer.write([self._head(head, None, body=0, close=False)]):
             self.lost()
 
     # -- a head before its time ----------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ class Delivery:
         exchange.phase = Phase.FIRST_EVENT
         self.begun = self.bound = True
         exchange.status = head.status
-        return self._head(head, body=known, close=self.close), bodyless or known == 0
+        return self._head(head, facts, body=known, close=self.close), bodyless or known == 0
 
     async def upgraded(self, head: ResponseHead) -> None:
         """Write the 101; from here on bytes are raw."""
@@ -182,10 +182,11 @@ class Delivery:
         exchange.status = head.status
         exchange.phase = Phase.STREAM
         self._body = BodyWriter(self._writer, exchange, chunked=False, on_terminal=self._terminal)
-        if not await self._writer.write([self._head(head, body=0, close=False)]):
+        if not await self._writer.write([self._head(head, None, body=0, close=False)]):
             self.lost()
 
-    def _head(self, head: ResponseHead, *, body: int | None, close: bool) -> bytes:
+    def _head(self, head: ResponseHead, facts: ResponseFacts | None, *, body: int | None, close: bool) -> bytes:
+        """As bytes. `facts`: those of a final one."""
         exchange = self._exchange
         request = exchange.head
         assert request is not None
@@ -201,9 +202,9 @@ class Delivery:
             http_date(),
         )
         fields = exchange.fields
-        if not fields or head.status < 200 or head.status == 429:  # its own limit, and its own word for it
+        if not fields or facts is None or head.status == 429:  # its own limit, and its own word for it
             return self._memory.answers.block(head, options)
-        shown = without_fields(head, fields) if response_facts(head).tells_limits else head
+        shown = without_fields(head, fields) if facts.tells_limits else head
         return with_fields(self._memory.answers.block(shown, options), fields)
 
     # -- the body ------------------------------------------------------------------------------------------------------

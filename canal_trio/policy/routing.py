@@ -12,6 +12,7 @@ the failure's `remark` tells them apart in the log.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import final
 
@@ -50,16 +51,14 @@ class _Holder:
     principal: Principal
     models: Names[bool] | None  # None: every one
     routes: Names[bool]
-    expires: float | None
-    revoked: bool
+    until: float  # Unix time from which on it is no key; -inf if it is revoked
 
     def at(self, now: float) -> Principal | Failure:
         """The principal, if the key is one at `now` (Unix time)."""
-        if self.revoked:
-            return _unauthenticated(f"the key '{self.principal.key}' is revoked")
-        if self.expires is not None and self.expires <= now:
-            return _unauthenticated(f"the key '{self.principal.key}' has expired")
-        return self.principal
+        if now < self.until:
+            return self.principal
+        why = "is revoked" if self.until == -math.inf else "has expired"
+        return _unauthenticated(f"the key '{self.principal.key}' {why}")
 
 
 def key_in(headers: Headers) -> bytes | None:
@@ -203,7 +202,7 @@ class Identity:
                 return found
             self._head, self._router, self._holder = head, router, found
             holder = found
-        return holder.at(now)
+        return holder.principal if now < holder.until else holder.at(now)
 
     def forget(self) -> None:
         """Remember nothing."""
@@ -219,7 +218,9 @@ def _holder(key: Key, opened: dict[tuple[str, ...], Names[bool]]) -> _Holder:
     everything = "*" in key.models
     routes = key.routes if key.routes is not None else (("*",) if everything else ())
     principal = Principal(key.principal or key.name, key.models, key.name, key.on_disconnect)
-    return _Holder(principal, None if everything else names(key.models), names(routes), key.expires, key.revoked)
+    expires = math.inf if key.expires is None else key.expires
+    until = -math.inf if key.revoked else expires
+    return _Holder(principal, None if everything else names(key.models), names(routes), until)
 
 
 def _unauthenticated(remark: str, detail: str = "") -> Failure:
