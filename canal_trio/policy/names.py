@@ -23,14 +23,14 @@ class Names(Generic[T]):
     __slots__ = ("_exact", "_shapes", "_wild")
 
     def __init__(self, entries: Iterable[tuple[str, T]]) -> None:
-        self._exact: dict[str, T] = {}
+        self._exact: dict[str, tuple[T, None]] = {}
         self._wild: dict[tuple[str, str], T] = {}
         for name, value in entries:
             front, star, back = name.partition("*")
             if star:
                 self._wild[front, back] = value
             else:
-                self._exact[name] = value
+                self._exact[name] = value, None
         shapes = {(len(front), len(back)) for front, back in self._wild}
         self._shapes = sorted(shapes, key=lambda shape: (-sum(shape), -shape[0]))
 
@@ -38,13 +38,13 @@ class Names(Generic[T]):
         """The value, and what the `*` stood for (None: the name is there as it is); None if nothing fits."""
         found = self._exact.get(name)
         if found is not None:
-            return found, None
+            return found
         for front, back in self._shapes:
             end = len(name) - back
             if front <= end:
-                found = self._wild.get((name[:front], name[end:]))
-                if found is not None:
-                    return found, name[front:end]
+                wild = self._wild.get((name[:front], name[end:]))
+                if wild is not None:
+                    return wild, name[front:end]
         return None
 
     def __contains__(self, name: str) -> bool:

@@ -7,13 +7,14 @@ cannot change, because nothing is parsed and written again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import itemgetter
-from typing import NamedTuple
+from operator import attrgetter
+
+import msgspec
 
 __all__ = ["Edit", "grown", "splice", "spliced"]
 
 
-class Edit(NamedTuple):
+class Edit(msgspec.Struct, frozen=True):
     """The bytes from `start` to `end` (not included) become `text`."""
 
     start: int
@@ -21,15 +22,15 @@ class Edit(NamedTuple):
     text: bytes
 
 
-_place = itemgetter(0, 1)
+_place = attrgetter("start", "end")
 
 
 def grown(edits: Sequence[Edit]) -> int:
     """By how many bytes they make a body longer; negative: shorter."""
-    if len(edits) == 1:  # as it mostly is
-        start, end, text = edits[0]
-        return len(text) - (end - start)
-    return sum([len(text) - (end - start) for start, end, text in edits])
+    longer = 0
+    for edit in edits:
+        longer += len(edit.text) - (edit.end - edit.start)
+    return longer
 
 
 def splice(pieces: Sequence[bytes], edits: Sequence[Edit]) -> list[bytes]:
@@ -59,12 +60,13 @@ def splice(pieces: Sequence[bytes], edits: Sequence[Edit]) -> list[bytes]:
 def spliced(body: bytes, edits: Sequence[Edit]) -> bytes:
     """The same for a body in one piece, as most are: as one piece."""
     if len(edits) == 1:
-        start, end, text = edits[0]
-        return b"%b%b%b" % (body[:start], text, body[end:])
+        edit = edits[0]
+        return body[: edit.start] + edit.text + body[edit.end :]
     if len(edits) == 2:
         first, second = edits
         if _place(second) < _place(first):
             first, second = second, first
-        (start, end, text), (later, until, other) = first, second
-        return b"%b%b%b%b%b" % (body[:start], text, body[end:later], other, body[until:])
+        return b"".join(
+            (body[: first.start], first.text, body[first.end : second.start], second.text, body[second.end :])
+        )
     return b"".join(splice([body], edits))
