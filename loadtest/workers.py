@@ -7,6 +7,7 @@ ratio is taken within a round. Nobody is pinned to a core, for two workers need 
 from __future__ import annotations
 
 import os
+import re
 import resource
 import statistics
 import time
@@ -15,8 +16,8 @@ from dataclasses import replace
 from typing import Any
 
 from loadtest import run as runs
-from loadtest.peers import Gateway, running
-from loadtest.processes import UpstreamProcess, descendants, upstream_process
+from loadtest.peers import Gateway, Missing, running
+from loadtest.processes import UpstreamProcess, descendants, get, upstream_process
 from loadtest.safety import target_of
 from loadtest.scenario import load, stamped
 from loadtest.table import table
@@ -36,6 +37,7 @@ def workers(say: Callable[[str], None], *, rounds: int = 3, many: int = MANY, sh
         result: dict[str, Any] = {"kind": "workers", "rounds": rounds, "cores": os.cpu_count()}
         with upstream_process() as upstream:
             with running("canal", upstream.port) as one, running("canal", upstream.port, arguments=ARGUMENTS) as two:
+                _wait_for_both(two)
                 kinds = {"one": (one, STREAMS), "two, as many in all": (two, STREAMS), "two, as many each": (two, 500)}
                 costs: dict[str, list[float]] = {kind: [] for kind in kinds}
                 for number in range(rounds):
@@ -49,10 +51,21 @@ def workers(say: Callable[[str], None], *, rounds: int = 3, many: int = MANY, sh
                     for kind, row in costs.items()
                 }
             with running("canal", upstream.port, arguments=ARGUMENTS) as two:
+                _wait_for_both(two)
                 result["many"] = _many(two, upstream, many, shorter, say)
         return result
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def _wait_for_both(gateway: Gateway, seconds: float = 60) -> None:
+    """The first worker that listens gets every connection until the second one does; raises `Missing`."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if len(re.findall(rb"(?m)^canal_ready\{[^}]*\} 1", get(f"{gateway.admin}/metrics"))) == 2:
+            return
+        time.sleep(0.05)
+    raise Missing(f"two workers: after {seconds:g} s they were not both ready")
 
 
 def _load(
