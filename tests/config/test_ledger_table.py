@@ -96,7 +96,7 @@ def test_usage(config: Callable[[str], Settings]) -> None:
         run(cli, ["usage", "-c", "canal.toml"], catch_exceptions=False)
     store = open_store(ledger.file, None)
     row = Row(seq=1, started_at=86_400.0, request_id="r", key_name="k", prompt_tokens=5, cost=10**9)
-    store.apply(Run("gw", "b", 0), [], [row])
+    store.apply(Run("gw", "b", 0), [([], [row])])
     store.close()
     shown = run(cli, ["usage", "-c", "canal.toml", "--by", "day", "--format", "json"])
     assert shown.exit_code == 0

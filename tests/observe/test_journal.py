@@ -1,4 +1,4 @@
-"""The journal: a line before anything happens, a line when it is over; bounded, and readable by whoever comes after."""
+"""The journal: a line before anything happens, a line when it is over; bounded, whatever the disk takes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from journal_kit import MUCH, admit, finish, read_all, start
 from ledger_kit import admitted, open_row, record
 
 from canal_trio.observe.ledger.filler import BATCH_BYTES, Filler
@@ -23,10 +22,8 @@ from canal_trio.observe.ledger.journal import (
     claim,
     left_behind,
 )
-from canal_trio.observe.ledger.rows import LINE_BYTES, Row, _few, decode, ended, lines_of, opened
+from canal_trio.observe.ledger.rows import LINE_BYTES, _few, ended, lines_of, opened
 from canal_trio.observe.ledger.sqlite import SqliteStore
-
-MUCH = 10**9
 
 
 @pytest.fixture
@@ -35,70 +32,6 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
     made = Journal(str(tmp_path / "j"), instance="gw", most_bytes=MUCH, segment_bytes=2000)
     yield made
     made.close()
-
-
-def start(journal: Journal) -> int:
-    """Admit one more; its number."""
-    number = admit(journal)
-    assert number is not None
-    return number
-
-
-def admit(journal: Journal) -> int | None:
-    """Try to admit one more; its number, if it was."""
-    (number,) = journal.numbers(1)
-    return number if journal.admit([opened(number, admitted(number))]) else None
-
-
-def finish(journal: Journal, number: int) -> None:
-    """End it."""
-    journal.end([ended(opened(number, admitted(number)), record(number))])
-
-
-def read_all(reader: JournalReader, most: int = 10_000) -> dict[int, str]:
-    """Everything there is, applied as a store would: number -> outcome."""
-    kept: dict[int, str] = {}
-    while True:
-        started, finished = reader.read(most)
-        if not started and not finished:
-            return kept
-        for row in started:
-            kept.setdefault(row.seq, row.outcome)
-        kept |= {row.seq: row.outcome for row in finished}
-        reader.commit()
-
-
-def test_every_row_is_read_once_and_its_segment_removed(journal: Journal) -> None:
-    """Open rows and whole ones come in order, over many segments; what the store has is removed, but for the newest."""
-    numbers = [start(journal) for _ in range(50)]
-    for number in numbers[:20]:
-        finish(journal, number)
-    reader = JournalReader(journal.folder)
-    segments = len(list(Path(journal.folder).glob("*.log")))
-    assert segments > 4
-    kept = read_all(reader, 500)
-    assert kept == {n: "completed" if n in numbers[:20] else "open" for n in numbers}
-    assert reader.consumed == journal.written
-    assert len(list(Path(journal.folder).glob("*.log"))) == 1
-    assert reader.broken == 0
-
-
-def test_what_was_not_committed_is_read_again(journal: Journal) -> None:
-    """A store that failed leaves everything where it was, for the same reader and for the next process."""
-    finish(journal, start(journal))
-    reader = JournalReader(journal.folder)
-    assert reader.read(MUCH) == reader.read(MUCH) == JournalReader(journal.folder).read(MUCH)
-    reader.commit()
-    assert reader.read(MUCH) == ([], [])
-    finish(journal, start(journal))
-    assert [row.seq for row in reader.read(MUCH)[1]] == [2]
-
-
-def test_a_row_that_ended_in_the_same_batch_is_written_once(journal: Journal) -> None:
-    """A short exchange costs the store one row, not two."""
-    finish(journal, start(journal))
-    started, finished = JournalReader(journal.folder).read(MUCH)
-    assert (started, [row.seq for row in finished]) == ([], [1])
 
 
 def test_few_rows_wait_for_more(journal: Journal, tmp_path: Path) -> None:
@@ -262,97 +195,6 @@ def test_a_segment_that_cannot_be_made(journal: Journal, monkeypatch: pytest.Mon
     assert journal.backlog == journal.written
 
 
-def test_cut_in_the_middle_of_a_line(journal: Journal) -> None:
-    """Cut at any byte, as by a kill, whole lines are rows and the rest is none; so it is before a later segment."""
-    finish(journal, start(journal))
-    (path,) = Path(journal.folder).glob("*.log")
-    data = path.read_bytes()
-    for cut in range(0, len(data), 7):
-        path.write_bytes(data[:cut])
-        whole = data[:cut].count(b"\n")
-        started, finished = JournalReader(journal.folder).read(MUCH)
-        assert (len(started), len(finished)) == [(0, 0), (1, 0), (0, 1)][whole]
-    path.write_bytes(data[:-5])
-    (Path(journal.folder) / "00000009.log").write_bytes(data.replace(b"[1,", b"[7,"))
-    reader = JournalReader(journal.folder)
-    assert read_all(reader) == {1: "open", 7: "completed"}
-    assert reader.broken == 1
-    assert reader.consumed == 2 * len(data) - 5
-
-
-# Lines as earlier versions wrote them, and what they say.
-OLDER = (
-    b'+[5,7.5,"r5",null,null,"/v1/x","m",null,"u"]\n'
-    b'+[6,8.5,"r6",null,null,"/v1/x","m",null,"u"]\n'
-    b'=[6,8.5,"r6",null,null,"/v1/x","m",null,"u",1,200,"completed"]\n'
-    b'+{"seq":1,"started_at":5.5,"request_id":"r1","path":"/v1/x","model":"m"}\n'
-    b'+{"seq":2,"started_at":6.5,"request_id":"r2"}\n'
-    b'={"seq":1,"started_at":5.5,"request_id":"r1","path":"/v1/x","model":"m","attempts":1,"status":200,'
-    b'"outcome":"completed","phase":"deliver","usage_source":"upstream","prompt_tokens":3,"cost":7,"duration":0.5}\n'
-)
-
-
-def test_a_journal_of_an_earlier_version_is_read(tmp_path: Path) -> None:
-    """What a gateway left behind when this one replaced it: lines that are objects, lines with marks, broken ones."""
-    (tmp_path / "00000001.log").write_bytes(OLDER + b'={"seq":2,"started_at":6.5,"requ\n={"seq":"3"}\n+{"seq":4,"s"}\n')
-    reader = JournalReader(str(tmp_path))
-    started, finished = reader.read(MUCH)
-    assert started == [Row(5, 7.5, "r5", None, None, "/v1/x", "m", None, "u"), Row(2, 6.5, "r2")]
-    assert finished == [
-        Row(6, 8.5, "r6", None, None, "/v1/x", "m", None, "u", 1, 200, "completed"),
-        Row(
-            *(1, 5.5, "r1"),
-            path="/v1/x",
-            model="m",
-            attempts=1,
-            status=200,
-            outcome="completed",
-            phase="deliver",
-            usage_source="upstream",
-            prompt_tokens=3,
-            cost=7,
-            duration=0.5,
-        ),
-    ]
-    assert reader.broken == 3
-
-
-@settings(deadline=None)
-@given(st.data())
-def test_many_lines_are_read_as_each_of_them_is(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """Lines that are read together give the rows that they give one by one, wherever some of them were cut."""
-    texts = st.text(max_size=12) | st.sampled_from(['],["', ",[1,", '"', "\\", "\n=[", "]"])
-    lines = []
-    for number in range(data.draw(st.integers(1, 6))):
-        row = opened(number, admitted(number, path=data.draw(texts), model=data.draw(texts)))
-        if data.draw(st.booleans()):
-            row = ended(row, record(number, model=data.draw(texts | st.none())))
-        line = data.draw(st.sampled_from([b"", b"", b"", b"+", b"="])) + lines_of([row])[:-1]
-        lines.append(line[: data.draw(st.just(len(line)) | st.integers(0, len(line)))])
-    folder = tmp_path_factory.mktemp("lines")
-    (folder / "00000001.log").write_bytes(b"".join(line + b"\n" for line in lines))
-    reader = JournalReader(str(folder))
-    started, finished = reader.read(MUCH)
-    shutil.rmtree(folder)
-    each = [row for row in map(decode, lines) if row is not None]
-    assert finished == [row for row in each if row.outcome != "open"]
-    assert started == [row for row in each if row.outcome == "open"]
-    assert reader.broken <= len(lines) - len(finished) - len(started)
-
-
-@settings(deadline=None)
-@given(st.binary(max_size=300))
-def test_rubbish_in_a_segment(tmp_path_factory: pytest.TempPathFactory, rubbish: bytes) -> None:
-    """Whatever is in a file, the reader reads through to its end and raises nothing."""
-    folder = tmp_path_factory.mktemp("rubbish")
-    (folder / "00000001.log").write_bytes(rubbish + b"\n")
-    reader = JournalReader(str(folder))
-    assert reader.read(MUCH) == ([], [])
-    reader.commit()
-    assert reader.consumed == len(rubbish) + 1
-    shutil.rmtree(folder)
-
-
 def test_the_dead_are_told_from_the_living(tmp_path: Path) -> None:
     """The journal of a process that is gone can be claimed, by one; not a living one's, nor another instance's."""
     folder = str(tmp_path)
@@ -386,19 +228,6 @@ def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(JournalError, match=r"cannot be kept in .*file"):
         Journal(str(tmp_path / "file"), instance="gw", most_bytes=MUCH)
-
-
-def test_a_reader_that_meets_the_next_segment(journal: Journal) -> None:
-    """A line that is written between two looks at a segment, just before the next one begins, is not skipped."""
-    reader = JournalReader(journal.folder)
-    seen: dict[int, str] = {}
-    for _ in range(40):
-        number = start(journal)
-        finish(journal, number)
-        seen |= read_all(reader, 1)
-    assert seen == dict.fromkeys(range(1, 41), "completed")
-    assert reader.read(1) == ([], [])
-    assert reader.consumed == journal.written
 
 
 def test_rows_are_small(journal: Journal) -> None:

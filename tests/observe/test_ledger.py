@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from ledger_kit import admitted, outcomes, record, rows_in
 from canal_trio.errors import Failure, Kind, Side
 from canal_trio.hooks import Outcome
 from canal_trio.observe.ledger import Ledger, StoreError
-from canal_trio.observe.ledger.rows import Row, Run
+from canal_trio.observe.ledger.rows import Chunk, Run
 from canal_trio.observe.ledger.sqlite import SqliteStore
 from canal_trio.policy.exchange import answer_for
 from canal_trio.settings import Ledger as LedgerSettings
@@ -31,14 +31,14 @@ class Fragile(SqliteStore):
         self.tries = 0
         self.hang: threading.Event | None = None
 
-    def apply(self, run: Run, started: Sequence[Row], finished: Sequence[Row]) -> None:
+    def apply(self, run: Run, chunks: Iterable[Chunk]) -> None:
         """As told."""
         self.tries += 1
         if self.hang is not None:
             self.hang.wait(20)
         if self.away:
             raise StoreError("away")
-        super().apply(run, started, finished)
+        super().apply(run, chunks)
 
     def interrupt(self, run: Run) -> int:
         """As told."""

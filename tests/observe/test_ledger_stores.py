@@ -54,7 +54,7 @@ def whole(number: int, **changes: object) -> Row:
 def test_a_row_and_its_columns(where: str, opening: Callable[[], Store]) -> None:
     """What is known of an exchange is in its row, under its name, with its unit."""
     ending = record(1, flags=("a", "b"), cancel_latency=0.5, cost=190_000)
-    opening().apply(RUN, [], [whole_row(1, ending)])
+    opening().apply(RUN, [([], [whole_row(1, ending)])])
     (row,) = rows_in(where)
     assert row == {
         "instance": "gw-1",
@@ -94,8 +94,8 @@ def test_applied_twice_is_applied_once(where: str, opening: Callable[[], Store])
     started = [open_row(number) for number in range(5)]
     finished = [whole(number) for number in range(3)]
     for _ in range(2):
-        opening().apply(RUN, started, finished)
-        opening().apply(RUN, started, [])
+        opening().apply(RUN, [(started, finished)])
+        opening().apply(RUN, [(started, [])])
     assert outcomes(where) == {"completed": 3, "open": 2}
 
 
@@ -105,7 +105,7 @@ def test_only_ones_own_rows_are_interrupted(where: str, opening: Callable[[], St
     other = Run("gw-1", "b0", 1)
     another = Run("gw-2", "b9", 0)
     for run in (RUN, other, another):
-        store.apply(run, [open_row(1), open_row(2)], [whole(2)])
+        store.apply(run, [([open_row(1), open_row(2)], [whole(2)])])
     assert store.interrupt(RUN) == 1
     assert store.interrupt(RUN) == 0
     marked = [(row["boot"], row["worker"], row["seq"]) for row in rows_in(where) if row["outcome"] == "interrupted"]
@@ -116,8 +116,8 @@ def test_only_ones_own_rows_are_interrupted(where: str, opening: Callable[[], St
 def test_a_row_that_ended_is_not_opened_again(where: str, opening: Callable[[], Store]) -> None:
     """The open row comes second when a batch is applied again: the whole one stays."""
     store = opening()
-    store.apply(RUN, [], [whole(1)])
-    store.apply(RUN, [open_row(1)], [])
+    store.apply(RUN, [([], [whole(1)])])
+    store.apply(RUN, [([open_row(1)], [])])
     assert outcomes(where) == {"completed": 1}
 
 
@@ -129,7 +129,7 @@ def test_texts_of_strangers(where: str, opening: Callable[[], Store]) -> None:
     strange = {"model": wild, "path": wild}
     row = whole_row(1, record(1, **strange), **strange)
     assert len(msgspec.json.encode(row)) < LINE_BYTES
-    opening().apply(RUN, [], [row])
+    opening().apply(RUN, [([], [row])])
     (kept,) = rows_in(where)
     assert kept["model"].startswith("x\\0\\udc80'; DROP")
 
@@ -146,7 +146,7 @@ def test_sums(opening: Callable[[], Store], by: str) -> None:
         open_row(4, started_at=3 * day),
     ]
     rows[2] = rows[2]._replace(outcome="client_gone", principal=None)
-    store.apply(RUN, [], rows)
+    store.apply(RUN, [([], rows)])
     groups = {
         "key": [("-", 1), ("team-a-1", 3)],
         "model": [("b", 1), ("gpt-4o-mini", 3)],
@@ -166,7 +166,7 @@ def test_an_estimate_is_counted_as_one(opening: Callable[[], Store]) -> None:
     from canal_trio.hooks import UsageSource
 
     store = opening()
-    store.apply(RUN, [], [whole(1), whole(2, usage_source=UsageSource.ESTIMATED)])
+    store.apply(RUN, [([], [whole(1), whole(2, usage_source=UsageSource.ESTIMATED)])])
     (one,) = store.usage("key", 0, float("inf"))
     assert (one.exchanges, one.completed, one.estimated, one.completion_tokens) == (2, 2, 1, 100)
 
@@ -177,17 +177,17 @@ def test_a_server_that_goes_and_comes(postgres: PostgresServer) -> None:
         connection.execute("DROP TABLE IF EXISTS exchanges")
     store = open_store(None, postgres.url)
     try:
-        store.apply(RUN, [open_row(1)], [])
+        store.apply(RUN, [([open_row(1)], [])])
         postgres.stop()
         for use in (
-            lambda: store.apply(RUN, [], [whole(1)]),
+            lambda: store.apply(RUN, [([], [whole(1)])]),
             lambda: store.interrupt(RUN),
             lambda: store.usage("day", 0, 1),
         ):
             with pytest.raises(StoreError, match=r"^PostgreSQL: "):
                 use()
         postgres.start()
-        store.apply(RUN, [], [whole(1)])
+        store.apply(RUN, [([], [whole(1)])])
         assert outcomes(postgres.url) == {"completed": 1}
     finally:
         postgres.start()
@@ -198,20 +198,20 @@ def test_a_file_that_is_taken_away(tmp_path: Path) -> None:
     """A database that is moved away is not made anew: it is away, and written to again when it is back."""
     path = tmp_path / "ledger.db"
     store = SqliteStore(str(path))
-    store.apply(RUN, [open_row(1)], [])
+    store.apply(RUN, [([open_row(1)], [])])
     store.close()
     moved = tmp_path / "elsewhere"
     path.rename(moved)
     with pytest.raises(StoreError, match="put it back"):
-        store.apply(RUN, [], [whole(1)])
+        store.apply(RUN, [([], [whole(1)])])
     assert not path.exists()
     moved.rename(path)
-    store.apply(RUN, [], [whole(1)])
+    store.apply(RUN, [([], [whole(1)])])
     assert outcomes(str(path)) == {"completed": 1}
     # Another file in its place is used, too: somebody wanted it there.
     os.replace(path, moved)
     sqlite3.connect(path).close()
-    store.apply(RUN, [], [whole(2)])
+    store.apply(RUN, [([], [whole(2)])])
     store.close()
     assert [row["seq"] for row in rows_in(str(path))] == [2]
 
@@ -224,12 +224,12 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="unable to open"):
         SqliteStore(str(tmp_path / "no" / "where")).usage("day", 0, 1)
     store = SqliteStore(str(tmp_path / "ledger.db"), busy=0.01)
-    store.apply(RUN, [], [])
+    store.apply(RUN, [([], [])])
     other = sqlite3.connect(tmp_path / "ledger.db", isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
     with pytest.raises(StoreError, match="locked"):
-        store.apply(RUN, [], [whole(1)])
+        store.apply(RUN, [([], [whole(1)])])
     other.execute("ROLLBACK")
     other.close()
-    store.apply(RUN, [], [whole(1)])
+    store.apply(RUN, [([], [whole(1)])])
     store.close()

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Iterator
+from itertools import chain
 from typing import Final, final
 
 from canal_trio.observe.ledger.journal import Journal, JournalReader, claim, left_behind
-from canal_trio.observe.ledger.rows import Run
+from canal_trio.observe.ledger.rows import Chunk, Run
 from canal_trio.observe.ledger.store import Store, StoreError
 
 __all__ = ["BATCH_BYTES", "Filler"]
@@ -58,15 +60,16 @@ class Filler:
             return self._reader.full
 
     def _batch(self, reader: JournalReader, run: Run) -> bool:
+        chunks = _chunks(reader)
+        first = next(chunks, None)
+        if first is not None:
+            self._store.apply(run, chain((first,), chunks))
         try:
-            started, finished = reader.read(BATCH_BYTES)
-            if started or finished:
-                self._store.apply(run, started, finished)
             reader.commit()
         except OSError as exc:
-            raise StoreError(f"the journal in {reader.folder}: {exc.strerror or exc}") from None
-        self.rows += len(finished)
-        return bool(started or finished)
+            raise _trouble(reader, exc) from None
+        self.rows += reader.rows
+        return first is not None
 
     def _recover(self) -> None:
         for path in left_behind(self._folder, self._journal.run.instance, but=self._journal.folder):
@@ -89,3 +92,14 @@ class Filler:
             shutil.rmtree(journal.folder, ignore_errors=True)
         journal.close()
         self._store.close()
+
+
+def _chunks(reader: JournalReader) -> Iterator[Chunk]:
+    try:
+        yield from reader.read(BATCH_BYTES)
+    except OSError as exc:
+        raise _trouble(reader, exc) from None
+
+
+def _trouble(reader: JournalReader, exc: OSError) -> StoreError:
+    return StoreError(f"the journal in {reader.folder}: {exc.strerror or exc}")

@@ -20,14 +20,16 @@ from typing import Final, final
 import msgspec
 
 from canal_trio.errors import CanalError
-from canal_trio.observe.ledger.rows import LINE_BYTES, OPEN, Begun, Ended, Row, Run, decode, decode_all, lines_of
+from canal_trio.observe.ledger.rows import LINE_BYTES, OPEN, Begun, Chunk, Ended, Row, Run, decode, decode_all, lines_of
 
 __all__ = ["Journal", "JournalError", "JournalReader", "claim", "left_behind"]
 
 SEGMENT_BYTES: Final = 1024 * 1024
 ENDING_BYTES: Final = 1024  # set aside for the ending of each open row; a usual one has half of it
 _MANIFEST: Final = "run.json"
-_AT_ONCE: Final = 64 * 1024  # bytes of one write(2), or a line
+_AT_ONCE: Final = 64 * 1024  # bytes of one write(2), but at least a line
+PIECE_BYTES: Final = 64 * 1024  # decoded in one call, in which the loop waits: a fraction of a millisecond
+CHUNK: Final = 256  # whole rows that are stored together: some 200 are in a piece
 _VOID: Final = b"~\n"  # ends what a write left half done: that is no row then, even where it lacks nothing but its end
 _encode: Final = msgspec.json.Encoder().encode
 
@@ -155,7 +157,7 @@ def _name(number: int) -> str:
 class JournalReader:
     """Reads the rows of one run from its files, in order, in another thread than the writer's if need be.
 
-    `read` gives what is there; `commit` says that the store has it, and removes the segments that are done with.
+    `read` gives what is there, `commit` says that the store has it, and removes the segments that are done with.
     `followed`: it is this process's own, so that no segment is missing between two others. It asks the system for as
     little as it can: each time the interpreter's lock is let go, and got back from a loop that is busy.
     """
@@ -163,67 +165,73 @@ class JournalReader:
     def __init__(self, folder: str, *, followed: bool = False) -> None:
         self.folder = folder
         self._followed = followed
-        self.broken = 0  # lines that were none
+        self.broken = 0  # lines that were none, committed
         self.consumed = 0  # bytes, committed
         self._number = min(_segments(folder), default=1)
         self._offset = 0
         self.full = False  # the last read has found as much as it may take
-        self._next = (self._number, 0, 0)
+        self.rows = 0  # whole ones that it has found
+        self._next = (self._number, 0, 0, 0)
 
-    def read(self, most: int) -> tuple[list[Row], list[Row]]:
-        """The next rows, open ones and whole ones, from up to `most` bytes (but at least a line). Raises OSError."""
+    def read(self, most: int) -> Iterator[Chunk]:
+        """The next rows, from up to `most` bytes (but at least a line), in chunks. Raises OSError.
+
+        Of a row that has ended meanwhile, which are most of them, only the whole one is given. In chunks, because what
+        is decoded and stored while it is in the processor's caches takes three fifths of the time.
+        """
         begun: dict[int, Row] = {}  # by their number
         finished: list[Row] = []
-        number, offset, taken = self._number, self._offset, 0
+        number, offset, taken, broken, self.rows = self._number, self._offset, 0, 0, 0
         while taken < most:
             later, room = self._later(number), max(most - taken, 2 * LINE_BYTES)
             # Read behind that look: if there is a later one, nothing is written here any more.
             data = self._data(number, offset, room)
             end = data.rfind(b"\n") + 1
-            self._rows(data[:end], begun, finished)
+            for lines in _pieces(data, end):
+                rows, none = _decoded(lines)
+                broken += none
+                begun.update({row.seq: row for row in rows if row.outcome == OPEN})
+                for row in rows:
+                    if row.outcome != OPEN:
+                        begun.pop(row.seq, None)
+                        finished.append(row)
+                while len(finished) >= CHUNK:
+                    self.rows += CHUNK
+                    yield (), finished[:CHUNK]
+                    del finished[:CHUNK]
             offset += end
             taken += end
             if end == 0:
                 if later is None:
                     break
-                self.broken += bool(data)  # half a line at the end is none
+                broken += bool(data)  # half a line at the end is none
                 taken += len(data)
                 number, offset = later, 0
             elif later is None and len(data) < room:
                 break
         self.full = taken >= most
-        self._next = (number, offset, taken)
-        if begun:  # those that have ended meanwhile, which are most of them, need to be written once only
-            for row in finished:
-                begun.pop(row.seq, None)
-        return list(begun.values()), finished
+        self._next = (number, offset, taken, broken)
+        if begun or finished:
+            self.rows += len(finished)
+            yield tuple(begun.values()), finished
 
     def commit(self) -> None:
-        """What was read last is in the store. Raises OSError."""
-        number, offset, taken = self._next
+        """All that was read last is in the store. Raises OSError."""
+        number, offset, taken, broken = self._next
         if number != self._number:
             for done in _segments(self.folder):
                 if done < number:
                     os.unlink(os.path.join(self.folder, _name(done)))
         self._number, self._offset = number, offset
         self.consumed += taken
-        self._next = (number, offset, 0)
+        self.broken += broken
+        self._next = (number, offset, 0, 0)
 
     def _later(self, number: int) -> int | None:
         """The segment behind that one, if it was begun."""
         if self._followed:
             return number + 1 if os.path.exists(os.path.join(self.folder, _name(number + 1))) else None
         return min((other for other in _segments(self.folder) if other > number), default=None)
-
-    def _rows(self, data: bytes, begun: dict[int, Row], finished: list[Row]) -> None:
-        """Take note of the rows of many lines, in few steps for each: the loop waits for the interpreter meanwhile."""
-        rows = decode_all(data)
-        if rows is None:  # one is broken, or of an older kind
-            lines = [line for line in data.split(b"\n") if line]
-            rows = [row for row in map(decode, lines) if row is not None]
-            self.broken += len(lines) - len(rows)
-        begun.update({row.seq: row for row in rows if row.outcome == OPEN})
-        finished += [row for row in rows if row.outcome != OPEN]
 
     def _data(self, number: int, offset: int, most: int) -> bytes:
         try:
@@ -234,6 +242,25 @@ class JournalReader:
             return os.pread(fd, most, offset)
         finally:
             os.close(fd)
+
+
+def _pieces(data: bytes, end: int) -> Iterator[bytes]:
+    """The whole lines of `data`, up to `end`, some at a time."""
+    at = 0
+    while at < end:
+        piece = data.rfind(b"\n", at, at + PIECE_BYTES) + 1 or data.index(b"\n", at) + 1
+        yield data[at:piece]
+        at = piece
+
+
+def _decoded(lines: bytes) -> tuple[list[Row], int]:
+    """The rows of `lines`, and how many of these are none."""
+    rows = decode_all(lines)
+    if rows is not None:
+        return rows, 0
+    each = [line for line in lines.split(b"\n") if line]  # one is broken, or of an older kind
+    rows = [row for row in map(decode, each) if row is not None]
+    return rows, len(each) - len(rows)
 
 
 def _segments(folder: str) -> list[int]:

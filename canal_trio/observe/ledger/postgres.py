@@ -6,12 +6,12 @@ One connection, made when it is needed and given up at the first error. The serv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, Final, final
 
 import psycopg
 
-from canal_trio.observe.ledger.rows import INTERRUPTED, OPEN, Row, Run
+from canal_trio.observe.ledger.rows import INTERRUPTED, OPEN, Chunk, Run
 from canal_trio.observe.ledger.store import ALL, GROUPS, KEY, SUMS, StoreError, Sums
 
 __all__ = ["PostgresStore"]
@@ -71,16 +71,17 @@ class PostgresStore:
         self.close()
         return StoreError(f"PostgreSQL: {' '.join(str(exc).split()) or type(exc).__name__}")
 
-    def apply(self, run: Run, started: Sequence[Row], finished: Sequence[Row]) -> None:
+    def apply(self, run: Run, chunks: Iterable[Chunk]) -> None:
         """See `Store`."""
         name = (run.instance, run.boot, run.worker)
         try:
             connection = self._connected()
             with connection.transaction(), connection.cursor() as cursor:
-                if started:
-                    cursor.executemany(_OPEN, [name + row for row in started])
-                if finished:
-                    cursor.executemany(_WHOLE, [name + row for row in finished])
+                for started, finished in chunks:
+                    if started:
+                        cursor.executemany(_OPEN, [name + row for row in started])
+                    if finished:
+                        cursor.executemany(_WHOLE, [name + row for row in finished])
         except (psycopg.Error, OSError) as exc:
             raise self._trouble(exc) from None
 

@@ -27,6 +27,7 @@ __all__ = [
     "LINE_BYTES",
     "OPEN",
     "Begun",
+    "Chunk",
     "Ended",
     "Row",
     "Run",
@@ -42,7 +43,6 @@ INTERRUPTED: Final = "interrupted"  # ... and never will, because its process is
 
 _TEXT: Final = 200  # characters of each text; JSON makes six bytes of one at most
 LINE_BYTES: Final = 16 * 1024  # a line is never longer
-_AT_ONCE: Final = 64 * 1024  # bytes decoded in one call, in which the loop waits: a fraction of a millisecond
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -92,6 +92,8 @@ Begun: TypeAlias = tuple[int | float | str | None, ...]
 """The row of an exchange that was admitted: the columns that are known, which are the first nine."""
 Ended: TypeAlias = list[object]
 """The row of one that has ended."""
+Chunk: TypeAlias = tuple[Sequence[Row], Sequence[Row]]
+"""Rows of exchanges that run, and whole ones."""
 
 _encode_lines: Final = msgspec.json.Encoder().encode_lines
 _models: Final = itemgetter(*map(ExchangeRecord._fields.index, ("model", "upstream_model", "upstream")))
@@ -160,19 +162,14 @@ def decode(line: bytes) -> Row | None:
         return None
 
 
-def decode_all(data: bytes) -> list[Row] | None:
+def decode_all(lines: bytes) -> list[Row] | None:
     """The rows of lines, each ended by LF, at once; None if not each of them is one."""
-    found: list[Row] = []
-    at = 0
     try:
-        while at < len(data):
-            end = data.rfind(b"\n", at, at + _AT_ONCE) + 1 or data.index(b"\n", at) + 1
-            # No row goes over the end of a line: a string may not, and a line that goes on an array is no part of it.
-            found += _decoder.decode_lines(data[at:end])
-            at = end
+        # No row goes over the end of a line: a string may not, and a line that goes on an array is no part of it.
+        found = _decoder.decode_lines(lines)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    return found if len(found) == data.count(b"\n") else None
+    return found if len(found) == lines.count(b"\n") else None
 
 
 def _older(line: bytes) -> Row:

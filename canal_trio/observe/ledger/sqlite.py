@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Final, final
 
-from canal_trio.observe.ledger.rows import COLUMNS, INTERRUPTED, OPEN, Row, Run
+from canal_trio.observe.ledger.rows import COLUMNS, INTERRUPTED, OPEN, Chunk, Row, Run
 from canal_trio.observe.ledger.store import ALL, GROUPS, KEY, SUMS, StoreError, Sums
 
 __all__ = ["SqliteStore"]
@@ -91,14 +91,15 @@ class SqliteStore:
         self.close()
         return StoreError(f"{self._path}: {exc}")
 
-    def apply(self, run: Run, started: Sequence[Row], finished: Sequence[Row]) -> None:
+    def apply(self, run: Run, chunks: Iterable[Chunk]) -> None:
         """See `Store`."""
         try:
             connection = self._connected()
             connection.execute("BEGIN IMMEDIATE")
             try:
-                _insert(connection, run, started, _OPEN)
-                _insert(connection, run, finished, _WHOLE)
+                for started, finished in chunks:
+                    _insert(connection, run, started, _OPEN)
+                    _insert(connection, run, finished, _WHOLE)
                 connection.execute("COMMIT")
             except BaseException:
                 if connection.in_transaction:

@@ -6,12 +6,12 @@ repeated, with the same result, because nobody knows whether a commit whose answ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from canal_trio.errors import CanalError
-from canal_trio.observe.ledger.rows import COLUMNS, Row, Run
+from canal_trio.observe.ledger.rows import COLUMNS, Chunk, Run
 
 __all__ = ["BY", "Store", "StoreError", "Sums", "open_store"]
 
@@ -43,8 +43,9 @@ class Sums:
 class Store(Protocol):
     """Holds the rows. Every method raises `StoreError` if it cannot do its work, and may be tried again."""
 
-    def apply(self, run: Run, started: Sequence[Row], finished: Sequence[Row]) -> None:
-        """Have these rows of `run`: open ones where there is none yet, whole ones instead of any."""
+    def apply(self, run: Run, chunks: Iterable[Chunk]) -> None:
+        """Have all these rows of `run`, or none: open ones where there is none yet, whole ones instead of any. What
+        `chunks` raises is passed on."""
 
     def interrupt(self, run: Run) -> int:
         """The process is gone: mark what it left open; how many those are."""
