@@ -29,7 +29,7 @@ ENDING_BYTES: Final = 1024  # set aside for the ending of each open row; a usual
 _MANIFEST: Final = "run.json"
 _AT_ONCE: Final = 64 * 1024  # bytes of one write(2), but at least a line
 PIECE_BYTES: Final = 64 * 1024  # decoded in one call, in which the loop waits: a fraction of a millisecond
-CHUNK: Final = 256  # whole rows that are stored together: some 200 are in a piece
+CHUNK: Final = 1024  # whole rows that are stored together, in one statement: see sqlite.py
 _VOID: Final = b"~\n"  # ends what a write left half done: that is no row then, even where it lacks nothing but its end
 _encode: Final = msgspec.json.Encoder().encode
 
@@ -176,8 +176,8 @@ class JournalReader:
     def read(self, most: int) -> Iterator[Chunk]:
         """The next rows, from up to `most` bytes (but at least a line), in chunks. Raises OSError.
 
-        Of a row that has ended meanwhile, which are most of them, only the whole one is given. In chunks, because what
-        is decoded and stored while it is in the processor's caches takes three fifths of the time.
+        Of a row that has ended meanwhile, which are most of them, only the whole one is given. In chunks, because rows
+        are in the processor's caches then when they are stored.
         """
         begun: dict[int, Row] = {}  # by their number
         finished: list[Row] = []
