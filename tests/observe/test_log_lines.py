@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import queue
 import threading
 import time
 
@@ -13,7 +14,7 @@ import pytest
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.hooks import ExchangeRecord, Outcome, Usage, UsageSource
 from canal_trio.observe.accesslog import AccessLog, json_line, text_line
-from canal_trio.observe.lines import LineWriter
+from canal_trio.observe.lines import BATCH_BYTES, GATHER, GATHER_BUSY, MANY, LineWriter
 from canal_trio.observe.log import TRACEBACK_VARIABLE, describe, logging_to, printable, timestamp
 
 RECORD = ExchangeRecord(
@@ -128,6 +129,50 @@ def test_a_blocked_descriptor_costs_lines_and_not_time() -> None:
     lines = _read_lines(read, "dropped")
     assert told in lines
     assert writer.close(10)
+    os.close(read)
+    os.close(write)
+
+
+class Pauses:
+    """In place of the writer's event: its waits are told, and end one by one."""
+
+    def __init__(self) -> None:
+        self.told: queue.SimpleQueue[float] = queue.SimpleQueue()
+        self.go_on = threading.Semaphore(0)
+
+    def wait(self, seconds: float) -> None:
+        """Until it may go on."""
+        self.told.put(seconds)
+        self.go_on.acquire(timeout=10)
+
+    def set(self) -> None:
+        """All may."""
+        self.go_on.release(10)
+
+
+def test_the_more_lines_the_longer_it_gathers() -> None:
+    """Few are written soon, behind many it waits for more; one that is larger than a write leaves nothing waiting."""
+    read, write = _pipe()
+    writer, pauses = LineWriter(write), Pauses()
+    writer._closing = pauses  # type: ignore[assignment]
+    behind = GATHER
+    for count, size, following in (
+        (MANY - 1, 10, GATHER),
+        (MANY, 10, GATHER_BUSY),
+        (1, 10, GATHER),
+        (1, BATCH_BYTES, 0.0),
+        (1, 10, GATHER),
+    ):
+        for _ in range(count):
+            writer.write(b"x" * (size - 1) + b"\n")
+        assert pauses.told.get(timeout=10) == behind
+        pauses.go_on.release()
+        left = count * size
+        while left:
+            left -= len(os.read(read, left))
+        behind = following
+    assert writer.close(timeout=5)
+    assert writer.dropped == 0
     os.close(read)
     os.close(write)
 
