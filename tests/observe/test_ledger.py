@@ -16,6 +16,7 @@ from ledger_kit import admitted, outcomes, record, rows_in
 from canal_trio.errors import Failure, Kind, Side
 from canal_trio.hooks import Outcome
 from canal_trio.observe.ledger import Ledger, StoreError
+from canal_trio.observe.ledger import ledger as ledger_module
 from canal_trio.observe.ledger.rows import Chunk, Run
 from canal_trio.observe.ledger.sqlite import SqliteStore
 from canal_trio.policy.exchange import answer_for
@@ -100,6 +101,28 @@ async def test_rows_are_the_admitted_exchanges(place: LedgerSettings) -> None:
     assert outcomes(place.file or "") == {"completed": 40, "client_gone": 10}
     assert ledger.statistics().rows == 50
     assert journals(place) == []
+
+
+async def test_many_rows_gather_for_longer(place: LedgerSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind few rows the next ones are soon stored, behind many they are left to become more; none is missing."""
+    gather, busy = 0.011, 0.012
+    for name, value in (("LOOK", 0.02), ("GATHER", gather), ("GATHER_BUSY", busy), ("MANY", 5)):
+        monkeypatch.setattr(ledger_module, name, value)
+    real = trio.move_on_after
+    told: list[tuple[float, int]] = []  # how long it waits, and behind how many rows in all
+    async with running(place) as ledger:
+
+        def waits(seconds: float) -> trio.CancelScope:
+            told.append((seconds, ledger.statistics().rows))
+            return real(seconds)
+
+        monkeypatch.setattr(trio, "move_on_after", waits)
+        for total, count in ((4, 4), (9, 5), (10, 1)):
+            ledger.ended([(entry, record(entry)) for entry in [begin(ledger, number) for number in range(count)]])
+            await until(lambda total=total: any(pause != 0.02 and rows == total for pause, rows in told))
+    first = [next(pause for pause, rows in told if pause != 0.02 and rows == total) for total in (4, 9, 10)]
+    assert first == [gather, busy, gather]
+    assert outcomes(place.file or "") == {"completed": 10}
 
 
 async def test_a_store_that_is_away_and_back(place: LedgerSettings, caplog: pytest.LogCaptureFixture) -> None:

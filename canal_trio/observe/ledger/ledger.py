@@ -26,6 +26,8 @@ from canal_trio.settings import Ledger as LedgerSettings
 __all__ = ["Ledger", "LedgerStatistics"]
 
 GATHER: Final = 1.0  # seconds in which rows gather for one transaction: each costs a busy loop some stumbles
+GATHER_BUSY: Final = 3.0  # seconds, behind a time in which `MANY` rows came
+MANY: Final = 1024
 LOOK: Final = 1.0  # seconds after which the disk is asked again for what it did not take
 BACK_OFF_FIRST, BACK_OFF_LAST = 0.1, 5.0  # seconds between tries while the store is away
 FINISH: Final = 5.0  # seconds for the last rows, when the process ends
@@ -104,7 +106,7 @@ class Ledger:
         task_status.started()
         back_off = BACK_OFF_FIRST
         while True:
-            last = self._finishing.is_set()
+            last, before = self._finishing.is_set(), self._filler.rows
             if await self._fill():
                 back_off = BACK_OFF_FIRST
                 if last:
@@ -112,7 +114,8 @@ class Ledger:
                 with trio.move_on_after(LOOK):
                     await self._written.wait()
                 self._written, self._fresh = trio.Event(), False
-                with trio.move_on_after(GATHER):
+                busy = self._filler.rows - before >= MANY
+                with trio.move_on_after(GATHER_BUSY if busy else GATHER):
                     await self._finishing.wait()
             else:
                 if last:
