@@ -45,6 +45,8 @@ class Booking:
         waiting, self._waiting = self._waiting, []
         try:
             entries = self.books.admitted([_admitted(exchange, upstream) for exchange, upstream in waiting])
+            if len(entries) != len(waiting):
+                raise ValueError(f"{len(entries)} answers of the books for {len(waiting)} exchanges")
         except Exception:
             _log.exception("the books failed to note %d exchanges", len(waiting))
             entries = [Failure(Side.GATEWAY, Phase.ROUTE, Kind.INTERNAL)] * len(waiting)

@@ -30,7 +30,7 @@ class Here:
         self.asked = 0  # requests that the upstream has seen
         self.calls: list[tuple[int, int]] = []  # of `admitted`: of how many, and what the upstream had seen by then
         self.room = 10**9  # exchanges that the books take
-        self.fails = False
+        self.fails = self.forgets = False
         self.entries: list[str] = []
         self.over: dict[int, ExchangeRecord] = {}
         self.records: list[ExchangeRecord] = []
@@ -90,7 +90,7 @@ class Here:
         first = len(self.entries)
         self.entries += [exchange.request_id for exchange in exchanges[: self.room]]
         taken = range(first, len(self.entries))
-        return [*taken, *[FULL] * (len(exchanges) - len(taken))]
+        return [] if self.forgets else [*taken, *[FULL] * (len(exchanges) - len(taken))]
 
     def ended(self, endings: Sequence[tuple[int, ExchangeRecord]]) -> None:
         """As books."""
@@ -125,14 +125,15 @@ async def test_of_those_noted_together_some_find_no_room() -> None:
         assert here.asked == 2 + MANY
 
 
-async def test_books_that_raise_end_the_exchanges_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
-    """A bug of the books is logged, its exchanges have a 500 each and no row, and the gateway goes on."""
+@pytest.mark.parametrize("how", ["fails", "forgets"])
+async def test_books_with_a_bug_end_the_exchanges_and_nothing_else(how: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Books that raise, or answer for none of them: it is logged, these have a 500 each and no row, and it goes on."""
     async with Here().open() as here:
-        here.fails = True
+        setattr(here, how, True)
         with caplog.at_level(logging.ERROR, "canal_trio.gateway"):
             answers = await here.ask_all()
         assert [answer.split(b" ", 2)[1] for answer in answers] == [b"500"] * MANY
         assert [line.getMessage() for line in caplog.records] == ["the books failed to note 5 exchanges"]
         assert (here.asked, here.over) == (0, {})
-        here.fails = False
+        setattr(here, how, False)
         assert all(answer.endswith(b"\r\n\r\nok") for answer in await here.ask_all())
