@@ -73,6 +73,11 @@ class Generation:
     admission: Admission | None = None  # None: everything is admitted
     drains: Drains = field(default_factory=Drains)
     prices: Prices | None = None  # none: nothing has a cost
+    accounts: bool = field(init=False)  # what answers use is read from their bytes
+
+    def __post_init__(self) -> None:
+        asked = self.admission is not None and self.admission.wants_usage
+        object.__setattr__(self, "accounts", asked or self.settings.accounting)
 
     def crowded(self) -> Failure | None:
         """No upstream has room, not even in its queue: why nothing can be done for any request, whatever it wants."""

@@ -104,7 +104,8 @@ class Pipeline:
         if not plan.choices:
             return Failure(Side.GATEWAY, Phase.ROUTE, Kind.UNAVAILABLE, "No upstream is configured.")
         admission = self._generation.admission
-        self._account(admission)
+        if self._generation.accounts:
+            self._account()
         if admission is not None:
             refusal = await self._admit(admission, plan.choices[0])
             if refusal is not None:
@@ -143,12 +144,12 @@ class Pipeline:
         self._delivery.close = self.close
         return EarlyHead(self._delivery, exchange.headed + first.early_head_after, first.heartbeat)
 
-    def _account(self, admission: Admission | None) -> None:
-        """Whether the answer's usage is read, and asked for where the client did not say whether it wants it."""
+    def _account(self) -> None:
+        """The answer's usage is read, and asked for where the client did not say whether it wants it."""
         exchange = self._exchange
-        exchange.accounted = self._settings.accounting or (admission is not None and admission.wants_usage)
+        exchange.accounted = True
         judged = exchange.judged
-        if exchange.accounted and judged is not None and judged.usage is not None:
+        if judged is not None and judged.usage is not None:
             exchange.asked_usage = self._facts.path.endswith("/completions")  # the Responses API tells it unasked
 
     def _drain(self, plan: Plan) -> Draining | None:

@@ -8,7 +8,7 @@ thread.
 from __future__ import annotations
 
 import re
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, final
 
 import msgspec
@@ -20,6 +20,7 @@ from canal_trio.observe.log import printable, timestamp
 __all__ = ["AccessLog", "json_line", "text_line"]
 
 
+_NAME = 200  # characters
 _PLAIN = re.compile(r'[!#-<>-\[\]-~]{1,200}').fullmatch  # visible ASCII without quotes, `=` and backslash
 
 
@@ -50,16 +51,37 @@ def _word(text: str) -> str:
     return text
 
 
+def _names(
+    principal: str | None, key: str | None, model: str | None, upstream: str | None, called: str | None
+) -> str:
+    """What of the line says who asked whom for what."""
+    parts = []
+    if principal is not None:
+        parts.append(f"key={_word(principal)}")
+        if key is not None and key != principal:
+            parts.append(f"key_name={_word(key)}")
+    if model is not None:
+        parts.append(f"model={_word(model)}")
+    if upstream is not None:
+        parts.append(f"upstream={_word(upstream)}")
+        if called is not None and called != model:
+            parts.append(f"as={_word(called)}")
+    return " ".join(parts)
+
+
+_few_names = lru_cache(1024)(_names)
+
+
 def text_line(record: ExchangeRecord) -> bytes:
     """The line for people: when, who, what, how it ended, then numbers, then names."""
     client, method, path = record.client or "-", record.method or "-", record.path or "-"
-    id_, model, upstream = record.request_id, record.model, record.upstream
-    principal, key, called = record.principal, record.key, record.upstream_model
-    words = (client, method, path, id_, model, upstream, principal, key, called)
+    id_, model = record.request_id, record.model
     # Nearly always no word needs quotes, and one look at all of them tells.
-    if not _PLAIN("".join([word or "-" for word in words])) or "" in words:
+    if not _PLAIN(client + method + path + id_) or not id_:
         client, method, path, id_ = _word(client), _word(method), _word(path), _word(id_)
-        model, upstream, principal, key, called = (None if word is None else _word(word) for word in words[4:])
+    # The same few names come again and again, but for a model that a stranger made up at length.
+    few = _few_names if model is None or len(model) <= _NAME else _names
+    names = few(record.principal, record.key, model, record.upstream, record.upstream_model)
     parts = [
         f"{timestamp(record.started_at + record.duration)} {client} {method} {path} {record.status or '-'} "
         f"{record.outcome._value_} phase={record.phase._value_} "  # .value is a Python call or two
@@ -80,16 +102,8 @@ def text_line(record: ExchangeRecord) -> bytes:
         parts.append(f"tried={_word(','.join(f'{one.upstream}:{one.result}' for one in record.tried))}")
     if record.certificate is not None:
         parts.append(f"cert={_word(record.certificate)}")
-    if principal is not None:
-        parts.append(f"key={principal}")
-        if key is not None and key != principal:
-            parts.append(f"key_name={key}")
-    if model is not None:
-        parts.append(f"model={model}")
-    if upstream is not None:
-        parts.append(f"upstream={upstream}")
-        if called is not None and called != model:
-            parts.append(f"as={called}")
+    if names:
+        parts.append(names)
     if record.usage is not None:
         guess = "~" if record.usage_source is UsageSource.ESTIMATED else ""
         parts.append(f"tokens={guess}{record.usage.prompt}+{record.usage.completion}")
