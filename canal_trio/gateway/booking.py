@@ -32,7 +32,7 @@ class Booking:
         """Have `exchange`, for which `upstream` is tried first, noted before it sends anything: at once, or together
         with others. Not a checkpoint."""
         self._waiting.append((exchange, upstream))
-        if len(self._waiting) == 1 and not before_sends(self.settle):
+        if not before_sends(self.settle):
             self.settle()
 
     def settle(self) -> None:
@@ -50,11 +50,14 @@ class Booking:
         except Exception:
             _log.exception("the books failed to note %d exchanges", len(waiting))
             entries = [Failure(Side.GATEWAY, Phase.ROUTE, Kind.INTERNAL)] * len(waiting)
+        refused: list[tuple[Exchange, Failure]] = []
         for (exchange, _), entry in zip(waiting, entries, strict=True):
             if isinstance(entry, Failure):
-                exchange.fail(entry)
+                refused.append((exchange, entry))
             else:
                 exchange.entry = entry
+        for exchange, why in refused:
+            exchange.fail(why)
 
 
 def _admitted(exchange: Exchange, upstream: str) -> Admitted:

@@ -97,12 +97,12 @@ async def later() -> None:
 
 
 def before_sends(call: Callable[[], None]) -> bool:
-    """Have `call` called before anything is sent by this step, which waits with that for the end of the round. It must
-    not raise. False: this step does not wait, and `call` is not called. Not a checkpoint."""
+    """Have `call` called, once for all who ask for it, before anything is sent by this step, which waits with that for
+    the end of the round. It must not raise. False: this step does not wait, and it is not called. Not a checkpoint."""
     held = _here.held
     if held is None or _here.course is None:
         return False
-    held.calls.append(call)
+    held.calls[call] = None
     return True
 
 
@@ -114,11 +114,11 @@ class Held:
 
     def __init__(self) -> None:
         self.courses: list[Course[Any]] = []
-        self.calls: list[Callable[[], None]] = []
+        self.calls: dict[Callable[[], None], None] = {}  # in order
 
     def call(self) -> None:
         """What has to be done before any of them goes on. Not a checkpoint."""
-        calls, self.calls = self.calls, []
+        calls, self.calls = self.calls, {}
         for call in calls:
             call()
 

@@ -140,16 +140,19 @@ def plain_path(target: bytes) -> str | None:
     return path.decode("ascii") if _PLAIN.fullmatch(path) else None
 
 
-_DEPLOYMENT = re.compile(r"/deployments/+([^/]*)", re.IGNORECASE)
+_DEPLOYMENT = re.compile(r"/deployments/([^/]*)", re.IGNORECASE)
 
 
 def deployment_in(path: str) -> str | None:
     """The model that a path names as Azure's do (`/openai/deployments/{id}/...`), whatever its body says; None if it
     names none, `""` if not every upstream would read the same one."""
-    found = _DEPLOYMENT.findall(urllib.parse.unquote(path, errors="replace"))
-    if not found:
-        return None
-    return found[0] if len(found) == 1 and _PLAIN.fullmatch(path.encode("ascii")) else ""
+    if _PLAIN.fullmatch(path.encode("ascii")) is None:  # whoever decodes it twice, or drops a part, may see one
+        text = path
+        for _ in range(3):
+            text = urllib.parse.unquote(text, errors="replace")
+        return "" if "deployments" in text.lower() else None
+    found = _DEPLOYMENT.findall(path)
+    return None if not found else found[0] if len(found) == 1 else ""
 
 
 def wanted_model(path: str) -> str | None:

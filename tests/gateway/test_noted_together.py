@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import socket
 from collections.abc import AsyncIterator, Sequence
@@ -12,9 +13,13 @@ import pytest
 import trio
 
 from canal_trio.errors import Failure, Kind, Phase, Side
+from canal_trio.gateway.booking import Booking
 from canal_trio.gateway.core import Gateway
+from canal_trio.gateway.exchange import Exchange
 from canal_trio.hooks import Admitted, ExchangeRecord, Outcome
+from canal_trio.messages import RequestHead
 from canal_trio.relay import TcpStream
+from canal_trio.relay.course import Course, Held, hold_back, later
 from canal_trio.settings import Settings, Upstream
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -137,3 +142,29 @@ async def test_books_with_a_bug_end_the_exchanges_and_nothing_else(how: str, cap
         assert (here.asked, here.over) == (0, {})
         setattr(here, how, False)
         assert all(answer.endswith(b"\r\n\r\nok") for answer in await here.ask_all())
+
+
+async def test_who_does_not_wait_to_send_is_noted_at_once() -> None:
+    """Though others of the round still wait: these are noted with it, and not again at the round's end."""
+    here = Here()
+    booking = Booking(here)
+    one, two = (Exchange(RequestHead(b"GET", b"/"), client="192.0.2.1", started=trio.current_time()) for _ in range(2))
+
+    async def waits() -> None:
+        booking.note(one, "u")
+        await later()
+        assert one.entry == 0
+
+    held = Held()
+    hold_back(held)
+    course = Course(waits(), lambda: None, contextvars.copy_context())
+    try:
+        assert not course.begin()
+    finally:
+        hold_back(None)
+    assert one.entry is None
+    booking.note(two, "u")
+    assert (one.entry, two.entry) == (0, 1)
+    held.go_on()
+    await course.finish()
+    assert here.calls == [(2, 0)]

@@ -128,7 +128,7 @@ async def test_what_has_to_be_done_before_they_send_is_done_once_for_all():
         assert way == []
         held.go_on()
     assert way == ["call for a", "call for b", "a", "call for c", "b", "c"]
-    assert (held.courses, held.calls) == ([], [])
+    assert (held.courses, held.calls) == ([], {})
 
 
 async def test_who_does_not_wait_has_nothing_done_for_it():
@@ -140,4 +140,4 @@ async def test_who_does_not_wait_has_nothing_done_for_it():
     assert Begun(work).course.result == outcome.Value(False)  # what it gives
     with a_round() as held:
         assert not before_sends(lambda: None)
-    assert held.calls == []
+    assert held.calls == {}

@@ -271,6 +271,10 @@ def test_a_plain_path_is_one_that_nobody_resolves(target: bytes, path: str | Non
         ("/openai/%64eployments/a", ""),
         ("/openai/deployments%2fa", ""),
         ("/openai/deployments/a;b", ""),
+        ("/openai/deployments%5Ca/x", ""),
+        ("/openai%2fdeployments;v=1/a/x", ""),
+        ("/openai/%2564eployments/a", ""),
+        ("/v1/files/a%20b", None),
     ],
 )
 def test_the_deployment_that_a_path_names(path: str, deployment: str | None):
