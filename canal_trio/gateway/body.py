@@ -16,7 +16,13 @@ from canal_trio.messages import End
 from canal_trio.relay.flow import Ended, Ending, FlowReceiver
 from canal_trio.wire.splice import Edit, splice, spliced
 
-__all__ = ["Budget", "HeldBody", "WholeBody"]
+__all__ = ["Budget", "HeldBody", "WholeBody", "too_large"]
+
+
+def too_large(most: int) -> Failure:
+    """A body that has to be held whole is larger than `most` bytes."""
+    detail = f"Bodies that name a model are read whole, up to {most} bytes."
+    return Failure(Side.CLIENT, Phase.UPLOAD, Kind.BODY_TOO_LARGE, detail)
 
 
 @final
@@ -89,8 +95,7 @@ class HeldBody:
             if not self._hold(batch):
                 size = self._held + sum(map(len, batch))
                 if size > self._limit:
-                    detail = f"Bodies that name a model are read whole, up to {self._limit} bytes."
-                    return Failure(Side.CLIENT, Phase.UPLOAD, Kind.BODY_TOO_LARGE, detail)
+                    return too_large(self._limit)
                 return Failure(Side.GATEWAY, Phase.UPLOAD, Kind.BUFFERS_FULL)
         if isinstance(self.ending, Ended):
             return None

@@ -12,7 +12,7 @@ import trio
 
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.gateway.attempts import PEEK_BYTES, Attempts
-from canal_trio.gateway.body import WholeBody
+from canal_trio.gateway.body import WholeBody, too_large
 from canal_trio.gateway.deliver import Delivery
 from canal_trio.gateway.drain import Draining
 from canal_trio.gateway.early import EarlyHead
@@ -267,7 +267,7 @@ class Pipeline:
                 return failure
         content = body.beginning(most)
         if content is None:
-            return _too_large(most)
+            return too_large(most)
         if not content:
             return None
         if len(content) <= AT_ONCE_BYTES:
@@ -285,7 +285,7 @@ class Pipeline:
         self._exchange.phase = Phase.UPLOAD
         length = self._facts.length
         if isinstance(length, int) and length > most:
-            return _too_large(most)
+            return too_large(most)
         return await body.hold_all()
 
     def _path_route(self) -> Plan | Failure | None:
@@ -349,8 +349,3 @@ class Pipeline:
                 model = None
             exchange.model = model[:_MODEL_CHARACTERS] if model is not None else None
         exchange.body.stop_holding()
-
-
-def _too_large(most: int) -> Failure:
-    detail = f"Bodies that name a model are read whole, up to {most} bytes."
-    return Failure(Side.CLIENT, Phase.UPLOAD, Kind.BODY_TOO_LARGE, detail)

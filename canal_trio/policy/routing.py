@@ -202,7 +202,7 @@ class Identity:
                 return found
             self._head, self._router, self._holder = head, router, found
             holder = found
-        return holder.principal if now < holder.until else holder.at(now)
+        return holder.at(now)
 
     def forget(self) -> None:
         """Remember nothing."""

@@ -28,7 +28,7 @@ SEGMENT_BYTES: Final = 1024 * 1024
 ENDING_BYTES: Final = 1024  # set aside for the ending of each open row; a usual one has half of it
 _MANIFEST: Final = "run.json"
 _AT_ONCE: Final = 64 * 1024  # bytes of one write(2), but at least a line
-PIECE_BYTES: Final = 64 * 1024  # decoded in one call, in which the loop waits: a fraction of a millisecond
+_PIECE_BYTES: Final = 64 * 1024  # decoded in one call, in which the loop waits: a fraction of a millisecond
 CHUNK: Final = 1024  # whole rows that are stored together, in one statement: see sqlite.py
 _VOID: Final = b"~\n"  # ends what a write left half done: that is no row then, even where it lacks nothing but its end
 _encode: Final = msgspec.json.Encoder().encode
@@ -105,7 +105,7 @@ class Journal:
         """Write what the disk has not taken. True: nothing is left of it."""
         late = self._late
         while late:
-            data = bytes(late[: late.rfind(b"\n", 0, _AT_ONCE) + 1 or late.index(b"\n") + 1])
+            data = bytes(late[: _lines_end(late, 0, _AT_ONCE)])
             taken = self._write(data)
             del late[:taken]
             if taken < len(data):
@@ -147,6 +147,11 @@ class Journal:
             if fd >= 0:
                 os.close(fd)
         self._fd = self._lock = -1
+
+
+def _lines_end(data: bytes | bytearray, at: int, most: int) -> int:
+    """Where the whole lines from `at` on end, of at most that many bytes, but at least one. There is one."""
+    return data.rfind(b"\n", at, at + most) + 1 or data.index(b"\n", at) + 1
 
 
 def _name(number: int) -> str:
@@ -248,7 +253,7 @@ def _pieces(data: bytes, end: int) -> Iterator[bytes]:
     """The whole lines of `data`, up to `end`, some at a time."""
     at = 0
     while at < end:
-        piece = data.rfind(b"\n", at, at + PIECE_BYTES) + 1 or data.index(b"\n", at) + 1
+        piece = _lines_end(data, at, _PIECE_BYTES)
         yield data[at:piece]
         at = piece
 

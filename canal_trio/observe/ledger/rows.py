@@ -97,8 +97,10 @@ Chunk: TypeAlias = tuple[Sequence[Row], Sequence[Row]]
 
 _encode_lines: Final = msgspec.json.Encoder().encode_lines
 _models: Final = itemgetter(*map(ExchangeRecord._fields.index, ("model", "upstream_model", "upstream")))
-_columns: Final = (COLUMNS[9:14], COLUMNS[18:25])  # those that are the record's: before what was used, and behind it
-_ending, _amounts = (itemgetter(*map(ExchangeRecord._fields.index, names)) for names in _columns)
+_ending, _amounts = (  # those columns that are fields of the record: in front of what was used, and behind it
+    itemgetter(*map(ExchangeRecord._fields.index, COLUMNS[COLUMNS.index(first) : COLUMNS.index(behind)]))
+    for first, behind in (("attempts", "prompt_tokens"), ("cost", "flags"))
+)
 
 
 def _cut(text: str) -> str:
