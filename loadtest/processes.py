@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -32,6 +33,8 @@ __all__ = [
 
 TICK = os.sysconf("SC_CLK_TCK")
 ROOT = Path(__file__).resolve().parent.parent
+_LOWEST_PORT = 10_000  # below are those of well-known services
+_GIVEN: set[int] = set()  # by `free_port`, in this process
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whoever runs us may have a proxy configured
 
 
@@ -184,10 +187,21 @@ def resident(pid: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nobody listens on right now."""
-    with socket.create_server((host, 0)) as listener:
-        return int(listener.getsockname()[1])
+def free_port() -> int:
+    """A loopback port that nobody listens on, for a program to listen on later; never one that was given before.
+
+    From below those that the kernel gives away by itself (`ip_local_port_range`), where it leaves any: who asks for
+    "any port", and each client's own end, could otherwise get this one before the program it is meant for. Raises
+    `OSError`.
+    """
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = range(_LOWEST_PORT, first) or range(_LOWEST_PORT, 65_536)
+    candidates = [port for port in ports if port not in _GIVEN]
+    for port in random.sample(candidates, min(100, len(candidates))):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            _GIVEN.add(port)
+            return port
+    raise OSError(f"no free port on 127.0.0.1 among 100 of {ports.start}..{ports.stop - 1}")
 
 
 def wait_for_port(process: Process, port: int, seconds: float = 60) -> None:

@@ -9,11 +9,12 @@ import importlib.util
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
 from pathlib import Path
+
+from loadtest.processes import free_port
 
 __all__ = ["PostgresServer"]
 
@@ -28,9 +29,7 @@ class PostgresServer:
             os.chown(self._folder, self._user.pw_uid, self._user.pw_gid)
         self._binaries = self._reachable()
         self._run("initdb", "--auth=trust", "--encoding=UTF8", "--no-sync", "--username=canal", "-D", str(self._data))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port: int = free.getsockname()[1]
+        self._port = free_port()
         self.url = f"postgresql://canal@127.0.0.1:{self._port}/postgres"
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -14,6 +14,7 @@ from serve_process import fronting, running, until
 
 from canal_trio.testing.scripts import Pause, Script, chat_stream
 from canal_trio.testing.upstreams import ScriptedUpstream
+from loadtest.processes import free_port
 
 CHAT = "/v1/chat/completions"
 BODY = b'{"model": "m", "stream": true, "messages": []}'
@@ -204,9 +205,7 @@ async def test_a_closed_stderr_is_no_reason_to_stop() -> None:
     """When whoever read the log goes away the gateway serves on."""
     command = ["/bin/sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-m", "canal_trio"]
     async with ScriptedUpstream(SHORT) as upstream:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            address = probe.getsockname()
+        address = ("127.0.0.1", free_port())
         flags = ("--upstream", upstream.base_url, "--listen", f"127.0.0.1:{address[1]}")
         async with running(*flags, command=command) as process:
             await eventually(lambda: not refused(address), 20)

@@ -21,13 +21,6 @@ from canal_trio.upstream.dial import TcpDialer
 from canal_trio.upstream.resolve import Address
 
 
-def free_port() -> int:
-    """A port on which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 class Network:
     """Replaces the one system call of a TCP connection: per address, what it does. Virtual time, no traffic."""
 
@@ -146,8 +139,10 @@ async def test_cancelled_from_outside_in_the_step_in_which_an_address_accepts(mo
 
 async def test_nobody_listens() -> None:
     """Refused, by the address that refused."""
-    port = free_port()
-    failure = refused(await dialer()(Upstream("u", f"http://127.0.0.1:{port}")))
+    with socket.socket() as bound:  # its port is taken, so nobody else can begin to listen there
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+        failure = refused(await dialer()(Upstream("u", f"http://127.0.0.1:{port}")))
     assert (failure.side, failure.kind) == (Side.UPSTREAM, Kind.REFUSED)
     assert failure.detail == f"127.0.0.1:{port}: Connection refused."
 
