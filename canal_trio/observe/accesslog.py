@@ -42,13 +42,12 @@ def _size(count: int) -> str:
 
 
 def _word(text: str) -> str:
-    """One word of the line: a stranger's text with blanks, quotes or `=` is quoted."""
+    """One word of the line: a stranger's text with blanks, quotes, `=` or escapes is quoted."""
     if _PLAIN(text):
         return text
-    text = printable(text)
-    if not text or any(char in text for char in ' "=\\'):
-        return '"' + text.replace('"', '\\"') + '"'
-    return text
+    if text and text.isprintable() and not any(char in text for char in ' "=\\'):
+        return printable(text)
+    return '"' + printable(text.replace("\\", "\\\\").replace('"', '\\"')) + '"'
 
 
 def _names(

@@ -6,10 +6,13 @@ import json
 import logging
 import os
 import queue
+import re
 import threading
 import time
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.hooks import ExchangeRecord, Outcome, Usage, UsageSource
@@ -352,6 +355,18 @@ def test_a_stranger_cannot_forge_a_line(render) -> None:
         assert b'model="m\\" outcome=completed"' in line
     else:
         assert json.loads(line)["model"] == 'm" outcome=completed'
+
+
+@given(st.text(st.sampled_from('m\\"= \n\x1b\udcff'), min_size=1, max_size=300))
+@example('m\\" outcome=completed ')
+def test_a_model_with_a_backslash_cannot_forge_a_field(model: str) -> None:
+    """Whatever a model is called, whoever splits the line by its quotes finds the same fields in it."""
+    line = text_line(RECORD._replace(model=model)).decode()
+    words = re.findall(r'(?:[^ "=]+=)?(?:"(?:[^"\\]|\\.)*"|[^ "=]+)', line.removesuffix("\n"))
+    assert " ".join(words) == line.removesuffix("\n")
+    names = [word.partition("=")[0] for word in words if word[0] != '"']
+    assert names.count("model") == 1
+    assert names == [word.partition("=")[0] for word in text_line(RECORD).decode().split()]
 
 
 def test_the_recorder_queues_its_line() -> None:
