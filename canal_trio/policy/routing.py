@@ -102,13 +102,6 @@ class Router:
 
     # -- who -----------------------------------------------------------------------------------------------------------
 
-    def authenticate(self, headers: Headers, now: float) -> Principal | Failure | None:
-        """The principal, None where no keys are configured, or the failure to answer with. `now` is Unix time."""
-        if not self.keyed:
-            return None
-        holder = self.holder(headers)
-        return holder if isinstance(holder, Failure) else holder.at(now)
-
     def holder(self, headers: Headers) -> _Holder | Failure:
         """What the key in these fields opens, whether or not it may still be used."""
         shown = key_in(headers)
@@ -194,7 +187,8 @@ class Identity:
         self._holder: _Holder | None = None
 
     def principal(self, head: RequestHead, router: Router, now: float) -> Principal | Failure:
-        """As `Router.authenticate`, which has keys. The very same object stands for the same head."""
+        """Who sends this head, by the keys of `router`, or the failure to answer with. `now` is Unix time. The very
+        same object stands for the same head."""
         holder = self._holder
         if holder is None or self._head is not head or self._router is not router:
             found = router.holder(head.headers)

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from canal_trio.errors import Failure, Kind
 from canal_trio.hooks import Principal
-from canal_trio.messages import Headers
+from canal_trio.messages import Headers, RequestHead
 from canal_trio.policy.listing import ENTRIES, Listing
-from canal_trio.policy.routing import Plan, Router
+from canal_trio.policy.routing import Identity, Plan, Router
 from canal_trio.settings import Key, Model, Settings, Target, Upstream
 
 ONE = Upstream("one", "http://127.0.0.1:1/v1", list_models=True)
@@ -40,7 +40,7 @@ def made(**fields: Any) -> tuple[Router, Listing]:
 
 def who(router: Router, key: str) -> Principal:
     """The principal of a key."""
-    found = router.authenticate(Headers([(b"api-key", key.encode())]), 0.0)
+    found = Identity().principal(RequestHead(b"GET", b"/v1/models", Headers([(b"api-key", key.encode())])), router, 0.0)
     assert isinstance(found, Principal)
     return found
 

@@ -41,9 +41,14 @@ def bearer(key: str) -> Headers:
     return Headers([(b"Authorization", b"Bearer " + key.encode())])
 
 
+def asked(routes: Router, headers: Headers, now: float = NOW) -> Principal | Failure:
+    """Who a new connection's first request is from."""
+    return Identity().principal(RequestHead(b"GET", b"/v1/models", headers), routes, now)
+
+
 def who(routes: Router, key: str) -> Principal:
     """The principal of a key that is known."""
-    found = routes.authenticate(bearer(key), NOW)
+    found = asked(routes, bearer(key))
     assert isinstance(found, Principal)
     return found
 
@@ -81,7 +86,6 @@ def test_where_a_key_is_looked_for(fields: list[tuple[bytes, bytes]], key: bytes
 
 def test_without_keys_everybody_is_anonymous():
     """No keys configured: nothing is checked and the client's key is not ours."""
-    assert router().authenticate(Headers(), NOW) is None
     assert not router().keyed
     assert not router().limited(None)
 
@@ -101,12 +105,12 @@ def test_a_principal_can_have_several_keys():
 @pytest.mark.parametrize("value", [b"Bearer sk-wrong", b"Bearer ", b"Bearer sk-team' OR 1=1", b"Bearer \xff"])
 def test_an_unknown_key_is_refused(value: bytes):
     """Anything but a configured key is unauthenticated, whatever bytes it has."""
-    refused(router(keys=(TEAM,)).authenticate(Headers([(b"Authorization", value)]), NOW), Kind.UNAUTHENTICATED)
+    refused(asked(router(keys=(TEAM,)), Headers([(b"Authorization", value)])), Kind.UNAUTHENTICATED)
 
 
 def test_a_missing_key_is_told_how_to_come():
     """Without any key the answer says where to put one."""
-    verdict = refused(router(keys=(TEAM,)).authenticate(Headers(), NOW), Kind.UNAUTHENTICATED)
+    verdict = refused(asked(router(keys=(TEAM,)), Headers()), Kind.UNAUTHENTICATED)
     assert "Bearer" in verdict.detail
 
 
@@ -114,7 +118,7 @@ def test_a_key_that_is_not_valid_is_told_apart_in_the_log_only():
     """Unknown, expired and revoked are one answer to the caller and three remarks in the log."""
     routes = router(keys=(Key("old", digest("old"), expires=NOW), Key("lost", digest("lost"), revoked=True)))
     verdicts = [
-        refused(routes.authenticate(bearer(key), NOW), Kind.UNAUTHENTICATED) for key in ("never", "old", "lost")
+        refused(asked(routes, bearer(key)), Kind.UNAUTHENTICATED) for key in ("never", "old", "lost")
     ]
     assert len({repr(answer_for(verdict)) for verdict in verdicts}) == 1
     assert [str(verdict).rpartition(": ")[2] for verdict in verdicts] == [
@@ -127,8 +131,8 @@ def test_a_key_that_is_not_valid_is_told_apart_in_the_log_only():
 def test_a_key_expires_when_it_says():
     """The moment it names is the first one at which it is not valid."""
     routes = router(keys=(Key("old", digest("old"), expires=NOW),))
-    assert isinstance(routes.authenticate(bearer("old"), NOW - 0.001), Principal)
-    refused(routes.authenticate(bearer("old"), NOW), Kind.UNAUTHENTICATED)
+    assert isinstance(asked(routes, bearer("old"), NOW - 0.001), Principal)
+    refused(asked(routes, bearer("old")), Kind.UNAUTHENTICATED)
 
 
 def test_without_models_all_upstreams_serve():
@@ -294,8 +298,8 @@ def test_looking_up_takes_as_long_with_ten_thousand_keys():
     for large in (_large(10, 10), _large(10_000, 1_000)):
         principal = who(large, "sk-5")
         jobs: list[Callable[[], object]] = [
-            lambda large=large: large.authenticate(bearer("sk-5"), NOW),
-            lambda large=large: large.authenticate(bearer("never"), NOW),
+            lambda large=large: asked(large, bearer("sk-5")),
+            lambda large=large: asked(large, bearer("never")),
             lambda large=large, principal=principal: large.route("m0005", principal),
             lambda large=large, principal=principal: large.route("m5000", principal),
             lambda large=large: large.by_path("/r5", None),
