@@ -21,7 +21,7 @@ import click
 import trio
 
 from canal_trio import __version__
-from canal_trio.config import Flags, load, load_keys, read_file, strange_variables
+from canal_trio.config import Flags, load, load_keys, load_ledger, read_file, strange_variables
 from canal_trio.config.values import name as checked_name
 from canal_trio.errors import CanalError, ConfigError
 from canal_trio.observe.log import TRACEBACK_VARIABLE, describe, leaves
@@ -176,7 +176,7 @@ def usage(config: str | None, by: str, since: str | None, until: str | None, sty
             span.append(default if text is None else moment(text, now))
         except ValueError as exc:
             raise click.BadParameter(str(exc), param_hint=name) from None
-    ledger = load(Flags(config=config), os.environ).ledger
+    ledger = load_ledger(Flags(config=config), os.environ)
     if ledger is None:
         raise ConfigError(f"{config or 'the configuration'}: there is no [ledger] to read")
     if ledger.file is not None and not os.path.exists(ledger.file):

@@ -35,9 +35,9 @@ from canal_trio.config.schema import (
 from canal_trio.config.tls import server_tls_of
 from canal_trio.config.values import shown
 from canal_trio.errors import ConfigError
-from canal_trio.settings import Key, Settings, Upstream, address_text
+from canal_trio.settings import Key, Ledger, Settings, Upstream, address_text
 
-__all__ = ["VARIABLES", "Flags", "load", "load_keys", "read_file", "strange_variables"]
+__all__ = ["VARIABLES", "Flags", "load", "load_keys", "load_ledger", "read_file", "strange_variables"]
 
 FILE_BYTES = 4 * 1024 * 1024
 MOST_COMPLAINTS = 20
@@ -76,6 +76,16 @@ def load_keys(flags: Flags, environ: Mapping[str, str] = os.environ) -> tuple[Ke
     keys = layers.keys(tables)
     layers.refuse()
     return keys
+
+
+def load_ledger(flags: Flags, environ: Mapping[str, str] = os.environ) -> Ledger | None:
+    """`[ledger]`, whatever else is in the file: who reads a ledger has none of the upstreams' secrets. Raises
+    `ConfigError`, with every fault in it."""
+    layers = _Layers(flags, environ)
+    tables = decode(FileTables, layers.raw, (), layers.complain) or FileTables()
+    ledger = ledger_of(tables.ledger, layers.around, layers.complain)
+    layers.refuse()
+    return ledger
 
 
 def strange_variables(environ: Mapping[str, str]) -> list[str]:

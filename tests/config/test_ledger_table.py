@@ -110,3 +110,19 @@ def test_usage(config: Callable[[str], Settings]) -> None:
     pathlib.Path("canal.toml").write_text(MINIMAL)
     with pytest.raises(ConfigError, match=r"there is no \[ledger\] to read"):
         run(cli, ["usage", "-c", "canal.toml"], catch_exceptions=False)
+
+
+def test_usage_does_not_want_the_secrets_of_upstreams(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reads the ledger has no key of an upstream: the command asks for nothing but what it reads."""
+    monkeypatch.chdir(tmp_path)
+    text = f'{MINIMAL}api_key = {{ env = "NOT_SET_HERE" }}\n[ledger]\nfile = "ledger.db"\n'
+    pathlib.Path("canal.toml").write_text(text)
+    with pytest.raises(ConfigError, match="'NOT_SET_HERE' is not set"):
+        load(Flags(config="canal.toml"), {})
+    store = open_store("ledger.db", None)
+    store.apply(Run("gw", "b", 0), [([], [Row(seq=1, started_at=0.0, request_id="r")])])
+    store.close()
+    assert CliRunner().invoke(cli, ["usage", "-c", "canal.toml"]).exit_code == 0
+    pathlib.Path("canal.toml").write_text(text.replace("file =", "flie ="))
+    with pytest.raises(ConfigError, match=r"canal.toml:6: ledger.flie: unknown key; did you mean 'file'\?"):
+        CliRunner().invoke(cli, ["usage", "-c", "canal.toml"], catch_exceptions=False)
