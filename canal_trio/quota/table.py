@@ -17,6 +17,7 @@ import mmap
 import struct
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from math import inf
 from typing import final
 
@@ -33,6 +34,7 @@ _HEAD = struct.Struct("<16sdddqqqq")  # digest, requests, tokens, at, day, spent
 _CELL = struct.Struct("<qq")  # in flight, reserved
 _WHOLE = struct.Struct("<16sdddqqqqqq")  # head and cell, where there is one worker
 _NOBODY = bytes(16)
+_MOST = 2**63 - 1  # of money in a record
 
 Spent = tuple[int, int, int, int]
 """Day, spent on it, month, spent in it."""
@@ -266,42 +268,54 @@ class Table:
             self._store(place, digest, state)
             self._add(place, streams, reserved)
             return
-        _WHOLE.pack_into(
-            self._memory,
-            place,
-            digest,
-            state.requests,
-            state.tokens,
-            state.at,
-            state.day,
-            state.spent_day,
-            state.month,
-            state.spent_month,
-            state.streams,
-            state.reserved,
-        )
+        try:
+            _WHOLE.pack_into(
+                self._memory,
+                place,
+                digest,
+                state.requests,
+                state.tokens,
+                state.at,
+                state.day,
+                state.spent_day,
+                state.month,
+                state.spent_month,
+                state.streams,
+                state.reserved,
+            )
+        except struct.error:
+            self._write(place, name, _bounded(state), streams, reserved)
 
     def _store(self, place: int, digest: bytes, state: State) -> None:
-        _HEAD.pack_into(
-            self._memory,
-            place,
-            digest,
-            state.requests,
-            state.tokens,
-            state.at,
-            state.day,
-            state.spent_day,
-            state.month,
-            state.spent_month,
-        )
+        try:
+            _HEAD.pack_into(
+                self._memory,
+                place,
+                digest,
+                state.requests,
+                state.tokens,
+                state.at,
+                state.day,
+                state.spent_day,
+                state.month,
+                state.spent_month,
+            )
+        except struct.error:
+            self._store(place, digest, _bounded(state))
 
     def _add(self, place: int, streams: int, reserved: int) -> None:
         at = place + self._mine
         was = _CELL.unpack_from(self._memory, at)
-        _CELL.pack_into(self._memory, at, max(0, was[0] + streams), max(0, was[1] + reserved))
+        _CELL.pack_into(self._memory, at, max(0, was[0] + streams), min(max(0, was[1] + reserved), _MOST))
 
     def _changed(self) -> None:
         if not self.shared:
             self.spends = True
             return
         _CHANGES.pack_into(self._memory, 0, (self.changes + 1) % 2**64)
+
+
+def _bounded(state: State) -> State:
+    """The same, with no more money than a record can say."""
+    day, month, reserved = (min(money, _MOST) for money in (state.spent_day, state.spent_month, state.reserved))
+    return replace(state, spent_day=day, spent_month=month, reserved=reserved)

@@ -21,7 +21,7 @@ from canal_trio.hooks import Usage
 __all__ = ["BodyUsage", "StreamUsage", "usage_of"]
 
 USAGE_BYTES: Final = 8192  # of one `usage` value; a real one has some hundred
-_MOST_TOKENS: Final = 2**53  # what any JSON reader can hold
+_MOST_TOKENS: Final = 10**9  # a larger count is no count: no model comes near, and at any price 64 bits hold it
 
 _TEXT: Final = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)  # inside of a string, up to its end
 _NEAR: Final = re.compile(rb'[^"\[\]{}:,]*')  # outside of strings, where members are looked at

@@ -161,6 +161,14 @@ def test_sums(opening: Callable[[], Store], by: str) -> None:
     assert [one.exchanges for one in store.usage("day", day, 3 * day)] == [2]
 
 
+def test_sums_of_money_beyond_64_bits_are_exact(opening: Callable[[], Store]) -> None:
+    """Costs add up to the last billionth, however much it is together."""
+    store = opening()
+    store.apply(RUN, [([], [whole(number, cost=6_000_000_000_123_456_789) for number in (1, 2, 3)])])
+    (one,) = store.usage("key", 0, float("inf"))
+    assert one.cost == 18_000_000_000_370_370_367
+
+
 def test_an_estimate_is_counted_as_one(opening: Callable[[], Store]) -> None:
     """How many of a sum's exchanges are guesses is said with it."""
     from canal_trio.hooks import UsageSource

@@ -137,6 +137,29 @@ def test_what_was_spent_can_be_kept_and_is_there_again():
     assert later.spent(NOW._replace(month=24_001)) == {}
 
 
+def test_money_beyond_64_bits_is_as_much_as_they_hold():
+    """However dear what was spent or set aside is, counting, keeping and restoring go on: it is as much as a record can
+    say."""
+    most = 2**63 - 1
+    (mine, other) = tables()
+    one = scope("s", Limit(spend_day=1))
+    assert mine.admit([one], NONE, NOW)[1] is None
+    mine.settle(of(one), NONE, Ask(0, most), NOW)
+    assert mine.admit([scope("t", Limit(streams=9))], Ask(0, most), NOW)[1] is None
+    assert mine.admit([scope("t", Limit(streams=9))], Ask(0, most), NOW)[1] is None
+    other.settle(of(one), NONE, Ask(0, most), NOW)
+    other.bury(0)
+    for view in (mine, *tables()):
+        kept = mine.spent(NOW)
+        view.restore({text: (day, spent * 4, month, spent * 4) for text, (day, spent, month, _) in kept.items()}, NOW)
+        assert {spent[1] for spent in view.spent(NOW).values()} == {most}
+    (alone,) = tables(1)
+    assert alone.admit([one], NONE, NOW)[1] is None
+    for _ in range(2):
+        alone.settle(of(one), NONE, Ask(0, most), NOW)
+    assert [spent[1] for spent in alone.spent(NOW).values()] == [most]
+
+
 def test_the_memory_is_bounded_whatever_clients_invent():
     """Scopes that have nothing in flight and nothing spent give way, the least used first; those that have stay."""
     (table, _) = tables()

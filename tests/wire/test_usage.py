@@ -10,7 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from canal_trio.config.quotas import MOST_PRICE
 from canal_trio.hooks import Usage
+from canal_trio.policy.prices import Tariff
+from canal_trio.settings import Price
 from canal_trio.wire.usage import USAGE_BYTES, BodyUsage, StreamUsage, usage_of
 
 CASES = Path(__file__).parent.parent / "cases" / "usage"
@@ -214,6 +217,22 @@ def test_a_long_usage_is_kept_to_the_same_byte_in_one_piece():
 def test_what_counts_as_usage(text: str, usage: Usage | None):
     """Whole numbers of tokens by their usual names; anything else is no usage, and no error."""
     assert usage_of(json.loads(text)) == usage
+
+
+@pytest.mark.parametrize("tap", [BodyUsage, StreamUsage])
+def test_one_absurd_count_ended_the_gateway(tap: type[BodyUsage | StreamUsage]):
+    """A count that no model reaches is none, in one piece or in many: at a price it would go beyond the ledger's 64
+    bits, and the limits'."""
+    text = '{"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 1000000000}}'
+    data = text.encode() if tap is BodyUsage else b"data: " + text.encode() + b"\n\n"
+    whole, parts = tap(), tap()
+    whole.feed(data)
+    for at in range(len(data)):
+        parts.feed(data[at : at + 1])
+    assert whole.usage == parts.usage == Usage(7)
+    assert usage_of({"prompt_tokens": 999_999_999}) == Usage(999_999_999)
+    dearest = Tariff(Price("m", input=MOST_PRICE, output=MOST_PRICE, request=MOST_PRICE))
+    assert dearest.cost(999_999_999, 999_999_999) < 2**62
 
 
 def test_a_broken_usage_is_no_usage():

@@ -12,7 +12,7 @@ from typing import Any, Final, final
 import psycopg
 
 from canal_trio.observe.ledger.rows import INTERRUPTED, OPEN, Chunk, Run
-from canal_trio.observe.ledger.store import ALL, GROUPS, KEY, SUMS, StoreError, Sums
+from canal_trio.observe.ledger.store import ALL, GROUPS, KEY, SUMS, StoreError, Sums, sums_of
 
 __all__ = ["PostgresStore"]
 
@@ -110,7 +110,7 @@ class PostgresStore:
                 rows = connection.execute(query.encode(), (since, until)).fetchall()
         except (psycopg.Error, OSError) as exc:
             raise self._trouble(exc) from None
-        return [Sums(str(row[0]), *map(int, row[1:])) for row in rows]
+        return [sums_of(row) for row in rows]
 
     def close(self) -> None:
         """See `Store`."""

@@ -13,7 +13,7 @@ from itertools import chain
 from typing import Final, final
 
 from canal_trio.observe.ledger.rows import COLUMNS, INTERRUPTED, OPEN, Chunk, Row, Run
-from canal_trio.observe.ledger.store import ALL, GROUPS, KEY, SUMS, StoreError, Sums
+from canal_trio.observe.ledger.store import ALL, GROUPS, KEY, SUMS, StoreError, Sums, sums_of
 
 __all__ = ["SqliteStore"]
 
@@ -129,7 +129,7 @@ class SqliteStore:
                 " GROUP BY grouped ORDER BY grouped",
                 (since, until),
             )
-            return [Sums(*row) for row in rows]
+            return [sums_of(row) for row in rows]
         except (sqlite3.Error, OSError) as exc:
             raise self._trouble(exc) from None
 

@@ -6,9 +6,9 @@ repeated, with the same result, because nobody knows whether a commit whose answ
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from canal_trio.errors import CanalError
 from canal_trio.observe.ledger.rows import COLUMNS, Chunk, Run
@@ -57,17 +57,26 @@ class Store(Protocol):
         """Let go of the connection. Idempotent."""
 
 
+# Money in two sums, of units and of the billionths beside them: 64 bits may not hold the sum of all billionths.
 SUMS: Final = """count(*), sum(CASE WHEN outcome = 'completed' THEN 1 ELSE 0 END),
     coalesce(sum(prompt_tokens), 0), coalesce(sum(completion_tokens), 0),
     coalesce(sum(cached_tokens), 0), coalesce(sum(reasoning_tokens), 0),
     sum(CASE WHEN usage_source = 'estimated' THEN 1 ELSE 0 END),
-    coalesce(sum(cost), 0), sum(CASE WHEN prompt_tokens IS NOT NULL AND cost IS NULL THEN 1 ELSE 0 END)"""
+    sum(CASE WHEN prompt_tokens IS NOT NULL AND cost IS NULL THEN 1 ELSE 0 END),
+    coalesce(sum(cost / 1000000000), 0), coalesce(sum(cost - cost / 1000000000 * 1000000000), 0)"""
 GROUPS: Final = {
     "key": "coalesce(key_name, principal, '-')",
     "model": "coalesce(model, '-')",
     "upstream": "coalesce(upstream, '-')",
     "outcome": "outcome",
 }
+
+
+def sums_of(row: Sequence[Any]) -> Sums:
+    """What the store has answered to a question for the group and `SUMS`."""
+    group, *numbers = row
+    *counts, unpriced, units, billionths = map(int, numbers)
+    return Sums(str(group), *counts, units * 10**9 + billionths, unpriced)
 
 
 def open_store(file: str | None, postgres: str | None) -> Store:
