@@ -74,9 +74,9 @@ GROUPS: Final = {
 
 def sums_of(row: Sequence[Any]) -> Sums:
     """What the store has answered to a question for the group and `SUMS`."""
-    group, *numbers = row
-    *counts, unpriced, units, billionths = map(int, numbers)
-    return Sums(str(group), *counts, units * 10**9 + billionths, unpriced)
+    *numbers, unpriced, units, billionths = map(int, row[1:])
+    numbers += [units * 10**9 + billionths, unpriced]
+    return Sums(str(row[0]), *numbers)
 
 
 def open_store(file: str | None, postgres: str | None) -> Store:
