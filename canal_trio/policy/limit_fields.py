@@ -102,8 +102,10 @@ def refusal_text(scope: Scope, refusal: Refusal) -> str:
     """One sentence or two: which limit of whom, and when to come again."""
     unit = _UNITS[refusal.what]
     if refusal.what in (What.SPEND_DAY, What.SPEND_MONTH):
-        when = go_duration(ceil(refusal.wait)).decode("ascii")
-        return f"The budget of {scope.text}, {money(int(refusal.limit))} {unit}, is spent. It begins anew in {when}."
+        budget = f"The budget of {scope.text}, {money(int(refusal.limit))} {unit},"
+        if refusal.aside:
+            return f"{budget} is set aside for requests under way. Try again when one has ended."
+        return f"{budget} is spent. It begins anew in {go_duration(ceil(refusal.wait)).decode('ascii')}."
     if refusal.what is What.STREAMS:
         return f"Rate limit reached for {scope.text}: {refusal.limit:g} {unit}. Try again when one has ended."
     when = go_duration(refusal.wait).decode("ascii")

@@ -119,11 +119,13 @@ class Ask(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why not: `limit` was reached, `wait` seconds have to pass at least. For `STREAMS` nobody knows how many."""
+    """Why not: `limit` was reached, and after `wait` seconds there is room. Where an exchange has to end first (of
+    `STREAMS`, and of money that is only set aside: `aside`) nobody knows how many."""
 
     what: What
     limit: float  # per minute, at once, or nanos
     wait: float
+    aside: bool = False
 
 
 def refill(rule: Rule, state: State, moment: Moment) -> None:
@@ -163,10 +165,14 @@ def refusal(rule: Rule, state: State, ask: Ask, moment: Moment) -> Refusal | Non
             found.append(Refusal(What.TOKENS, rule.token_rate * _MINUTE, over / rule.token_rate))
     if state.streams >= rule.streams:
         found.append(Refusal(What.STREAMS, rule.streams, 1.0))
-    if state.spent_day + state.reserved >= rule.spend_day:
-        found.append(Refusal(What.SPEND_DAY, rule.spend_day, moment.day_left))
-    if state.spent_month + state.reserved >= rule.spend_month:
-        found.append(Refusal(What.SPEND_MONTH, rule.spend_month, moment.month_left))
+    for what, budget, spent, left in (
+        (What.SPEND_DAY, rule.spend_day, state.spent_day, moment.day_left),
+        (What.SPEND_MONTH, rule.spend_month, state.spent_month, moment.month_left),
+    ):
+        if spent >= budget:
+            found.append(Refusal(what, budget, left))
+        elif spent + state.reserved >= budget:
+            found.append(Refusal(what, budget, 1.0, aside=True))
     return max(found, key=lambda one: one.wait) if found else None
 
 

@@ -100,7 +100,7 @@ class Limits:
         """Count it, and say it."""
         labels = (scope.kind, refusal.what.value)
         self.rejections[labels] = self.rejections.get(labels, 0) + 1
-        spent = refusal.what in (What.SPEND_DAY, What.SPEND_MONTH)
+        spent = refusal.what in (What.SPEND_DAY, What.SPEND_MONTH) and not refusal.aside
         kind = Kind.QUOTA if spent else Kind.LIMITED
         return Failure(Side.CLIENT, Phase.ROUTE, kind, refusal_text(scope, refusal), retry_after=refusal.wait)
 

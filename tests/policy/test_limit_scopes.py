@@ -235,3 +235,7 @@ def test_a_refusal_says_whose_limit_it_was_and_when_to_come_again():
     assert refusal_text(pair, Refusal(What.SPEND_DAY, 2.5 * NANOS, 3599.5)) == (
         "The budget of 'a' with the model 'm', 2.50 a day (UTC), is spent. It begins anew in 1h0m0s."
     )
+    assert refusal_text(total, Refusal(What.SPEND_MONTH, 100 * NANOS, 1.0, aside=True)) == (
+        "The budget of this gateway, 100.00 a month (UTC), is set aside for requests under way. "
+        "Try again when one has ended."
+    )

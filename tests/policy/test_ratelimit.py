@@ -314,6 +314,22 @@ def test_streams_at_once():
     assert state.streams == 0
 
 
+def test_a_budget_that_was_only_set_aside_was_said_to_be_spent_until_tomorrow():
+    """What those under way may cost is not spent: who is refused for it may ask again when one of them has ended, and
+    is let in if that cost less."""
+    rule = Rule(Limit(spend_day=1.0, spend_month=1.0))
+    state = State()
+    day = Moment(0.0, 10, 1, day_left=3600.0, month_left=86_400.0)
+    dear = Ask(0, NANOS)
+    assert taken(rule, state, dear, day)
+    assert refusal(rule, state, dear, day) == Refusal(What.SPEND_DAY, NANOS, 1.0, aside=True)
+    settle(rule, state, dear, Ask(0, NANOS - 1))
+    assert taken(rule, state, dear, day)
+    settle(rule, state, dear, Ask(0, 1))
+    refill(rule, state, day._replace(day=11))
+    assert refusal(rule, state, dear, day._replace(day=11)) == Refusal(What.SPEND_MONTH, NANOS, 86_400.0)
+
+
 def test_budgets_are_spent_and_begin_anew():
     """While anything is left one is let in, what is set aside counts, and a new day is a new budget; a month, too."""
     rule = Rule(Limit(spend_day=1.0, spend_month=1.5))
@@ -321,10 +337,11 @@ def test_budgets_are_spent_and_begin_anew():
     day = Moment(0.0, 10, 1, day_left=3600.0, month_left=86_400.0)
     dear = Ask(0, NANOS)
     assert taken(rule, state, dear, day)
-    assert refusal(rule, state, dear, day) == Refusal(What.SPEND_DAY, NANOS, 3600.0)
+    assert refusal(rule, state, dear, day) == Refusal(What.SPEND_DAY, NANOS, 1.0, aside=True)
     settle(rule, state, dear, Ask(0, NANOS // 2))
     assert taken(rule, state, dear, day)
     settle(rule, state, dear, dear)
+    assert refusal(rule, state, dear, day) == Refusal(What.SPEND_MONTH, 1.5 * NANOS, 86_400.0)
     tomorrow = day._replace(day=11)
     refill(rule, state, tomorrow)
     assert state.spent_day == 0
