@@ -155,7 +155,7 @@ def check(file: str) -> None:
 
 
 @cli.command(short_help="What was used, from the ledger.")
-@click.option("--config", "-c", metavar="FILE", help="The configuration whose [ledger] is read.")
+@click.option("--config", "-c", metavar="FILE", envvar="CANAL_CONFIG", help="The configuration whose [ledger] is read.")
 @click.option(
     "--by", type=click.Choice(["key", "model", "upstream", "outcome", "day"]), default="key", show_default=True
 )
@@ -176,9 +176,10 @@ def usage(config: str | None, by: str, since: str | None, until: str | None, sty
             span.append(default if text is None else moment(text, now))
         except ValueError as exc:
             raise click.BadParameter(str(exc), param_hint=name) from None
-    ledger = load_ledger(Flags(config=config), os.environ)
+    file = _needed(config, "ledger")
+    ledger = load_ledger(Flags(config=file), os.environ)
     if ledger is None:
-        raise ConfigError(f"{config or 'the configuration'}: there is no [ledger] to read")
+        raise ConfigError(f"{file}: there is no [ledger] to read")
     if ledger.file is not None and not os.path.exists(ledger.file):
         raise CanalError(f"there is no ledger in {ledger.file} yet")
     store = open_store(ledger.file, ledger.postgres)
@@ -211,9 +212,9 @@ def _named(name: str, parameter: str = "NAME") -> str:
         raise click.BadParameter(str(exc), param_hint=parameter) from None
 
 
-def _needed(config: str | None) -> str:
+def _needed(config: str | None, what: str = "keys") -> str:
     if not config:
-        raise click.UsageError("which keys? Give --config FILE, or set CANAL_CONFIG")
+        raise click.UsageError(f"which {what}? Give --config FILE, or set CANAL_CONFIG")
     return config
 
 

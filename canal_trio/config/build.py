@@ -28,6 +28,7 @@ __all__ = [
     "base_url_of",
     "bounds_of",
     "deadlines_of",
+    "place_of",
     "read",
     "secret_of",
     "upstream_of",
@@ -198,6 +199,21 @@ def _check_certificates(path: str) -> None:
         raise ValueError(f"expected a file with PEM certificates; {shown(path)} has none") from None
     except OSError as exc:
         raise ValueError(f"cannot read {shown(path)}: {exc.strerror or exc}") from None
+
+
+def place_of(name: str, path: Path, around: Surroundings, complain: Complain, *, folder: bool = False) -> str:
+    """The whole name of a file (or `folder`) that we write to; what it is to be made in has to be there."""
+    whole = os.path.abspath(os.path.join(around.folder, name))
+    parent = os.path.dirname(whole)
+    if not os.path.isdir(parent):
+        complain(path, f"there is no folder '{parent}'")
+    elif not os.access(parent, os.W_OK):
+        complain(path, f"the folder '{parent}' cannot be written to")
+    elif os.path.exists(whole) and os.path.isdir(whole) is not folder:
+        complain(path, f"expected a {'folder' if folder else 'file'}, and '{whole}' is none")
+    elif not os.access(whole, os.W_OK) and os.path.exists(whole):
+        complain(path, f"'{whole}' cannot be written to")
+    return whole
 
 
 def secret_of(raw: Secret, path: Path, around: Surroundings, complain: Complain) -> str | None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
+import re
 from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urlsplit
 
 from canal_trio.config import values
-from canal_trio.config.build import Surroundings, read, secret_of
+from canal_trio.config.build import Surroundings, place_of, read, secret_of
 from canal_trio.config.locate import Path
 from canal_trio.config.schema import Complain, LimitStoreTable, LimitTable, PriceTable, decode
 from canal_trio.config.values import nearest, shown
@@ -154,7 +154,7 @@ def limit_store_of(raw: dict[str, Any], around: Surroundings, complain: Complain
     if table.timeout is not None:
         timeout = _span(table.timeout, _TIMEOUT, at("timeout"), complain, timeout)
     return LimitStore(
-        state=None if table.state is None else os.path.abspath(os.path.join(around.folder, table.state)),
+        state=None if table.state is None else place_of(table.state, at("state"), around, complain),
         redis=redis,
         fail=table.fail or _DEFAULTS.fail,
         timeout=timeout,
@@ -182,10 +182,14 @@ def _redis_url(text: str) -> str:
     expected = "expected redis://HOST:PORT/DB, rediss://HOST:PORT/DB or unix:///PATH"
     try:
         parts = urlsplit(text)
-        complete = parts.scheme == "unix" and bool(parts.path)
-        complete = complete or (parts.scheme in ("redis", "rediss") and bool(parts.hostname) and parts.port != 0)
+        complete = bool(parts.path)
+        if parts.scheme != "unix":
+            complete = bool(parts.hostname) and parts.port != 0 and re.fullmatch(r"(/\d*)?", parts.path) is not None
     except ValueError:
         raise ValueError(f"{expected}, and this is no such URL") from None
-    if not complete:
+    if parts.scheme not in ("redis", "rediss", "unix"):
         raise ValueError(f"{expected}; got the scheme {shown(parts.scheme)}")
+    if not complete:
+        text = "what is special in a password is percent-encoded, as %2F for /"
+        raise ValueError(f"{expected}, and this is no such URL; {text}")
     return text

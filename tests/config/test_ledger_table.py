@@ -80,6 +80,36 @@ def test_complaints(config: Callable[[str], Settings], text: str, complaint: str
     assert complaint in str(caught.value)
 
 
+@pytest.mark.parametrize("url", ["u:gehe%im@db/c", "u:geh@eim@db/c", "u:gehe/im@db/c", "u:g@db:gehe/c", "db/c?gehe=x"])
+def test_postgres_repeated_a_part_of_the_password(config: Callable[[str], Settings], url: str) -> None:
+    """A URL of which PostgreSQL's client takes the password for something else is refused at once, and not repeated."""
+    with pytest.raises(ConfigError, match="percent-encoded, as %40 for @") as caught:
+        config(f'postgres = "postgresql://{url}"\njournal = "j"')
+    assert "gehe" not in str(caught.value)
+    assert config('postgres = "postgresql://u:geh%40e%25im@db:5432,db2:5433/c?sslmode=require"\njournal = "j"').ledger
+
+
+def test_check_was_content_with_places_where_nothing_can_be_kept(config: Callable[[str], Settings]) -> None:
+    """A folder is no file, a file is no folder, and what cannot be written to is said."""
+    pathlib.Path("folder").mkdir()
+    pathlib.Path("file").write_text("")
+    with pytest.raises(ConfigError, match=r"ledger.file: expected a file, and '.*/folder' is none"):
+        config('file = "folder"')
+    with pytest.raises(ConfigError, match=r"ledger.journal: expected a folder, and '.*/file' is none"):
+        config('file = "l"\njournal = "file"')
+    assert config('file = "file"\njournal = "folder"').ledger
+
+
+def test_a_file_that_cannot_be_written_to(
+    config: Callable[[str], Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said when the configuration is read, not by a store that stays away."""
+    pathlib.Path("file").write_text("")
+    monkeypatch.setattr("os.access", lambda path, _mode: not path.endswith("file"))
+    with pytest.raises(ConfigError, match=r"ledger.file: '.*/file' cannot be written to"):
+        config('file = "file"')
+
+
 def test_postgres_without_psycopg(config: Callable[[str], Settings], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the extra is not installed the complaint is the command that installs it."""
     monkeypatch.setitem(sys.modules, "psycopg", None)
@@ -126,3 +156,14 @@ def test_usage_does_not_want_the_secrets_of_upstreams(tmp_path: pathlib.Path, mo
     pathlib.Path("canal.toml").write_text(text.replace("file =", "flie ="))
     with pytest.raises(ConfigError, match=r"canal.toml:6: ledger.flie: unknown key; did you mean 'file'\?"):
         CliRunner().invoke(cli, ["usage", "-c", "canal.toml"], catch_exceptions=False)
+
+
+def test_usage_without_a_file_asks_for_one_by_its_flag(config: Callable[[str], Settings]) -> None:
+    """Not for an upstream, which the command does not need."""
+    assert config('file = "ledger.db"').ledger
+    open_store("ledger.db", None).close()
+    pathlib.Path("ledger.db").touch()
+    run = CliRunner().invoke
+    assert run(cli, ["usage"], env={"CANAL_CONFIG": "canal.toml"}, catch_exceptions=False).exit_code == 0
+    without = run(cli, ["usage"], env={"CANAL_CONFIG": None})
+    assert (without.exit_code, "which ledger? Give --config FILE" in without.output) == (2, True)

@@ -89,7 +89,10 @@ def test_prices_and_limits_as_written(tmp_path: pathlib.Path) -> None:
     ("redis", "complaint"),
     [
         ("redis://[::1", "and this is no such URL"),
-        ("redis:///0", "got the scheme 'redis'"),
+        ("redis:///0", "and this is no such URL; what is special in a password is percent-encoded"),
+        ("redis://:hunter/2@cache/0", "and this is no such URL"),
+        ("redis://cache/first", "and this is no such URL"),
+        ("http://cache", "got the scheme 'http'"),
         ("unix:///run/redis.sock", ""),
         ("rediss://cache.example.org", ""),
     ],
@@ -102,6 +105,14 @@ def test_addresses_of_redis(tmp_path: pathlib.Path, redis: str, complaint: str) 
     with pytest.raises(ConfigError) as caught:
         _load(tmp_path, TEXT, redis)
     assert complaint in str(caught.value)
+    assert "hunter" not in str(caught.value)
+
+
+def test_check_was_content_with_a_state_that_serve_refuses(tmp_path: pathlib.Path):
+    """The file that keeps what was spent needs a folder, and is none."""
+    for state, complaint in (("no/spent.json", "there is no folder '"), (".", "expected a file, and '")):
+        with pytest.raises(ConfigError, match=f"limits.state: {complaint}"):
+            _load(tmp_path, TEXT.replace("limits.json", state))
 
 
 def test_a_principal_with_several_keys_has_one_limit(tmp_path: pathlib.Path) -> None:
