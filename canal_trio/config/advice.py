@@ -52,6 +52,11 @@ def _secrets(raw: dict[str, Any], file: str) -> Iterator[str]:
         for key in ("api_key", "proxy")
         if isinstance(table.get(key), str) and (key == "api_key" or "@" in table[key])
     ]
+    literal += [
+        f"{name}.{key}"
+        for name, key in (("ledger", "postgres"), ("limits", "redis"))
+        if isinstance(url := raw.get(name, {}).get(key), str) and "@" in url
+    ]
     for place in literal:
         yield f'{place}: a secret in the file: {{ env = "NAME" }} or {{ file = "PATH" }} keeps it out of it'
     if literal and os.stat(file).st_mode & (stat.S_IRGRP | stat.S_IROTH):

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 from collections.abc import Callable
 from typing import final
 
@@ -24,6 +25,7 @@ from canal_trio.quota.table import Spent, Table
 __all__ = ["Spending"]
 
 EVERY = 1.0  # seconds
+_DIGEST = re.compile("[0-9a-f]{32}")
 
 _log = logging.getLogger("canal_trio.quota")
 
@@ -72,7 +74,9 @@ class Spending:
             raise ConfigError(f"{text}; without the file every budget begins at nothing") from None
         if content.version != 1:
             raise ConfigError(f"limits.state: {self.path} is of version {content.version}, which is not known here")
-        return {digest: spent for digest, spent in content.spent.items() if len(digest) == 32}
+        if not all(map(_DIGEST.fullmatch, content.spent)):
+            raise ConfigError(f"limits.state: {self.path} is not what this gateway wrote (a name is no digest)")
+        return content.spent
 
     async def run(self) -> None:
         """Write what has changed, every second, in a thread. Until cancelled; then `close` is due."""

@@ -218,6 +218,11 @@ FAR = NAME.format("http://far.example/v1")
             HERE + KEY + "models = ['m']\nroutes = ['r']\n[[route]]\nname = 'r'\npath = '/v1/*'\nupstreams = ['u']\n",
             ["key[0].routes: the route 'r' takes /v1/chat/completions whatever the model"],
         ),
+        (
+            HERE + "[limits]\nredis = 'redis://:x@h'\n[ledger]\njournal = 'j'\npostgres = 'postgresql://u:x@h/d'\n",
+            ["ledger.postgres: a secret in", "limits.redis: a secret in the file", "FILE: it holds secrets"],
+        ),
+        (HERE + "[limits]\nredis = 'redis://h'\n[ledger]\nfile = 'l'\n", []),
         (HERE + "[deadlines]\nfirst_byte = 5\n", ["deadlines.first_byte: some models think"]),
         (HERE + "[deadlines]\nupstream_idle = 5\n", ["deadlines.upstream_idle: some models pause"]),
     ],

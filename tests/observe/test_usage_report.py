@@ -60,6 +60,15 @@ def test_csv_and_json_say_the_same() -> None:
     assert objects[1]["cost"] == "0.000000005"
 
 
+@pytest.mark.parametrize("name", ["=1", "+1", "-1", "@x", "\t=1", "\r=1", "\n+1\r2", " @x", "＝1"])
+def test_a_formula_behind_a_blank_was_a_formula_in_the_csv(name: str) -> None:
+    """Whatever a spreadsheet skips in front of a formula, a client's name is none; JSON has it as it is."""
+    sums = [Sums(name, 1, 1, 1, 1, 0, 0, 0, 0, 0), Sums("-", 1, 1, 1, 1, 0, 0, 0, 0, 0)]
+    rows = list(csv.DictReader(io.StringIO(rendered(sums, "model", "csv"), newline="")))
+    assert [row["model"] for row in rows] == [f"'{name}".replace("\r", "\n"), "-"]
+    assert [row["model"] for row in json.loads(rendered(sums, "model", "json"))] == [name, "-"]
+
+
 def test_nothing_to_sum() -> None:
     """An empty ledger is a table without rows."""
     assert rendered([], "day", "json") == "[]"

@@ -13,7 +13,7 @@ from serve_fakes import FakeGateway, eventually, read_all, refused, serving, set
 
 from canal_trio.errors import ConfigError
 from canal_trio.serve import ListenError, serve
-from canal_trio.settings import Bounds, Deadlines, Key, Upstream
+from canal_trio.settings import Bounds, Deadlines, Key, LimitStore, Upstream
 
 
 async def test_serves_and_greets() -> None:
@@ -177,6 +177,7 @@ async def test_reload() -> None:
     new = settings(
         listen=(("127.0.0.1", 4),),
         log="json",
+        limit_store=LimitStore(output_tokens=5),
         upstreams=(Upstream("other", "http://127.0.0.1:2"),),
         bounds=Bounds(client_connections=77, client_unsent_bytes=9999),
         deadlines=Deadlines(drain=5),
@@ -187,7 +188,7 @@ async def test_reload() -> None:
         signal.raise_signal(signal.SIGHUP)
         log = await server.logged("needs a restart")
         assert "reloaded the configuration" in log
-        assert "a change of listen, log needs a restart; the old value stays" in log
+        assert "a change of listen, log, [limits] needs a restart; the old value stays" in log
         [used] = server.gateway.reloads
         assert used.upstreams == new.upstreams
         assert used.listen == (("127.0.0.1", 0),)

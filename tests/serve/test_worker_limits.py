@@ -106,6 +106,7 @@ def test_one_gateway_at_a_time_has_the_file(tmp_path: pathlib.Path) -> None:
         (b"\xff", "is not what this gateway wrote"),
         (b'{"version":2,"spent":{}}', "is of version 2"),
         (b'{"version":1,"spent":{"00":[1]}}', "is not what this gateway wrote"),
+        (b'{"version":1,"spent":{"%b":[1,2,3,4]}}' % (b"z" * 32), "a name is no digest"),
     ],
 )
 def test_a_damaged_file_does_not_give_the_budgets_back(tmp_path: pathlib.Path, content: bytes, complaint: str) -> None:

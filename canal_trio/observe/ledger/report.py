@@ -18,6 +18,7 @@ __all__ = ["FORMATS", "moment", "rendered"]
 
 FORMATS: Final = ("table", "csv", "json")
 _UNITS: Final = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_FORMULA: Final = re.compile(r"\s*[=+\-@＝＋－＠]")  # the wide ones, too
 _NUMBERS: Final = tuple(name for name in Sums.__dataclass_fields__ if name not in ("group", "cost"))
 
 
@@ -63,5 +64,6 @@ def _printable(text: str) -> str:
 
 
 def _safe(row: list[str | int]) -> list[str | int]:
-    """A client's text must not become a spreadsheet's formula."""
-    return [f"'{cell}" if isinstance(cell, str) and cell[:1] in "=+-@" and cell != "-" else cell for cell in row]
+    """A client's text must not become a spreadsheet's formula, nor with blanks in front of it, nor a row of its own."""
+    cells = [cell.replace("\r", "\n") if isinstance(cell, str) else cell for cell in row]  # csv does not quote a CR
+    return [f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) and cell != "-" else cell for cell in cells]
