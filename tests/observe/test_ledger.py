@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import shutil
 import threading
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -243,3 +245,32 @@ async def test_a_journal_that_cannot_be_read(place: LedgerSettings, monkeypatch:
             await until(lambda: ledger.statistics().store_errors)
         ledger.ended([(entry, record(1))])
     assert outcomes(place.file or "") == {"completed": 1}
+
+
+async def test_rows_vanished_unsaid_where_the_journal_was_removed(
+    place: LedgerSettings, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said how much is lost, the journal is begun anew, and rows that end later are whole; where it cannot be,
+    nothing is admitted meanwhile."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "no")
+
+    assert place.file is not None
+    file = place.file
+    async with running(place) as ledger:
+        one = begin(ledger, 1)
+        await until(lambda: outcomes(file) == {"open": 1})
+        shutil.rmtree(place.journal)
+        await until(lambda: "0 bytes of rows are lost, it is begun anew" in caplog.text)
+        two = begin(ledger, 2)
+        ledger.ended([(one, record(1)), (two, record(2))])
+        await until(lambda: outcomes(file) == {"completed": 2} and not ledger.statistics().backlog)
+        monkeypatch.setattr(os, "makedirs", refused)
+        shutil.rmtree(place.journal)
+        await until(lambda: "nothing is admitted: the ledger's journal cannot be kept in" in caplog.text)
+        (none,) = ledger.admitted([admitted(3)])
+        assert isinstance(none, Failure)
+        monkeypatch.undo()
+        await until(lambda: isinstance(ledger.admitted([admitted(4)])[0], int))
+    assert "bytes of the ledger's journal wait for the next start" not in caplog.text

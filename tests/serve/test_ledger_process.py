@@ -135,7 +135,7 @@ async def test_a_worker_that_is_killed_leaves_interrupted_rows(tmp_path: Path) -
 
 async def test_a_journal_that_cannot_be_kept_is_said_at_once(tmp_path: Path) -> None:
     """A gateway that could not account for anything does not start, and says why in one line."""
-    (tmp_path / "j").touch()
+    (tmp_path / "j").symlink_to("nowhere/j")
     config = tmp_path / "canal.toml"
     config.write_text(
         '[ledger]\nfile = "l.db"\njournal = "j"\n[[upstream]]\nname = "a"\nbase_url = "http://127.0.0.1:1"\n'

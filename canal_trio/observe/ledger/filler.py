@@ -18,9 +18,13 @@ from canal_trio.observe.ledger.journal import Journal, JournalReader, claim, lef
 from canal_trio.observe.ledger.rows import Chunk, Run
 from canal_trio.observe.ledger.store import Store, StoreError
 
-__all__ = ["BATCH_BYTES", "Filler"]
+__all__ = ["BATCH_BYTES", "Filler", "JournalGone"]
 
 BATCH_BYTES: Final = 4 * 1024 * 1024  # of the journal, for one transaction: some 12,000 exchanges
+
+
+class JournalGone(StoreError):
+    """Somebody has removed this process's own journal. `renew` is due."""
 
 
 @final
@@ -58,6 +62,10 @@ class Filler:
                 self._recover()
             self._batch(self._reader, self._journal.run)
             return self._reader.full
+
+    def renew(self) -> int:
+        """Begin this process's journal anew: how many bytes of it are lost. Raises `JournalError`."""
+        return self._journal.renew(self._reader.number + 1)
 
     def _batch(self, reader: JournalReader, run: Run) -> bool:
         chunks = _chunks(reader)
@@ -102,4 +110,5 @@ def _chunks(reader: JournalReader) -> Iterator[Chunk]:
 
 
 def _trouble(reader: JournalReader, exc: OSError) -> StoreError:
-    return StoreError(f"the journal in {reader.folder}: {exc.strerror or exc}")
+    kind = JournalGone if reader.followed and isinstance(exc, FileNotFoundError) else StoreError
+    return kind(f"the journal in {reader.folder}: {exc.strerror or exc}")

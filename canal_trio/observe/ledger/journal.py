@@ -56,16 +56,22 @@ class Journal:
         self._seq = 0
         self._late = bytearray()  # lines of endings that the disk did not take
         self._torn = False  # the last write was cut in the middle of a line
+        self._fd = self._lock = -1
+        self._begin(1)
+
+    def _begin(self, number: int) -> None:
+        """Make the folder, lock it, and begin the segment `number`."""
         try:
-            os.makedirs(self.folder, mode=0o700)
+            os.makedirs(self.folder, mode=0o700, exist_ok=True)
             self._lock = os.open(os.path.join(self.folder, _MANIFEST), os.O_CREAT | os.O_RDWR, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.write(self._lock, _encode(self.run))
-            self._number = 1
+            self._number = number
             self._size = 0
             self._fd = self._segment()
         except OSError as exc:
-            raise JournalError(f"the ledger's journal cannot be kept in {folder}: {exc.strerror or exc}") from None
+            where = os.path.dirname(self.folder)
+            raise JournalError(f"the ledger's journal cannot be kept in {where}: {exc.strerror or exc}") from None
 
     def _segment(self) -> int:
         name = os.path.join(self.folder, _name(self._number))
@@ -141,6 +147,16 @@ class Journal:
         os.close(self._fd)
         self._fd, self._size, self._torn = fd, 0, False  # half a line at a segment's end is none
 
+    def renew(self, number: int) -> int:
+        """Somebody has removed its files: begin anew with the segment `number`. How many bytes that the store does not
+        have are lost. Raises `JournalError`; then nobody is admitted until it has been tried again."""
+        self.close()
+        self._begin(number)
+        lost = self.written - self.applied
+        self.written = self.applied
+        self._torn = False
+        return lost
+
     def close(self) -> None:
         """Let go of the files. Idempotent."""
         for fd in (self._fd, self._lock):
@@ -163,20 +179,20 @@ class JournalReader:
     """Reads the rows of one run from its files, in order, in another thread than the writer's if need be.
 
     `read` gives what is there, `commit` says that the store has it, and removes the segments that are done with.
-    `followed`: it is this process's own, so that no segment is missing between two others. It asks the system for as
-    little as it can: each time the interpreter's lock is let go, and got back from a loop that is busy.
+    `followed`: it is this process's own, so that no segment is missing, unless somebody has removed it. It asks
+    the system for as little as it can: each time the interpreter's lock is let go, and got back from a busy loop.
     """
 
     def __init__(self, folder: str, *, followed: bool = False) -> None:
         self.folder = folder
-        self._followed = followed
+        self.followed = followed
         self.broken = 0  # lines that were none, committed
         self.consumed = 0  # bytes, committed
-        self._number = min(_segments(folder), default=1)
+        self.number = min(_segments(folder), default=1)  # of the segment that is read
         self._offset = 0
         self.full = False  # the last read has found as much as it may take
         self.rows = 0  # whole ones that it has found
-        self._next = (self._number, 0, 0, 0)
+        self._next = (self.number, 0, 0, 0)
 
     def read(self, most: int) -> Iterator[Chunk]:
         """The next rows, from up to `most` bytes (but at least a line), in chunks. Raises OSError.
@@ -186,11 +202,11 @@ class JournalReader:
         """
         begun: dict[int, Row] = {}  # by their number
         finished: list[Row] = []
-        number, offset, taken, broken, self.rows = self._number, self._offset, 0, 0, 0
+        number, offset, taken, broken, self.rows = self.number, self._offset, 0, 0, 0
         while taken < most:
             later, room = self._later(number), max(most - taken, 2 * LINE_BYTES)
             # Read behind that look: if there is a later one, nothing is written here any more.
-            data = self._data(number, offset, room)
+            data = self._data(number, offset, room, there=self.followed and later is None)
             end = data.rfind(b"\n") + 1
             for lines in _pieces(data, end):
                 rows, none = _decoded(lines)
@@ -223,25 +239,27 @@ class JournalReader:
     def commit(self) -> None:
         """All that was read last is in the store. Raises OSError."""
         number, offset, taken, broken = self._next
-        if number != self._number:
+        if number != self.number:
             for done in _segments(self.folder):
                 if done < number:
                     os.unlink(os.path.join(self.folder, _name(done)))
-        self._number, self._offset = number, offset
+        self.number, self._offset = number, offset
         self.consumed += taken
         self.broken += broken
         self._next = (number, offset, 0, 0)
 
     def _later(self, number: int) -> int | None:
         """The segment behind that one, if it was begun."""
-        if self._followed:
+        if self.followed:
             return number + 1 if os.path.exists(os.path.join(self.folder, _name(number + 1))) else None
         return min((other for other in _segments(self.folder) if other > number), default=None)
 
-    def _data(self, number: int, offset: int, most: int) -> bytes:
+    def _data(self, number: int, offset: int, most: int, *, there: bool) -> bytes:
         try:
             fd = os.open(os.path.join(self.folder, _name(number)), os.O_RDONLY)
         except FileNotFoundError:
+            if there:
+                raise
             return b""
         try:
             return os.pread(fd, most, offset)

@@ -15,11 +15,11 @@ from typing import Final, final
 
 import trio
 
-from canal_trio.errors import Failure, Kind, Phase, Side
+from canal_trio.errors import CanalError, Failure, Kind, Phase, Side
 from canal_trio.hooks import Admitted, ExchangeRecord
 from canal_trio.observe.ledger import rows
-from canal_trio.observe.ledger.filler import Filler
-from canal_trio.observe.ledger.journal import Journal
+from canal_trio.observe.ledger.filler import Filler, JournalGone
+from canal_trio.observe.ledger.journal import Journal, JournalError
 from canal_trio.observe.ledger.store import Store, StoreError, open_store
 from canal_trio.settings import Ledger as LedgerSettings
 
@@ -135,16 +135,26 @@ class Ledger:
             while more:
                 more = await trio.to_thread.run_sync(step, abandon_on_cancel=True, limiter=self._one_thread)
                 self._journal.applied = self._filler.applied
+        except JournalGone as exc:
+            try:
+                _log.error("%s: %d bytes of rows are lost, it is begun anew", exc, self._filler.renew())
+            except JournalError as why:
+                self._failed("nothing is admitted: %s", why)
+            return False
         except StoreError as exc:
-            self._store_errors += 1
-            if not self._away:
-                self._away = True
-                _log.error("the ledger's store is away, rows wait in the journal: %s", exc)
+            self._failed("the ledger's store is away, rows wait in the journal: %s", exc)
             return False
         if self._away:
             self._away = False
             _log.warning("the ledger's store is back")
         return True
+
+    def _failed(self, text: str, why: CanalError) -> None:
+        """Count it, and say it once."""
+        self._store_errors += 1
+        if not self._away:
+            self._away = True
+            _log.error(text, why)
 
     async def finish(self, within: float = FINISH) -> None:
         """No more exchanges will come: have the store take what there is, for at most `within` seconds, and close.
