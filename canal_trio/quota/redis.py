@@ -221,7 +221,7 @@ class RedisStore:
                 with trio.fail_after(self._timeout):
                     answer = await pending.request
                 if isinstance(answer, list) and answer[0] == b"stale":
-                    raise _Away("another session has begun")
+                    raise _Away("it does not know of us: was it emptied?")
             except trio.TooSlowError:
                 self._lost(f"no answer in {self._timeout:g} s")
                 return

@@ -5,8 +5,9 @@ it, month, spent in it), and for each worker with exchanges in flight `s:WORKER`
 set aside for them). A worker lives as long as it is in the set of workers with a time to come; who finds a dead one in
 a scope takes its fields away and counts what it had set aside as spent. Time is the server's.
 
-Each worker numbers its sessions (`e`) and what it has settled (`q`): what an older connection still delivers is
-ignored, and nothing is settled twice. Numbers that must be exact travel as text: Lua's own would be rounded.
+Each worker numbers its sessions (`e`) and what it has settled (`q`): what an older connection still delivers, and what
+is said to a Redis that was emptied, is ignored (`stale`), and nothing is settled twice. Numbers that must be exact
+travel as text: Lua's own would be rounded.
 A test holds these scripts to the arithmetic in Python, step by step.
 """
 
@@ -151,7 +152,8 @@ return answer
 SETTLE: Final = (
     _COMMON
     + """
-if not current() or not once(tonumber(ARGV[4])) then return 0 end
+if not current() then return {'stale'} end
+if not once(tonumber(ARGV[4])) then return 0 end
 local asked, cost, used, spent = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
 for i = 3, #KEYS do
   local at = 9 + (i - 3) * 3
@@ -169,7 +171,8 @@ return 1
 SPEND: Final = (
     _COMMON
     + """
-if not current() or not once(tonumber(ARGV[4])) then return 0 end
+if not current() then return {'stale'} end
+if not once(tonumber(ARGV[4])) then return 0 end
 local spent = tonumber(ARGV[5])
 for i = 3, #KEYS do
   local at = 6 + (i - 3) * 2
@@ -185,7 +188,7 @@ return 1
 COUNT: Final = (
     _COMMON
     + """
-if not current() then return 0 end
+if not current() then return {'stale'} end
 local streams, reserved = tonumber(ARGV[4]), tonumber(ARGV[5])
 if streams > 0 then redis.call('HSET', KEYS[3], 's:' .. me, ARGV[4]) else redis.call('HDEL', KEYS[3], 's:' .. me) end
 if reserved > 0 then redis.call('HSET', KEYS[3], 'c:' .. me, ARGV[5]) else redis.call('HDEL', KEYS[3], 'c:' .. me) end
@@ -209,7 +212,7 @@ return 1
 BEAT: Final = (
     _COMMON
     + """
-if not current() then return 0 end
+if not current() then return {'stale'} end
 redis.call('EXPIRE', ME, KEEP)
 redis.call('ZADD', WORKERS, now + tonumber(ARGV[4]), me)
 redis.call('ZREMRANGEBYSCORE', WORKERS, '-inf', now - FORGET)

@@ -177,15 +177,15 @@ def test_an_older_session_says_nothing_any_more(shared_redis: RedisServer) -> No
     direct.begin("a", now=1000.0, session=2)
     again = [50, *rate_words([one], burst=False)]
     assert direct.run(scripts.ADMIT, "a", 1000.0, [one], *words) == [b"stale"]
-    assert direct.run(scripts.SETTLE, "a", 1000.0, [one], 8, *spent) == [0]
-    assert direct.run(scripts.COUNT, "a", 1000.0, [one], 3, 9) == [0]
+    assert direct.run(scripts.SETTLE, "a", 1000.0, [one], 8, *spent) == [b"stale"]
+    assert direct.run(scripts.COUNT, "a", 1000.0, [one], 3, 9) == [b"stale"]
     assert direct.run(scripts.SPEND, "a", 1000.0, [one], 7, *again, session=2) == [0]
     assert direct.run(scripts.SPEND, "a", 1000.0, [one], 8, *again, session=2) == [1]
     assert direct.run(scripts.COUNT, "a", 1000.0, [one], 3, 9, session=2) == [1]
     answer = direct.run(scripts.ADMIT, "a", 1000.0, [one], *words, session=2)
     ((_, state),) = verdict_of([one], NONE, answer, None).counted  # type: ignore[arg-type]  # nobody settles it
     assert (state.streams, state.reserved, state.spent_day) == (4, 9, 100)
-    assert direct.run(scripts.BEAT, "a", 1000.0, [], 1e6, session=1) == [0]
+    assert direct.run(scripts.BEAT, "a", 1000.0, [], 1e6, session=1) == [b"stale"]
     assert direct.run(scripts.BEAT, "a", 1000.0, [], 1e6, session=2) == [1]
 
 
@@ -332,6 +332,34 @@ async def test_what_was_spent_while_redis_was_away_is_told_exactly_once(redis: R
         found = fields(redis, one)
         assert found["sm"] == found["sd"] == 3 + 300 + 10_000 + 2_000_000
         assert [key for key in found if key[1:2] == ":"] == []
+
+
+async def test_a_redis_that_was_emptied_did_not_hear_of_what_was_in_flight(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nobody asks anything more: the next settlement, or the next beat, finds out, nothing of it is lost,
+    and what is still in flight is told."""
+    monkeypatch.setattr("canal_trio.quota.redis.BEAT", 0.05)
+    one = scope(Limit(spend_day=1.0, streams=3))
+    async with store(redis, fail="local") as here:
+        first, second = [await here.admit((one,), Ask(0, 10)) for _ in range(2)]
+        assert first is not None
+        assert second is not None
+        redis.command("FLUSHALL")
+        with trio.fail_after(10):
+            while not in_flight(redis, one):  # noqa: ASYNC110  # a beat
+                await trio.sleep(0.01)
+        await back(here)
+        assert in_flight(redis, one) == 2
+        redis.command("FLUSHALL")
+        first.keeper.settle(first.counted, Ask(0, 10), Ask(0, 700))
+        with trio.fail_after(10):
+            while not fields(redis, one).get("sd"):  # noqa: ASYNC110  # a session
+                await trio.sleep(0.01)
+        await back(here)
+        assert fields(redis, one)["sd"] == 700
+        assert in_flight(redis, one) == 1
+        second.keeper.settle(second.counted, Ask(0, 10), NONE)
 
 
 async def test_a_redis_that_was_restarted_is_used_again(redis: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
