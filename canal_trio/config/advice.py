@@ -10,6 +10,7 @@ from typing import Any
 
 from canal_trio.config.values import shown
 from canal_trio.policy.names import Names
+from canal_trio.policy.prices import Prices
 from canal_trio.settings import Key, Settings, address_text
 from canal_trio.wire.targets import BaseUrl, parse_base_url
 
@@ -21,7 +22,14 @@ GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/e
 
 def advice(settings: Settings, raw: dict[str, Any], file: str, now: float) -> list[str]:
     """A remark on each thing that is legal and unwise. `raw` is the document in `file`, `now` is Unix time."""
-    kinds = (_open_doors(settings), _secrets(raw, file), _upstreams(settings), _keys(settings, now), _rest(settings))
+    kinds = (
+        _open_doors(settings),
+        _secrets(raw, file),
+        _upstreams(settings),
+        _keys(settings, now),
+        _budgets(settings),
+        _rest(settings),
+    )
     return [remark for kind in kinds for remark in kind]
 
 
@@ -107,6 +115,18 @@ def _round_about(settings: Settings, key: Key, place: str) -> Iterator[str]:
                 f"{place}.routes: the route {shown(route.name)} takes {path} whatever the model: "
                 f"it lets the key {shown(key.name)} use every one"
             )
+
+
+def _budgets(settings: Settings) -> Iterator[str]:
+    """What no budget stops, because it has no price."""
+    if all(limit.spend_day is None and limit.spend_month is None for limit in settings.limits):
+        return
+    prices = Prices(settings.prices)
+    for number, model in enumerate(settings.models):
+        for target in model.upstreams:
+            called = target.model or model.name
+            if "*" not in model.name + called and prices.find(target.name, called, model.name) is None:
+                yield f"model[{number}]: {shown(called)} at {shown(target.name)} has no [[price]]: no budget stops it"
 
 
 def _rest(settings: Settings) -> Iterator[str]:

@@ -46,7 +46,7 @@ _FORM = b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %%d\r\nx-ratelim
 def _forms(rule: Rule) -> tuple[bytes, bytes, bytes]:
     """What is filled in for requests, for tokens, and for both, of those that `rule` limits. Made once for a rule."""
     requests, tokens = (
-        b"" if most is None else _FORM % (name, most, name, name)
+        b"" if most is None else _FORM % (name, max(1, most), name, name)
         for name, most in ((b"requests", rule.requests), (b"tokens", rule.tokens))
     )
     rule.forms = forms = requests, tokens, requests + tokens if requests and tokens else b""

@@ -223,6 +223,13 @@ FAR = NAME.format("http://far.example/v1")
             ["ledger.postgres: a secret in", "limits.redis: a secret in the file", "FILE: it holds secrets"],
         ),
         (HERE + "[limits]\nredis = 'redis://h'\n[ledger]\nfile = 'l'\n", []),
+        (
+            HERE + "[[model]]\nname = 'a'\nupstreams = ['u']\n[[model]]\nname = 'b*'\nupstreams = ['u']\n"
+            "[[model]]\nname = 'c'\nupstreams = [{ name = 'u', model = 'd' }]\n[limits]\nstate = 's'\n"
+            "[[price]]\nmodel = 'a'\n[[limit]]\nspend_per_day = 1\n",
+            ["model[2]: 'd' at 'u' has no [[price]]: no budget stops it"],
+        ),
+        (HERE + "[[model]]\nname = 'a'\nupstreams = ['u']\n[[limit]]\nstreams = 1\n[[price]]\nmodel = 'x'\n", []),
         (HERE + "[deadlines]\nfirst_byte = 5\n", ["deadlines.first_byte: some models think"]),
         (HERE + "[deadlines]\nupstream_idle = 5\n", ["deadlines.upstream_idle: some models pause"]),
     ],

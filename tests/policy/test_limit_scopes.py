@@ -223,6 +223,14 @@ def test_the_fields_of_one_scope_are_made_in_a_short_way(
     assert limit_fields([(one, state)]) == limit_fields([(other, State()), (one, state)])
 
 
+def test_a_limit_below_one_in_a_minute_was_told_as_none():
+    """One every two minutes is told as a limit of one, whose reset says the rest."""
+    (one,) = Scopes([Limit(requests=0.5)]).of(None, None)
+    assert limit_fields([(one, State(requests=1.0))]).startswith(
+        b"x-ratelimit-limit-requests: 1\r\nx-ratelimit-remaining-requests: 0\r\nx-ratelimit-reset-requests: 2m0s"
+    )
+
+
 def test_a_refusal_says_whose_limit_it_was_and_when_to_come_again():
     """For people: the scope, the number, its unit, the wait."""
     total, pair = Scopes([Limit(requests=1), Limit(principal="a", model="m", tokens=1)]).of("a", "m")
