@@ -49,6 +49,7 @@ LIVES = 15.0  # seconds after which a worker that says nothing is taken for dead
 BEAT = 4.0
 BACK_OFF_FIRST, BACK_OFF_LAST = 0.1, 2.0
 CONNECT = 2.0
+REMEMBERED = 65_536  # scopes of which Redis has to be told; clients may choose the models
 
 _log = logging.getLogger("canal_trio.quota")
 _theirs = logging.getLogger("coredis")
@@ -71,7 +72,8 @@ class RedisStore:
         self._settings = settings
         self._url = settings.redis
         self._timeout = settings.timeout
-        self._local = _Local(self, local) if settings.fail == "local" else None
+        meanwhile: dict[str, _Local | _Open] = {"local": _Local(self, local), "open": _Open(self)}
+        self._meanwhile = meanwhile.get(settings.fail)  # none: nothing is let in
         self._me = os.urandom(9).hex()
         self._prefix = f"{{{settings.prefix}}}:"  # in braces: one slot of a cluster
         self._workers = f"{self._prefix}workers".encode()
@@ -95,6 +97,11 @@ class RedisStore:
         """It is not asked at the moment."""
         return self._connection is None
 
+    @property
+    def untold(self) -> int:
+        """Scopes of which Redis has to be told when it is back."""
+        return len(self._stale)
+
     # -- exchanges -----------------------------------------------------------------------------------------------------
 
     async def admit(self, scopes: tuple[Scope, ...], ask: Ask) -> Verdict | None:
@@ -108,18 +115,18 @@ class RedisStore:
                 except trio.Cancelled:
                     pending.given_up = True
                     if self._let_in(pending.answer):
-                        self._settle(scopes, ask, Ask())
+                        self.settle_in(scopes, ask, Ask())
                     raise
                 if pending.answer is not None:
                     return verdict_of(scopes, ask, pending.answer, self)
         await trio.lowlevel.checkpoint()
-        return None if self._local is None else self._local.admit(scopes, ask)
+        return None if self._meanwhile is None else self._meanwhile.admit(scopes, ask)
 
     def _was_asked(self, pending: Pending, scopes: Sequence[Scope], ask: Ask, answer: Any) -> None:
         if self._let_in(answer):
             self.hold(scopes, ask, told=True)
             if pending.given_up:
-                self._settle(scopes, ask, Ask())
+                self.settle_in(scopes, ask, Ask())
 
     @staticmethod
     def _let_in(answer: Any) -> bool:
@@ -149,9 +156,10 @@ class RedisStore:
 
     def settle(self, counted: Counted, ask: Ask, used: Ask) -> None:
         """What Redis let in has ended. Not a checkpoint."""
-        self._settle([scope for scope, _ in counted], ask, used)
+        self.settle_in([scope for scope, _ in counted], ask, used)
 
-    def _settle(self, scopes: Sequence[Scope], ask: Ask, used: Ask) -> None:
+    def settle_in(self, scopes: Sequence[Scope], ask: Ask, used: Ask) -> None:
+        """What was let in with these scopes has ended. Not a checkpoint."""
         if self._connection is not None:
             spent = Spent(self._next(), scopes, used.cost)
             arguments = [spent.number, ask.tokens, ask.cost, used.tokens, used.cost, *rate_words(scopes, burst=True)]
@@ -354,6 +362,34 @@ class _Local:
         """In the memory, and in Redis if that is possible: it was told, or will be, that it is in flight."""
         self._memory.settle(counted, ask, used)
         self._store.settle(counted, Ask(0, ask.cost), used)  # no tokens were set aside there
+
+
+@final
+class _Open:
+    """Lets everything in, held for Redis to be told: what it costs was spent all the same."""
+
+    def __init__(self, store: RedisStore) -> None:
+        self._store = store
+
+    def admit(self, scopes: tuple[Scope, ...], ask: Ask) -> Verdict | None:
+        """Counted nowhere yet. None: let in, and forgotten, for there is too much to be told already."""
+        if self._store.untold >= REMEMBERED:
+            return None
+        self._store.hold(scopes, ask, told=False)
+        return Verdict((), None, _Uncounted(self._store, scopes))
+
+
+@final
+class _Uncounted:
+    """The keeper of one exchange that was let in unasked."""
+
+    def __init__(self, store: RedisStore, scopes: tuple[Scope, ...]) -> None:
+        self._store = store
+        self._scopes = scopes
+
+    def settle(self, _counted: Counted, ask: Ask, used: Ask) -> None:
+        """In Redis if that is possible: it was told, or will be, that it is in flight."""
+        self._store.settle_in(self._scopes, Ask(0, ask.cost), used)  # no tokens were set aside there
 
 
 _MEANWHILE = {

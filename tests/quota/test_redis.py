@@ -291,6 +291,8 @@ async def test_nobody_waits_for_a_redis_that_does_not_answer(redis: RedisServer,
                 await ask()
         if fail == "local":  # from nothing on: two places of this machine's
             assert sum(verdict.why is None for verdict in verdicts) == 2
+        elif fail == "open":  # counted nowhere
+            assert [(verdict.counted, verdict.why) for verdict in verdicts] == [((), None)] * 105
         else:
             assert verdicts == [None] * 105
         redis.thaw()
@@ -298,12 +300,48 @@ async def test_nobody_waits_for_a_redis_that_does_not_answer(redis: RedisServer,
         assert here.errors == 1
         await here.flush()
         # All of this worker's, those of the memory's included: Redis was told.
-        held = 1 + 2 * (fail == "local")
+        held = {"local": 3, "open": 106, "closed": 1}[fail]
         assert in_flight(redis, one) == held
         for verdict in [before, *(verdict for verdict in verdicts if verdict and verdict.why is None)]:
             verdict.keeper.settle(verdict.counted, NONE, NONE)
         await here.flush()
         assert in_flight(redis, one) == 0
+
+
+@pytest.mark.parametrize("fail", ["open", "local"])
+async def test_what_was_spent_while_redis_was_away_was_given_away_where_it_fails_open(
+    redis: RedisServer, fail: str
+) -> None:
+    """What was let in while it was away is no gift: Redis hears what it cost, and of what is still in flight."""
+    one = scope(Limit(spend_day=1.0, streams=100))
+    async with store(redis, fail=fail) as here:
+        redis.kill()
+        with trio.fail_after(10):
+            while not here.away:  # noqa: ASYNC110  # by the time it takes
+                await trio.sleep(0.01)
+        first, second = [await here.admit((one,), Ask(5, 10)) for _ in range(2)]
+        assert first is not None
+        assert second is not None
+        first.keeper.settle(first.counted, Ask(5, 10), Ask(5, 700))
+        redis.start()
+        await back(here)
+        assert fields(redis, one)["sd"] == 700
+        assert in_flight(redis, one) == 1
+        second.keeper.settle(second.counted, Ask(5, 10), Ask(5, 70))
+        await here.flush()
+        assert fields(redis, one)["sd"] == 770
+        assert in_flight(redis, one) == 0
+
+
+async def test_what_is_remembered_for_a_redis_that_is_away_is_bounded(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many models clients invent meanwhile; beyond, they are let in and forgotten."""
+    monkeypatch.setattr("canal_trio.quota.redis.REMEMBERED", 3)
+    redis.kill()
+    async with store(redis, fail="open") as here:
+        verdicts = [await here.admit((scope(Limit(streams=1)),), NONE) for _ in range(5)]
+        assert [verdict is not None for verdict in verdicts] == [True, True, True, False, False]
 
 
 async def test_what_was_spent_while_redis_was_away_is_told_exactly_once(redis: RedisServer) -> None:
