@@ -28,6 +28,7 @@ from canal_trio.policy.ratelimit import Ask
 from canal_trio.policy.scopes import Scope
 from canal_trio.quota import scripts
 from canal_trio.quota.admission import Verdict
+from canal_trio.quota.meanwhile import Local, Open
 from canal_trio.quota.memory import MemoryStore
 from canal_trio.quota.redis_parts import (
     Held,
@@ -72,7 +73,7 @@ class RedisStore:
         self._settings = settings
         self._url = settings.redis
         self._timeout = settings.timeout
-        meanwhile: dict[str, _Local | _Open] = {"local": _Local(self, local), "open": _Open(self)}
+        meanwhile: dict[str, Local | Open] = {"local": Local(self, local), "open": Open(self, REMEMBERED)}
         self._meanwhile = meanwhile.get(settings.fail)  # none: nothing is let in
         self._me = os.urandom(9).hex()
         self._prefix = f"{{{settings.prefix}}}:"  # in braces: one slot of a cluster
@@ -340,56 +341,6 @@ class RedisStore:
             self._stale.update(scope.id for scope in pending.scopes)  # whether it was done is not known
             pending.event.set()
         self._pending.clear()
-
-
-@final
-class _Local:
-    """The keeper of what was let in by this machine's memory: counted there, and held for Redis to be told."""
-
-    def __init__(self, store: RedisStore, memory: MemoryStore) -> None:
-        self._store = store
-        self._memory = memory
-
-    def admit(self, scopes: tuple[Scope, ...], ask: Ask) -> Verdict | None:
-        """By the memory."""
-        verdict = self._memory.admit_now(scopes, ask)
-        if verdict is None or verdict.why is not None:
-            return verdict
-        self._store.hold([scope for scope, _ in verdict.counted], ask, told=False)
-        return Verdict(verdict.counted, None, self)
-
-    def settle(self, counted: Counted, ask: Ask, used: Ask) -> None:
-        """In the memory, and in Redis if that is possible: it was told, or will be, that it is in flight."""
-        self._memory.settle(counted, ask, used)
-        self._store.settle(counted, Ask(0, ask.cost), used)  # no tokens were set aside there
-
-
-@final
-class _Open:
-    """Lets everything in, held for Redis to be told: what it costs was spent all the same."""
-
-    def __init__(self, store: RedisStore) -> None:
-        self._store = store
-
-    def admit(self, scopes: tuple[Scope, ...], ask: Ask) -> Verdict | None:
-        """Counted nowhere yet. None: let in, and forgotten, for there is too much to be told already."""
-        if self._store.untold >= REMEMBERED:
-            return None
-        self._store.hold(scopes, ask, told=False)
-        return Verdict((), None, _Uncounted(self._store, scopes))
-
-
-@final
-class _Uncounted:
-    """The keeper of one exchange that was let in unasked."""
-
-    def __init__(self, store: RedisStore, scopes: tuple[Scope, ...]) -> None:
-        self._store = store
-        self._scopes = scopes
-
-    def settle(self, _counted: Counted, ask: Ask, used: Ask) -> None:
-        """In Redis if that is possible: it was told, or will be, that it is in flight."""
-        self._store.settle_in(self._scopes, Ask(0, ask.cost), used)  # no tokens were set aside there
 
 
 _MEANWHILE = {
