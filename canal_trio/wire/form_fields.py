@@ -26,7 +26,7 @@ _BOUNDARY: Final = re.compile(
     rb"(?:;[ \t]*charset=\"?utf-?8\"?[ \t]*)?",
     re.IGNORECASE,
 )
-_FIELD: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*")
+_FIELD: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")
 _DISPOSITION: Final = re.compile(
     rb"form-data[ \t]*;[ \t]*name=(?:\"([^\"\\\x00-\x1f]*)\"|([!#$&+.^_`|~0-9A-Za-z-]+))"
     rb"([ \t]*;[ \t]*filename=(?:\"(?:[^\"\\\x00-\x1f]|\\.)*\"|[^\s\";]+))?([ \t]*;[ \t]*filename\*=[^\s\";]+)?",
@@ -133,7 +133,7 @@ def _part(head: bytes, start: int, end: int) -> _Part | str:
         name = match[1].lower() if match is not None else b""
         if match is None or name in fields:
             return "A part of the form has a malformed or repeated field."
-        fields[name] = match[2]
+        fields[name] = match[2].strip(b" \t")  # not by the pattern: it would try each end of a run of blanks
     if fields.get(b"content-transfer-encoding", b"binary").lower() not in _UNENCODED:
         return "A part of the form has a Content-Transfer-Encoding."
     match = _DISPOSITION.fullmatch(fields.get(b"content-disposition", b""))

@@ -136,3 +136,12 @@ def test_what_is_plain_is_not_refused():
         assert isinstance(fields, FormFields)
         assert fields.model == "a"
     assert form_fields(TYPE, b"--B0undary--") == FormFields()
+
+
+def test_blanks_in_the_heads_of_parts_froze_every_stream():
+    """A run of blanks is looked at once: this megabyte took twenty seconds, in which the loop stood still."""
+    blanks = b" \t" * 3900
+    part = (FILE + b"\r\nX: \t a" + blanks + b"b" + b" \t", b"")
+    fields = form_fields(TYPE, form(*[part] * 120, (b"Content-Disposition:\t" + MODEL[21:] + b" \t", b"a")))
+    assert isinstance(fields, FormFields)
+    assert fields.model == "a"
