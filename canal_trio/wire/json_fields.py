@@ -64,6 +64,7 @@ _INSIDE: Final = re.compile(
 )
 
 
+MODEL_CHARACTERS: Final = 1024
 MEMBERS: Final = 1000  # of an object that is scanned: more than any request has
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
@@ -139,6 +140,8 @@ def json_fields(body: bytes) -> JsonFields | str:
             break
         places[name] = match.span(2)
     model = said.model
+    if model is not None and len(model) > MODEL_CHARACTERS:
+        return "The body's 'model' is too long for a name."  # which is kept by what counts, and may be megabytes
     start, end = (0, 0) if model is None else places["model"]
     wanted = None if _astuple(said)[3:] == _UNBOUNDED else _wanted(said)
     if said.stream is UNSET or bytes(said.stream) != b"true":

@@ -226,13 +226,14 @@ def test_a_judged_key_is_there_once_or_refused(data: st.DataObject):
         (b'{"model":"\\ud800"}', "The body is not the JSON expected: the model's name cannot be read."),
         (b'{"model":"\xff"}', "The body is not the JSON expected: the model's name is not UTF-8."),
         (b'{"model":3}', "The body is not the JSON expected: Expected `str | null`, got `int` - at `$.model`."),
+        (b'{"model":"%b"}' % (b"a" * 1025), "The body's 'model' is too long for a name."),
         (b'{"model":"a"', "The body is not the JSON expected: Input data was truncated."),
         (b'\xef\xbb\xbf{"model":"a"}', "The body is not the JSON expected: "),
         ('{"model":"a"}'.encode("utf-16"), "The body is not the JSON expected: "),
         (b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}", "The body is nested too deeply."),
     ],
     ids=["plain", "escaped", "upper", "escaped-s", "long-s", "options", "empty", "array",
-         "surrogate", "utf-8", "number", "cut", "bom", "utf-16", "deep"],
+         "surrogate", "utf-8", "number", "long", "cut", "bom", "utf-16", "deep"],
 )  # fmt: skip
 def test_what_is_refused(body: bytes, complaint: str):
     """Each with a sentence for people."""
