@@ -89,12 +89,13 @@ async def test_one_model_is_told_of() -> None:
     [
         openai_error(500),
         reply(b"<html>"),
+        reply(b'{"data":[{"id":"a\xff"}]}'),
         reply(b'{"data":[{"id":"a"}]}' + b" " * 2000),
         Script((Send(b"HTTP/9.9 what\r\n\r\n"),)),
         Script(()),
         Script((Stall(),)),
     ],
-    ids=["error", "html", "large", "no-http", "closed", "silent"],
+    ids=["error", "html", "no-utf8", "large", "no-http", "closed", "silent"],
 )
 async def test_an_upstream_without_a_list_spoils_nothing(script: Script, caplog: pytest.LogCaptureFixture) -> None:
     """What is configured is listed all the same, soon, and the log says why the rest is missing."""
