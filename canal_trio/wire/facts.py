@@ -99,7 +99,8 @@ def _nameless(path: str) -> bool:
 
 
 def _is_utf8(content_type: bytes) -> bool:
-    return content_type.lower().count(b"charset") == len(_CHARSET.findall(content_type))
+    said = content_type.lower().count(b"charset")
+    return not said or said == len(_CHARSET.findall(content_type))
 
 
 def response_facts(head: ResponseHead) -> ResponseFacts:
