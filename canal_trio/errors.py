@@ -80,6 +80,7 @@ class Kind(enum.Enum):
     GONE = "gone"  # the client left
     STALE = "stale"  # a reused connection died before any response byte
     UNBOOKED = "unbooked"  # the ledger cannot take note of it
+    NO_STREAM = "no_stream"  # the upstream answered, but not with the stream that had been begun
     IN_BAND = "in_band"  # the upstream reported an error inside its event stream
     INTERNAL = "internal"  # our own bug
 

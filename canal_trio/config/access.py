@@ -27,6 +27,7 @@ from canal_trio.config.schema import (
     decode,
 )
 from canal_trio.config.values import nearest, shown
+from canal_trio.policy.names import Names
 from canal_trio.settings import Balance, Key, Model, Route, Target
 
 __all__ = ["Known", "keys_of", "models_of", "routes_of"]
@@ -75,15 +76,15 @@ def keys_of(
 ) -> tuple[Key, ...]:
     """Every `[[key]]`. `models` and `routes` are the names there are."""
     served, paths = frozenset(models), frozenset(routes)
-    open_ended = not served or any("*" in name for name in served)  # so any model may be there
+    named = Names((name, True) for name in served)  # a model's `*` may be what the key names
 
     def one(table: KeyTable, path: Path) -> Key:
         name = read(table.name, values.name, (*path, "name"), complain, "?")
         digest = read(table.sha256, values.sha256, (*path, "sha256"), complain, "0" * 64)
         chosen = ("*",) if table.models is None else tuple(table.models)
         may = None if table.routes is None else tuple(table.routes)
-        _opens("model", chosen, None if open_ended else served, path, complain)
-        _opens("route", may or (), paths, path, complain)
+        _opens("model", chosen, served or None, named, path, complain)
+        _opens("route", may or (), paths, paths, path, complain)
         principal = table.principal
         if principal is not None:
             principal = read(principal, values.name, (*path, "principal"), complain, None)
@@ -145,14 +146,21 @@ def _fits(model: str, wild: bool | None, path: Path, complain: Complain) -> None
         complain(path, f"expected a name, got {shown(model)}: its '*' has none in the model's name to stand for")
 
 
-def _opens(kind: str, names: tuple[str, ...], known: frozenset[str] | None, path: Path, complain: Complain) -> None:
-    """Is there what the key opens? `known` None: anything may be."""
+def _opens(
+    kind: str,
+    names: tuple[str, ...],
+    known: frozenset[str] | None,
+    there: frozenset[str] | Names[bool],
+    path: Path,
+    complain: Complain,
+) -> None:
+    """Is there what the key opens? `known`: as it is written; None: anything may be. `there`: also by a `*` in it."""
     for number, name in enumerate(names):
         if known is not None and name in known:
             continue
         where = (*path, f"{kind}s", number)
         read(name, values.pattern, where, complain, None)
-        if known is not None and "*" not in name:
+        if known is not None and "*" not in name and name not in there:
             complain(where, f"there is no {kind} named {shown(name)}{nearest(name, known)}")
 
 

@@ -1,7 +1,8 @@
 """Clients' keys in a configuration file: made, listed and revoked without touching anything else in it.
 
 A key is shown once, when it is made; the file holds its SHA-256 only. Edits are splices of lines: comments, order and
-spacing stay. Invariant: a file is replaced as a whole, and only by one that says what the old one said and the edit.
+spacing stay. Invariant: a file is replaced as a whole, and only by one that says what the old one said and the edit,
+and whose keys a gateway would take.
 """
 
 from __future__ import annotations
@@ -109,6 +110,10 @@ def _replace(file: str, text: str, expected: dict[str, Any]) -> None:
             out.write(text)
             out.flush()
             os.fsync(out.fileno())
+        try:
+            load_keys(Flags(config=temporary))
+        except ConfigError as exc:
+            raise ConfigError(f"{str(exc).replace(temporary, file)}; nothing was written") from None
         os.replace(temporary, target)
     except BaseException:
         os.unlink(temporary)

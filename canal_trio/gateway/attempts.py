@@ -335,8 +335,7 @@ class Attempts:
         if await delivery.no_longer_early() and not (head.status == 200 and response_facts(head).event_stream):
             refused = await keep_from_flow(port.flow, head, upstream.name)
             delivery.refusal = None if refused is None else refused.early()
-            detail = f"It answered {head.status}, without a stream, when a stream had been begun."
-            return Failure(Side.UPSTREAM, Phase.FIRST_BYTE, Kind.REFUSED, detail)
+            return Failure(Side.UPSTREAM, Phase.FIRST_BYTE, Kind.NO_STREAM, f"It answered {head.status}.")
         flow: FlowReceiver | HeldFlow = port.flow
         if self._group.options.hold_first_event and self._holds(head):
             flow = held = await hold_event_of_flow(port.flow)

@@ -90,10 +90,12 @@ class Group:
 
 @final
 class Standings:
-    """How each upstream stands, for all that configurations come and go. One that has moved begins anew."""
+    """How each upstream stands, for all that configurations come and go. One that has moved begins anew, and one with
+    another key is tried again."""
 
     def __init__(self) -> None:
         self._all: dict[tuple[str, str], Standing] = {}
+        self._ways: dict[str, tuple[object, ...]] = {}  # how each is reached
 
     def configure(self, settings: Settings) -> dict[str, Standing]:
         """Those of the upstreams in `settings`, by name; others are forgotten."""
@@ -104,9 +106,16 @@ class Standings:
             standing.use(settings.health)
             if upstream.check is None:
                 standing.unchecked()
+            if self._ways.get(upstream.name) not in (None, _way(upstream)):
+                standing.reconsider()
             found[place] = standing
         self._all = found
+        self._ways = {upstream.name: _way(upstream) for upstream in settings.upstreams}
         return {name: standing for (name, _), standing in found.items()}
+
+
+def _way(upstream: Upstream) -> tuple[object, ...]:
+    return upstream.api_key, upstream.key_header, upstream.http2, upstream.proxy, upstream.ca_file
 
 
 @final

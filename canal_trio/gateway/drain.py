@@ -63,6 +63,7 @@ class Draining:
         "_owner",
         "_was",
         "told",
+        "until",
     )
 
     def __init__(self, exchange: Exchange, limits: Drain, owner: str, drains: Drains, delivery: Delivery) -> None:
@@ -74,6 +75,7 @@ class Draining:
         self._events = 0  # delivered when the client left
         self._was: tuple[int | None, int, int, float | None, float, float] | None = None  # the same, of the record
         self.told = False  # the upstream had said what it used before that
+        self.until = math.inf  # when it is ended, on Trio's clock
 
     def begin(self, detail: str) -> bool:
         """The client leaves. True: let it go, the answer is taken to its end. Not a checkpoint."""
@@ -97,7 +99,8 @@ class Draining:
         )
         self._delivery.drop_all(self._swallow)
         if self._limits.seconds != math.inf:
-            self._delivery.reaper.add(self._late, trio.current_time() + self._limits.seconds)
+            self.until = trio.current_time() + self._limits.seconds
+            self._delivery.reaper.add(self._late, self.until)
         return True
 
     def _swallow(self, data: bytes) -> int:

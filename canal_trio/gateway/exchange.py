@@ -322,7 +322,8 @@ class Exchange:
 
     def view(self, now: float, until: float = math.inf) -> ExchangeView:
         """How it looks from outside, just now; `until` is when the gateway ends it, if it does."""
-        left = min(self.scope.deadline if self.scope is not None else math.inf, until) - now
+        own = self.scope.deadline if self.scope is not None else math.inf
+        left = min(own, until, self.drain.until if self.drain is not None else math.inf) - now
         return ExchangeView(
             id=self.id,
             client=self.client,

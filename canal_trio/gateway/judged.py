@@ -22,6 +22,8 @@ __all__ = ["AT_ONCE_BYTES", "Judged", "judge", "judge_in_thread"]
 
 AT_ONCE_BYTES: Final = 1024 * 1024  # up to these it takes a millisecond or two; more are judged in a thread
 
+_CHARSET: Final = "The body's charset is not UTF-8."
+
 Judged: TypeAlias = JsonFields | FormFields
 
 
@@ -41,10 +43,10 @@ def judge(headers: Headers, facts: RequestFacts, body: bytes, strict: bool) -> J
         return _malformed("There is more than one Content-Type.")
     fields: Judged | str
     if facts.json:
-        fields = json_fields(body)
+        fields = json_fields(body) if facts.utf8 else _CHARSET
     else:
         kind = headers.get(b"content-type") or b""
-        fields = form_fields(kind, body) if is_form(kind) else json_fields(body)
+        fields = form_fields(kind, body) if is_form(kind) else json_fields(body) if facts.utf8 else _CHARSET
     if not isinstance(fields, str):
         return fields
     if b"content-encoding" in headers and strict:

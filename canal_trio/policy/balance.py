@@ -21,6 +21,7 @@ from canal_trio.settings import Balance
 
 __all__ = ["STRATEGIES", "Balancer", "Member"]
 
+_LONG_KEY = 256  # bytes
 STRATEGIES = ("in_order", "round_robin", "fewest_streams", "fastest", "hash")
 
 
@@ -155,6 +156,8 @@ class Balancer:
 
     def _hashed(self, candidates: list[int], now: float, key: bytes) -> int:
         """Rendezvous hashing: a key stays where it is unless its own upstream goes, or a better one comes."""
+        if len(key) > _LONG_KEY:  # megabytes, perhaps, and each upstream would read all of it
+            key = hashlib.blake2b(key).digest()
 
         def distance(number: int) -> float:
             seeded = self._hashes[number].copy()

@@ -69,6 +69,7 @@ _UPSTREAM: dict[Kind, Answer] = {
     Kind.TLS: Answer(502, "upstream_error", "upstream_tls", "The TLS handshake with the upstream failed."),
     Kind.MALFORMED: Answer(502, "upstream_error", "upstream_malformed", "The upstream's answer is not valid HTTP."),
     Kind.STALLED: Answer(504, "upstream_error", "upstream_stalled", "The upstream stalled."),
+    Kind.NO_STREAM: Answer(502, "upstream_error", "upstream_no_stream", "The upstream gave no stream."),
 }
 _UPSTREAM_BROKE = Answer(502, "upstream_error", "upstream_disconnected", "The upstream closed the connection.")
 

@@ -96,6 +96,10 @@ class Standing:
         """Go on with other numbers: the configuration was reloaded."""
         self._options = options
 
+    def reconsider(self) -> None:
+        """It is reached in another way by now, by another key: a pause ends, and an ejected one is on trial."""
+        self._until = self.aside = -math.inf
+
     # -- an exchange's attempt -----------------------------------------------------------------------------------------
 
     def begin(self) -> bool:

@@ -47,7 +47,7 @@ _CAUSES: dict[str, set[Cause]] = {
     "limit": {(_G, Kind.UNAVAILABLE)},
     "places": {(_G, Kind.OVERLOADED)},
     "deadline": {(_G, Kind.TIMEOUT)},
-    "begun": {(_U, Kind.REFUSED)},
+    "begun": {(_U, Kind.NO_STREAM)},
     "large": {(_C, Kind.BODY_TOO_LARGE)},
 }
 

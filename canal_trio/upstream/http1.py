@@ -162,7 +162,7 @@ class Http1Connection:
     def _broken(self, detail: str) -> Failure:
         """What the end of the connection means before the final head, by how far the response had come."""
         if self._answered:
-            return Failure(Side.UPSTREAM, Phase.FIRST_BYTE, Kind.CUT, "The response head is incomplete.")
+            return Failure(Side.UPSTREAM, Phase.FIRST_BYTE, Kind.CUT, "The response head is incomplete.", Retry.SENT)
         if self._used:
             return Failure(Side.UPSTREAM, Phase.FIRST_BYTE, Kind.STALE, detail, Retry.FRESH)
         return Failure(Side.UPSTREAM, Phase.FIRST_BYTE, Kind.CUT, detail, Retry.SENT)

@@ -7,6 +7,7 @@ but the head.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from canal_trio.errors import Failure
@@ -14,13 +15,17 @@ from canal_trio.messages import RequestHead, ResponseHead
 from canal_trio.wire.bodies import content_length, request_framing
 from canal_trio.wire.form_fields import is_form
 from canal_trio.wire.headers import is_event_stream, is_json, keep_alive, upgrade_of, wants_continue
-from canal_trio.wire.targets import deployment_in
+from canal_trio.wire.targets import deployment_in, origin_form, plain_path
 from canal_trio.wire.usage import BodyUsage, StreamUsage
 
 __all__ = ["RequestFacts", "ResponseFacts", "request_facts", "response_facts"]
 
 # Uploads that have no model in OpenAI's API, and may be far larger than what is held.
 _NAMELESS = ("/v1/files", "/v1/uploads")
+# The charsets that read ASCII as UTF-8 does; in others (UTF-7, HZ) a body can say something else than in ours.
+_CHARSET = re.compile(
+    rb"charset[ \t]*=[ \t]*(\"?)(?:utf-?8|us-ascii|iso-8859-1|windows-1252|)\1[ \t]*(?:;|\Z)", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +40,9 @@ class RequestFacts:
     json: bool  # the content type says that the body is JSON
     names_model: bool  # the body is of a kind that names its model: JSON, or a form that is no upload of files
     one_type: bool  # there is one content type at most
+    utf8: bool  # it names no charset in which JSON says something else
     method: str  # for people
-    path: str  # the same; without the query, which may hold secrets
+    path: str  # of the target; without the query, which may hold secrets
     deployment: str | None  # the model that the path names, as Azure's do; "": it is not clear which
 
 
@@ -59,7 +65,7 @@ def request_facts(head: RequestHead) -> RequestFacts:
         return kept
     headers = head.headers
     json, types = is_json(headers), headers.get_all(b"content-type")
-    path = head.target.partition(b"?")[0].decode("ascii", "backslashreplace")
+    path = _path(head)
     facts = RequestFacts(
         framing=request_framing(head),
         length=content_length(headers),
@@ -67,14 +73,34 @@ def request_facts(head: RequestHead) -> RequestFacts:
         wants_continue=wants_continue(head),
         upgrade=upgrade_of(head),
         json=json,
-        names_model=json or (bool(types) and is_form(types[0]) and not path.startswith(_NAMELESS)),
+        names_model=json or (bool(types) and is_form(types[0]) and not _nameless(path)),
         one_type=len(types) <= 1,
+        utf8=all(_is_utf8(value) for value in types),
         method=head.method.decode("ascii", "backslashreplace"),
         path=path,
         deployment=deployment_in(path),
     )
     head.keep(facts)
     return facts
+
+
+def _path(head: RequestHead) -> str:
+    """The path that `head` asks for, in whichever form; all of a target that cannot be read."""
+    target = head.target
+    if not target.startswith(b"/"):
+        origin = origin_form(head)
+        target = target if isinstance(origin, Failure) else origin[0]
+    return target.partition(b"?")[0].decode("ascii", "backslashreplace")
+
+
+def _nameless(path: str) -> bool:
+    """An upload of files, for every upstream: `/v1/files/../audio/transcriptions` is none for some."""
+    return path.startswith(_NAMELESS) and plain_path(path.encode("ascii")) is not None
+
+
+def _is_utf8(content_type: bytes) -> bool:
+    said = content_type.lower().count(b"charset")
+    return not said or said == len(_CHARSET.findall(content_type))
 
 
 def response_facts(head: ResponseHead) -> ResponseFacts:

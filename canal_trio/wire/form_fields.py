@@ -3,7 +3,7 @@
 What was judged must be what the upstream gets, and parsers of forms differ wherever the grammar leaves them room. So
 only what all of them read alike is accepted (RFC 7578 as browsers, curl and the SDKs write it): no preamble, CRLF line
 ends, the boundary nowhere else, one Content-Disposition per part with one plain `name`, no folded fields, no encoded
-parts. A second `model`, in any case or with `[]` behind it, is refused.
+parts. A second `model`, in any case or with brackets behind it, is refused; so is one that a charset would change.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ PARTS: Final = 4096
 MODEL_BYTES: Final = 1024
 
 _BOUNDARY: Final = re.compile(
-    rb"multipart/form-data[ \t]*;[ \t]*boundary=(?:\"([0-9A-Za-z'()+_,./:=?-]{1,70})\"|([0-9A-Za-z'+_.-]{1,70}))[ \t]*"
+    rb"multipart/form-data[ \t]*(?:;[ \t]*charset=\"?utf-?8\"?[ \t]*)?"
+    rb";[ \t]*boundary=(?:\"([0-9A-Za-z'()+_,./:=?-]{1,70})\"|([0-9A-Za-z'+_.-]{1,70}))[ \t]*"
     rb"(?:;[ \t]*charset=\"?utf-?8\"?[ \t]*)?",
     re.IGNORECASE,
 )
-_FIELD: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*")
+_FIELD: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")
 _DISPOSITION: Final = re.compile(
     rb"form-data[ \t]*;[ \t]*name=(?:\"([^\"\\\x00-\x1f]*)\"|([!#$&+.^_`|~0-9A-Za-z-]+))"
     rb"([ \t]*;[ \t]*filename=(?:\"(?:[^\"\\\x00-\x1f]|\\.)*\"|[^\s\";]+))?([ \t]*;[ \t]*filename\*=[^\s\";]+)?",
     re.IGNORECASE,
 )
-_TEXT: Final = re.compile(rb"text/plain(?:[ \t]*;[ \t]*charset=\"?(?:utf-?8|us-ascii)\"?)?", re.IGNORECASE)
+_TEXT: Final = re.compile(rb"text/plain(?:[ \t]*;[ \t]*charset=\"?(?:(utf-?8)|us-ascii|iso-8859-1)\"?)?", re.IGNORECASE)
 _UNENCODED: Final = frozenset({b"binary", b"8bit", b"7bit"})
 
 
@@ -75,14 +76,15 @@ def form_fields(content_type: bytes, body: bytes) -> FormFields | str:
     parts = _parts(body, b"--" + (match[1] or match[2]))
     if isinstance(parts, str):
         return parts
-    models = [part for part in parts if part.name.strip().casefold().removesuffix("[]") == "model"]
+    models = [part for part in parts if part.name.partition("[")[0].strip().casefold() == "model"]
     if len(models) > 1:
         return "The form has 'model' more than once."
     return _model(models[0], body) if models else FormFields()
 
 
 def _model(part: _Part, body: bytes) -> FormFields | str:
-    if part.name != "model" or part.file or (part.type and not _TEXT.fullmatch(part.type)):
+    kind = _TEXT.fullmatch(part.type or b"text/plain")
+    if part.name != "model" or part.file or kind is None:
         return "The form's 'model' is not a plain field of that name."
     try:
         text = body[part.start : min(part.end, part.start + MODEL_BYTES + 1)].decode()
@@ -90,6 +92,8 @@ def _model(part: _Part, body: bytes) -> FormFields | str:
         return "The form's 'model' is not UTF-8."
     if part.end - part.start > MODEL_BYTES:
         return "The form's 'model' is too long for a name."
+    if b"charset" in part.type.lower() and kind[1] is None and not text.isascii():
+        return "The form's 'model' is in another charset than UTF-8."  # which reads ASCII as everybody does
     return FormFields(text, part.start, part.end)
 
 
@@ -129,7 +133,7 @@ def _part(head: bytes, start: int, end: int) -> _Part | str:
         name = match[1].lower() if match is not None else b""
         if match is None or name in fields:
             return "A part of the form has a malformed or repeated field."
-        fields[name] = match[2]
+        fields[name] = match[2].strip(b" \t")  # not by the pattern: it would try each end of a run of blanks
     if fields.get(b"content-transfer-encoding", b"binary").lower() not in _UNENCODED:
         return "A part of the form has a Content-Transfer-Encoding."
     match = _DISPOSITION.fullmatch(fields.get(b"content-disposition", b""))

@@ -6,7 +6,7 @@ without case, is refused. msgspec decides what JSON is, and what the fields say.
 
 One search finds every place in the body that could be one of the keys, in any spelling. Where each of them is spelled
 as nearly everybody does, and none is there twice, that place is the key; else a scan of the top level tells. Time is
-O(length), and nothing is copied.
+O(length), and nothing is copied. What the scan costs for a key is bounded by their number: the loop waits for it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from itertools import islice
 from typing import Final
 
 import msgspec
@@ -55,12 +56,16 @@ _OPEN: Final = re.compile(rb"%b\{%b" % (_BLANK, _BLANK))
 _KEY: Final = re.compile(rb"(%b)%b:%b" % (_STRING, _BLANK, _BLANK), re.DOTALL)
 _SCALAR: Final = re.compile(rb'%b|[^"{}\[\], \t\r\n]++' % _STRING, re.DOTALL)
 _NEXT: Final = re.compile(rb"%b,%b" % (_BLANK, _BLANK))
+# Where the first byte behind a whole value stands, by msgspec, counted from one.
+_BEHIND: Final = re.compile(r"trailing characters \(byte (\d+)\)")
 # To the next bracket that does not belong to a flat object or array.
 _INSIDE: Final = re.compile(
     rb"[^\"{}\[\]]*+(?:(?>%b|\{%b\}|\[%b\])[^\"{}\[\]]*+)*+" % (_STRING, _PLAIN, _PLAIN), re.DOTALL
 )
 
 
+MODEL_CHARACTERS: Final = 1024
+MEMBERS: Final = 1000  # of an object that is scanned: more than any request has
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
@@ -81,6 +86,7 @@ class _Options(msgspec.Struct):
 
 _decode_body: Final = msgspec.json.Decoder(_Body).decode
 _decode_options: Final = msgspec.json.Decoder(_Options).decode
+_decode_raw: Final = msgspec.json.Decoder(msgspec.Raw).decode
 _decode_number: Final = msgspec.json.Decoder(int | float | None).decode
 _encode: Final = msgspec.json.Encoder().encode
 _astuple: Final = msgspec.structs.astuple
@@ -116,7 +122,7 @@ def json_fields(body: bytes) -> JsonFields | str:
         try:
             said = _decode_body(body)
         except msgspec.DecodeError:
-            said = _decode_mended(body)
+            said, body = _decode_mended(body)
     except msgspec.DecodeError as exc:
         return f"The body is not the JSON expected: {exc}."
     except UnicodeDecodeError:  # msgspec's, for a string that it is asked for
@@ -134,6 +140,8 @@ def json_fields(body: bytes) -> JsonFields | str:
             break
         places[name] = match.span(2)
     model = said.model
+    if model is not None and len(model) > MODEL_CHARACTERS:
+        return "The body's 'model' is too long for a name."  # which is kept by what counts, and may be megabytes
     start, end = (0, 0) if model is None else places["model"]
     wanted = None if _astuple(said)[3:] == _UNBOUNDED else _wanted(said)
     if said.stream is UNSET or bytes(said.stream) != b"true":
@@ -141,13 +149,17 @@ def json_fields(body: bytes) -> JsonFields | str:
     return JsonFields(model, True, wanted, start, end, _usage_edit(body, said, places))
 
 
-def _decode_mended(body: bytes) -> _Body:
-    """What msgspec would read, if it took half a surrogate pair. Clients that cut a text in two send some, and it is
-    for the upstream to say what it makes of them; only a model's name may not have any."""
-    said = _decode_body(_SURROGATE.sub(rb"\\ufffd", body))
+def _decode_mended(body: bytes) -> tuple[_Body, bytes]:
+    """What msgspec would read, if it took half a surrogate pair, and the body so mended, with each byte in its place.
+
+    Clients that cut a text in two send some, and it is for the upstream to say what it makes of them; only a model's
+    name may not have any.
+    """
+    mended = _SURROGATE.sub(rb"\\ufffd", body)
+    said = _decode_body(mended)
     if isinstance(said.model, str) and "\ufffd" in said.model:
         raise msgspec.DecodeError("the model's name cannot be read")
-    return said
+    return said, mended
 
 
 def _wanted(said: _Body) -> Wanted:
@@ -167,7 +179,9 @@ def _number(raw: msgspec.Raw | msgspec.UnsetType) -> float | None:
 def _by_scan(body: bytes) -> dict[str, tuple[int, int]] | str:
     """Where the values of the top level's keys stand; a `str` says which is there twice, for people."""
     places: dict[str, tuple[int, int]] = {}
-    for key, *place in _top_level(body):
+    for number, (key, *place) in enumerate(_top_level(body)):
+        if number == MEMBERS:
+            return f"The body has more than {MEMBERS} fields."
         name = _folded(key[1:-1])
         if name in places and name in _JUDGED:
             return f"The body has '{name}' more than once."
@@ -179,10 +193,10 @@ def _usage_edit(body: bytes, said: _Body, places: dict[str, tuple[int, int]]) ->
     """`stream_options.include_usage` becomes true in a body that asks for a stream, and does not say.
 
     None where it says (that is respected), or where `stream_options` is of another kind or in another case: some
-    parsers read it, and would have it twice.
+    parsers read it, and would have it twice. None, too, where there is too much to look through.
     """
     if said.stream_options is UNSET:
-        if "stream_options" in places and any(_folded(key[1:-1]) == "stream_options" for key, _, _ in _top_level(body)):
+        if "stream_options" in places and _may_have(body, "stream_options"):
             return None
         at = body.index(b"{") + 1
         return Edit(at, at, b'"stream_options":{"include_usage":true},')  # never the only one: there is `stream`
@@ -191,13 +205,20 @@ def _usage_edit(body: bytes, said: _Body, places: dict[str, tuple[int, int]]) ->
         return Edit(start, start + 4, b'{"include_usage":true}')
     if not options.startswith(b"{") or _says(options):
         return None
-    nulls = [place for key, *place in _top_level(options) if _folded(key[1:-1]) == "include_usage"]
-    if len(nulls) > 1:
+    members = list(islice(_top_level(options), MEMBERS))
+    nulls = [place for key, *place in members if _folded(key[1:-1]) == "include_usage"]
+    if len(nulls) > 1 or len(members) == MEMBERS:
         return None  # one of them may say
     if nulls:
         return Edit(start + nulls[0][0], start + nulls[0][1], b"true")
     comma = b"," if options[1:-1].strip() else b""
     return Edit(start + 1, start + 1, b'"include_usage":true' + comma)
+
+
+def _may_have(body: bytes, name: str) -> bool:
+    """Is there a key `name` at the top level? Also true where there are too many to be sure."""
+    folded = [_folded(key[1:-1]) for key, _, _ in islice(_top_level(body), MEMBERS)]
+    return name in folded or len(folded) == MEMBERS
 
 
 def _says(options: bytes) -> bool:
@@ -236,6 +257,17 @@ def _value_end(body: bytes, start: int) -> int:
         scalar = _SCALAR.match(body, start)
         assert scalar is not None, "not JSON"
         return scalar.end()
+    try:
+        _decode_raw(memoryview(body)[start:])
+    except msgspec.DecodeError as exc:
+        behind = _BEHIND.search(str(exc))
+        if behind is not None and body[start + int(behind[1]) - 1] in b",}":
+            return start + int(behind[1]) - 1  # perhaps with blanks before it
+    return _walked_end(body, start)
+
+
+def _walked_end(body: bytes, start: int) -> int:
+    """As `_value_end` for an array or object, by ourselves: for an msgspec that says it in other words."""
     depth, at = 1, start + 1
     while depth:
         inside = _INSIDE.match(body, at)

@@ -26,7 +26,7 @@ def read_model_list(body: bytes) -> dict[str, ModelEntry] | None:
     """The entries of a list by their ids, the first 4,096 of them; None if it is none."""
     try:
         entries = msgspec.json.decode(body, type=_List).data
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     found: dict[str, ModelEntry] = {}
     for entry in entries[:ENTRIES]:

@@ -225,6 +225,7 @@ class EventScanner:
         elif name == b"event":
             if whole and value in _LAST:
                 self.terminal = True
+                self.error = self.error or value == b"response.failed"
             elif whole and value == b"error":
                 self.error = True
         elif name == b"error" and colon:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import tomllib
 from typing import Any
 
@@ -109,6 +110,21 @@ def test_complaints(
     code, _, err = run(capsys, "keys", *[str(file) if one == "FILE" else one for one in arguments])
     assert (code, file.read_text()) == (2, ODD)
     assert complaint in err
+
+
+@pytest.mark.parametrize(("option", "name"), [("--model", "fsat"), ("--route", "flies")])
+def test_a_misspelt_model_in_a_new_key_broke_the_file(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], option: str, name: str
+) -> None:
+    """What no gateway would start with is not put into its configuration, and no key is shown for it."""
+    file = tmp_path / "canal.toml"
+    shutil.copy(EXAMPLE, file)
+    code, out, err = run(capsys, "keys", "new", "c", option, name, "--into", file)
+    assert (code, out, file.read_text()) == (2, "", EXAMPLE.read_text())
+    assert f"named '{name}'" in err
+    assert "nothing was written" in err
+    assert str(file) in err
+    assert os.listdir(tmp_path) == ["canal.toml"]
 
 
 def test_a_new_key_is_put_into_a_file(file: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -247,9 +247,16 @@ async def test_error_event_of_the_responses_api_is_flat() -> None:
         assert appended.endswith(b"\n\n")
 
 
-async def test_error_in_band_is_relayed_and_recorded() -> None:
+FAILED = b'event: response.failed\ndata: {"type":"response.failed","response":{"error":{"code":"x"}}}\n\n'
+
+
+@pytest.mark.parametrize(
+    "error",
+    [error_event("out of memory"), Send(b"%x\r\n%b\r\n" % (len(FAILED), FAILED), FAILED)],
+    ids=["error", "response-failed"],
+)
+async def test_error_in_band_is_relayed_and_recorded(error: Send) -> None:
     """The upstream's own error event passes verbatim, the record says `upstream_error`, nothing is appended."""
-    error = error_event("out of memory")
     script = cut_after(chat_stream(5), 2, error, Send(b"0\r\n\r\n"))
     async with ScriptedUpstream(script) as upstream, running_gateway(settings_for(upstream.url)) as gateway:
         response = await gateway.ask(chat())

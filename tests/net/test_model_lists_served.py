@@ -56,6 +56,15 @@ async def test_each_key_sees_its_models() -> None:
         assert refused.status == 401
 
 
+async def test_a_whole_url_as_target_showed_the_upstreams_own_list() -> None:
+    """A target in absolute-form asks for the same as its path does: this key's models, and nothing of the upstream."""
+    async with ScriptedUpstream(LIST) as upstream, running_gateway(settings(listed(upstream.url))) as gateway:
+        ask = request("GET", "http://gw.test/v1/models?x", None, "Authorization: Bearer sk-some")
+        answer = await gateway.ask(ask)
+        assert [entry["id"] for entry in answer.json["data"]] == ["gpt", "open/a"]
+        assert (await gateway.records.wait(1))[0].path == "/v1/models"
+
+
 async def test_one_model_is_told_of() -> None:
     """With what its upstream says about it; one that is not there is a 404, one that is not for this key a 403."""
     async with ScriptedUpstream(LIST) as upstream, running_gateway(settings(listed(upstream.url))) as gateway:
@@ -80,12 +89,13 @@ async def test_one_model_is_told_of() -> None:
     [
         openai_error(500),
         reply(b"<html>"),
+        reply(b'{"data":[{"id":"a\xff"}]}'),
         reply(b'{"data":[{"id":"a"}]}' + b" " * 2000),
         Script((Send(b"HTTP/9.9 what\r\n\r\n"),)),
         Script(()),
         Script((Stall(),)),
     ],
-    ids=["error", "html", "large", "no-http", "closed", "silent"],
+    ids=["error", "html", "no-utf8", "large", "no-http", "closed", "silent"],
 )
 async def test_an_upstream_without_a_list_spoils_nothing(script: Script, caplog: pytest.LogCaptureFixture) -> None:
     """What is configured is listed all the same, soon, and the log says why the rest is missing."""

@@ -109,14 +109,33 @@ async def test_each_upstream_gets_its_own_name() -> None:
         (b'{"model":"gpt"', JSON),
         (b'{"model":"gpt"}', f"{JSON}\r\nContent-Type: text/plain"),
         (b"\x1f\x8b\x08", f"{JSON}\r\nContent-Encoding: gzip"),
+        (b'{"model":"gpt","+AG0AbwBkAGUAbA-":"other"}', f"{JSON}; charset=utf-7"),
+        (b'{"model":"gpt"}', f"{JSON}; charset=utf-8; charset*=UTF-8''utf-7"),
     ],
-    ids=["twice", "escaped", "case", "stream", "options", "form", "cut", "types", "gzip"],
+    ids=["twice", "escaped", "case", "stream", "options", "form", "cut", "types", "gzip", "utf7", "charsets"],
 )
 async def test_what_two_parsers_would_read_differently_is_refused(body: bytes, field: str) -> None:
     """What was judged is what the upstream gets, so that a body which says two things is a 400."""
     async with ScriptedUpstream(reply(b"{}")) as upstream, running_gateway(settings(upstream.url)) as gateway:
         answer = await gateway.ask(request("POST", "/v1/chat/completions", body, field))
         assert (answer.status, answer.json["error"]["code"]) == (400, "malformed_request")
+        assert upstream.requests == []
+
+
+@pytest.mark.parametrize("charset", ["utf-8", '"UTF-8"', "utf8;", "us-ascii", "ISO-8859-1", ""])
+async def test_json_in_a_usual_charset_is_read(charset: str) -> None:
+    """Clients say which charset they mean, and mean UTF-8 or ASCII."""
+    async with ScriptedUpstream(reply(b"{}")) as upstream, running_gateway(settings(upstream.url)) as gateway:
+        answer = await gateway.ask(request("POST", "/v1/embeddings", ODD, f"{JSON}; charset={charset}"))
+        assert (answer.status, upstream.requests[0].json["model"]) == (200, "name-at-0")
+
+
+async def test_a_form_hid_its_model_behind_the_path_of_files() -> None:
+    """A path that some upstreams resolve to another one is no upload of files: its model is judged."""
+    async with ScriptedUpstream(reply(b"{}")) as upstream, running_gateway(settings(upstream.url)) as gateway:
+        for path in ("/v1/files/../audio/transcriptions", "/v1/files/%2e%2e/audio/transcriptions"):
+            refused = await gateway.ask(request("POST", path, form(b"other"), FORM))
+            assert (refused.status, refused.json["error"]["code"]) == (404, "model_not_found")
         assert upstream.requests == []
 
 

@@ -13,7 +13,7 @@ from kit import RunningGateway, chat, chunked, eventually, request, running_gate
 from canal_trio.errors import Kind
 from canal_trio.hooks import Outcome
 from canal_trio.settings import Bounds, Deadlines, Model, Target, Upstream
-from canal_trio.testing.scripts import Cut, Reset, Script, Stall, chat_stream, cut_after, openai_error, reply
+from canal_trio.testing.scripts import Cut, Reset, Script, Send, Stall, chat_stream, cut_after, openai_error, reply
 from canal_trio.testing.upstreams import Answer, ScriptedUpstream, SeenRequest, in_order
 
 GOOD = reply({"ok": True})
@@ -113,9 +113,10 @@ async def test_fresh_connection_that_died_is_no_retry_of_a_post() -> None:
         assert (await gateway.records.one()).attempts == 1
 
 
-async def test_fresh_connection_that_died_is_retried_where_the_route_says_so() -> None:
-    """With `retry_sent` the next upstream is asked."""
-    async with pair(CUT, GOOD, options={"retry_sent": True}) as (first, second, gateway):
+@pytest.mark.parametrize("begun", [b"", b"HTTP/1.1 200 OK\r\nContent-"], ids=["nothing", "half-a-head"])
+async def test_fresh_connection_that_died_is_retried_where_the_route_says_so(begun: bytes) -> None:
+    """With `retry_sent` the next upstream is asked, however far the head had come: nothing of it was relayed."""
+    async with pair(Script((Send(begun), Cut())), GOOD, options={"retry_sent": True}) as (first, second, gateway):
         assert (await gateway.ask(chat())).status == 200
         record = await gateway.records.one()
         assert (record.attempts, record.upstream) == (2, "u1")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from canal_trio.policy.affinity import prompt_key
+from canal_trio.policy.affinity import MESSAGES, prompt_key
 
 SYSTEM = {"role": "system", "content": "You are helpful."}
 FIRST = {"role": "user", "content": "What is a canal?"}
@@ -36,6 +37,17 @@ def test_a_text_counts_by_its_beginning() -> None:
     assert key(input="a") != key(input="b")
     assert key(input=["a", "b"]) == key(input=["a", "c"])
     assert key(messages=[]) == b""
+
+
+def test_an_array_of_millions_took_a_gigabyte() -> None:
+    """The first messages are looked at, and nothing is made of the others."""
+    body = b'{"messages":[%b]}' % b",".join([b'{"role":"system"}'] * 200_000)
+    tracemalloc.start()
+    try:
+        assert prompt_key(body) == b"\n".join([b'{"role":"system"}'] * MESSAGES)
+        assert tracemalloc.get_traced_memory()[1] < 2 * len(body) + 100_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

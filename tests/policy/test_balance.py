@@ -186,6 +186,14 @@ def test_hashing_does_not_depend_on_the_order_in_the_file() -> None:
         assert one.members[numbers[0] or 0].standing.name == other.members[numbers[1] or 0].standing.name
 
 
+def test_hashing_by_a_long_prompt_looks_at_all_of_it() -> None:
+    """Prompts that differ in their last byte only have homes of their own, and stay there."""
+    here = balancer("hash", [1.0, 1.0])
+    found = [[here.pick(1.0, 0.0, key=b"x" * 10_000 + b"%03d" % number) for number in range(300)] for _ in range(2)]
+    assert found[0] == found[1]
+    assert found[0].count(0) == pytest.approx(150, rel=0.2)
+
+
 def test_hashing_without_a_key_spreads_the_load() -> None:
     """Who has no key is no reason to flood one upstream."""
     here = balancer("hash", [1.0, 1.0])
@@ -205,9 +213,7 @@ def test_a_higher_tier_waits_until_it_is_needed(strategy: str) -> None:
 
 
 @given(st.sampled_from(STRATEGIES), st.integers(1, 6), st.floats(0, 1), st.sets(st.integers(0, 5)), points)
-def test_no_more_are_avoided_than_may_be(
-    strategy: str, count: int, most: float, sick: set[int], chance: float
-) -> None:
+def test_no_more_are_avoided_than_may_be(strategy: str, count: int, most: float, sick: set[int], chance: float) -> None:
     """At most that share, rounded down, is left out; who is well is always in."""
     here = balancer(strategy, [1.0] * count, most=most)
     ejected = [number for number in sick if number < count]
@@ -278,9 +284,7 @@ def test_who_has_just_come_back_gets_less() -> None:
     assert standing.calm
 
 
-@given(
-    st.lists(st.integers(0, 2), max_size=5), st.sampled_from(STRATEGIES), st.sets(st.integers(0, 4)), points, points
-)
+@given(st.lists(st.integers(0, 2), max_size=5), st.sampled_from(STRATEGIES), st.sets(st.integers(0, 4)), points, points)
 def test_what_is_usual_is_what_pick_says(
     tiers: list[int], strategy: str, ejected: set[int], most: float, chance: float
 ) -> None:

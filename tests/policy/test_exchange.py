@@ -45,6 +45,7 @@ failures = st.builds(
         (U, Kind.TLS, 502),
         (U, Kind.TIMEOUT, 504),
         (U, Kind.STALLED, 504),
+        (U, Kind.NO_STREAM, 502),
         (U, Kind.MALFORMED, 502),
         (U, Kind.CUT, 502),
         (U, Kind.RESET, 502),

@@ -211,6 +211,19 @@ async def test_how_many_at_once(autojump_clock: Any, handover: bool) -> None:
         assert record == ("drained",)
 
 
+async def test_a_drain_is_shown_with_the_time_that_is_left(autojump_clock: Any, handover: bool) -> None:
+    """Among the exchanges in flight, one whose client has left says when it is ended."""
+    async with world(Story().play, handover=handover, **draining(Drain(seconds=20.0))) as here:
+        client = here.connect()
+        await client.send(chat())
+        await trio.sleep(5.5)
+        assert [view.deadline for view in here.gateway.exchanges()] == [None]
+        client.stream.close()  # type: ignore[attr-defined]
+        await trio.sleep(5.0)
+        assert [view.deadline for view in here.gateway.exchanges()] == [15.0]
+        await only_record(here)
+
+
 async def leave_another(here: World) -> ExchangeRecord:
     """One more client that leaves."""
     before = len(here.records.all)

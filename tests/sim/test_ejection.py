@@ -226,6 +226,19 @@ async def test_a_client_that_leaves_after_the_last_event_is_a_success(autojump_c
         assert state(here) == "usable"
 
 
+async def test_an_upstream_with_a_mended_key_stayed_ejected(autojump_clock: Any, handover: bool) -> None:
+    """An upstream that refused our key is asked again when the configuration has another key for it, or a proxy."""
+    async with several({"u0": refuses, "u1": ok}, handover=handover, health=HEALTH, retries=FREELY) as here:
+        await turns(here, 3)
+        assert state(here) == "ejected"
+        for change in ({"api_key": "sk-new"}, {"api_key": "sk-new", "proxy": "http://proxy.test:3128"}):
+            first, second = here.gateway.settings.upstreams
+            here.gateway.reload(replace(here.gateway.settings, upstreams=(replace(first, **change), second)))
+            assert state(here) == "trial"
+            await turns(here, 2)  # it still fails
+            assert state(here) == "ejected"
+
+
 async def test_a_reload_does_not_forgive(autojump_clock: Any, handover: bool) -> None:
     """How an upstream stands outlives the configuration, unless it is another one by now."""
     async with several({"u0": refuses, "u1": ok}, handover=handover, health=HEALTH, retries=FREELY) as here:

@@ -59,7 +59,7 @@ PHASES: dict[str, tuple[Play | None, int, int, str]] = {
     "gateway-timeout": (answers(504), 504, 200, "504"),
     "silent": (silent, 504, 200, "timeout"),
     "vanishes": (vanishes, 502, 200, "cut"),
-    "half-a-head": (head_breaks_off, 502, 502, "cut"),
+    "half-a-head": (head_breaks_off, 502, 200, "cut"),
     "not-found": (answers(404), 404, 404, "404"),
     "body": (body_breaks_off, 200, 200, ""),
     "stream": (streams(EVENT, cut=True), 200, 200, ""),

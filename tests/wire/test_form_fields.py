@@ -37,6 +37,7 @@ def test_a_form_is_told_by_its_type(value: bytes):
         b"multipart/form-data; boundary=B0undary",
         b'multipart/form-data; boundary="B0undary"',
         b"Multipart/Form-Data ; Boundary=B0undary; charset=utf-8",
+        b"multipart/form-data;charset=UTF-8;boundary=B0undary",  # Spring
     ],
 )
 def test_the_model_is_found(content_type: bytes):
@@ -105,11 +106,13 @@ def refusals() -> dict[str, tuple[bytes, bytes]]:
         "twice": (TYPE, form(one, (MODEL, b"b"))),
         "twice in upper case": (TYPE, form(one, (MODEL.replace(b"model", b"MODEL"), b"b"))),
         "twice as a list": (TYPE, form(one, (MODEL.replace(b"model", b"model[]"), b"b"))),
+        "twice in brackets": (TYPE, form(one, (MODEL.replace(b"model", b"model[0]"), b"b"))),
         "only in upper case": (TYPE, form((MODEL.replace(b"model", b"Model"), b"b"))),
         "as a file": (TYPE, form((MODEL + b'; filename="m"', b"a"))),
         "as a file with an extended name": (TYPE, form((MODEL + b"; filename*=UTF-8''m", b"a"))),
         "as JSON": (TYPE, form((MODEL + b"\r\nContent-Type: application/json", b'"a"'))),
         "in UTF-16": (TYPE, form((MODEL + b"\r\nContent-Type: text/plain; charset=utf-16", b"a"))),
+        "in Latin-1": (TYPE, form((MODEL + b"\r\nContent-Type: text/plain; charset=ISO-8859-1", "é".encode()))),
         "not UTF-8": (TYPE, form((MODEL, b"\xff"))),
         "too long": (TYPE, form((MODEL, b"a" * 1025))),
         "too many parts": (TYPE, form(*[(FILE, b"")] * 4097)),
@@ -128,8 +131,17 @@ def test_what_is_plain_is_not_refused():
     """A part may say that it is text in UTF-8, that it is not encoded, and have further fields."""
     plain = MODEL + b"\r\nContent-Type: text/plain; charset=UTF-8\r\nContent-Transfer-Encoding: 8bit\r\nX-Y: z"
     token = b"content-disposition: form-data; name=model"
-    for head in (plain, token):
+    for head in (plain, token, plain.replace(b"UTF-8", b"ISO-8859-1")):  # the last one is Apache's HttpClient for Java
         fields = form_fields(TYPE, form((head, b"a")))
         assert isinstance(fields, FormFields)
         assert fields.model == "a"
     assert form_fields(TYPE, b"--B0undary--") == FormFields()
+
+
+def test_blanks_in_the_heads_of_parts_froze_every_stream():
+    """A run of blanks is looked at once: this megabyte took twenty seconds, in which the loop stood still."""
+    blanks = b" \t" * 3900
+    part = (FILE + b"\r\nX: \t a" + blanks + b"b" + b" \t", b"")
+    fields = form_fields(TYPE, form(*[part] * 120, (b"Content-Disposition:\t" + MODEL[21:] + b" \t", b"a")))
+    assert isinstance(fields, FormFields)
+    assert fields.model == "a"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from canal_trio.wire.json_fields import JsonFields, _by_scan, json_fields
+from canal_trio.wire.json_fields import MEMBERS, JsonFields, _by_scan, _value_end, _walked_end, json_fields
 from canal_trio.wire.splice import Edit, splice
 
 JUDGED = ("model", "stream", "stream_options")
@@ -23,7 +24,7 @@ NUMBERS = st.sampled_from(["0", "-1", "1e400", "123456789012345678901234567890",
 @st.composite
 def strings(draw: st.DrawFn, text: str | None = None) -> str:
     """A JSON string, each character escaped or not."""
-    value = text if text is not None else draw(st.text("abc{}[]\",:\\/é\u2028\n😀ſ", max_size=6))
+    value = text if text is not None else draw(st.text('abc{}[]",:\\/é\u2028\n😀ſ', max_size=6))
     which = draw(st.sampled_from([0, 0, 0, 1, 2, 5, 255])) if value else 0  # the characters that are escaped
     out = []
     for number, char in enumerate(value):
@@ -225,13 +226,14 @@ def test_a_judged_key_is_there_once_or_refused(data: st.DataObject):
         (b'{"model":"\\ud800"}', "The body is not the JSON expected: the model's name cannot be read."),
         (b'{"model":"\xff"}', "The body is not the JSON expected: the model's name is not UTF-8."),
         (b'{"model":3}', "The body is not the JSON expected: Expected `str | null`, got `int` - at `$.model`."),
+        (b'{"model":"%b"}' % (b"a" * 1025), "The body's 'model' is too long for a name."),
         (b'{"model":"a"', "The body is not the JSON expected: Input data was truncated."),
         (b'\xef\xbb\xbf{"model":"a"}', "The body is not the JSON expected: "),
         ('{"model":"a"}'.encode("utf-16"), "The body is not the JSON expected: "),
         (b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}", "The body is nested too deeply."),
     ],
     ids=["plain", "escaped", "upper", "escaped-s", "long-s", "options", "empty", "array",
-         "surrogate", "utf-8", "number", "cut", "bom", "utf-16", "deep"],
+         "surrogate", "utf-8", "number", "long", "cut", "bom", "utf-16", "deep"],
 )  # fmt: skip
 def test_what_is_refused(body: bytes, complaint: str):
     """Each with a sentence for people."""
@@ -283,3 +285,50 @@ def test_texts_that_nobody_can_read_pass():
     assert isinstance(fields, JsonFields)
     assert fields.model == "a"
     assert edited(body, model_edit(fields, "b")) == body.replace(b'"a","d"', b'"b","d"')
+
+
+def members(count: int) -> bytes:
+    """So many fields, each with a comma behind it."""
+    return b"".join(b'"k%d":[{}],' % number for number in range(count))
+
+
+def test_a_body_of_thousands_of_fields_froze_every_stream():
+    """What has to be looked through key by key has few keys, or it is refused: the loop waits meanwhile."""
+    odd = b'"x":{"Model":1},"model":"a"}'
+    few, many = json_fields(b"{" + members(MEMBERS - 2) + odd), json_fields(b"{" + members(MEMBERS) + odd)
+    assert isinstance(few, JsonFields)
+    assert few.model == "a"
+    assert many == f"The body has more than {MEMBERS} fields."
+    usual = json_fields(b"{" + members(MEMBERS) + b'"model":"a"}')  # is found by one search
+    assert isinstance(usual, JsonFields)
+    assert usual.model == "a"
+
+
+@pytest.mark.parametrize(
+    "end",
+    [b'"stream":true,"x":{"stream_options":1}}', b'"stream":true,"stream_options":{%b"z":1}}' % members(MEMBERS)],
+)
+def test_usage_is_not_asked_for_where_there_is_too_much_to_look_through(end: bytes):
+    """It is an estimate then."""
+    few = json_fields(b"{" + end.replace(members(MEMBERS), b""))
+    many = json_fields(b"{" + members(MEMBERS) + end)
+    assert isinstance(few, JsonFields)
+    assert isinstance(many, JsonFields)
+    assert (few.usage is None, many.usage is None) == (False, True)
+
+
+@given(st.one_of(lists(3), objects(3)), BLANKS, st.sampled_from([',"a":1}', "}"]))
+def test_the_end_of_a_value_is_that_which_msgspec_finds(value: str, blanks: str, behind: str):
+    """Told in msgspec's words, or found by ourselves where those are others: it is the same, but for blanks."""
+    body = f'{{"v":{value}{blanks}{behind}'.encode()
+    end = _walked_end(body, 5)
+    assert body[5:end] == value.encode()
+    assert body[end : _value_end(body, 5)] == blanks.encode()
+
+
+def test_an_msgspec_that_says_it_in_other_words(monkeypatch: pytest.MonkeyPatch):
+    """Only time is lost."""
+    monkeypatch.setattr("canal_trio.wire.json_fields._BEHIND", re.compile("never"))
+    fields = json_fields(b'{"x":[{"Model":1},[]],"model":"a"}')
+    assert isinstance(fields, JsonFields)
+    assert fields.model == "a"

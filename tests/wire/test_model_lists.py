@@ -24,7 +24,9 @@ def test_what_is_no_model_is_left_out(entry: object):
     assert read_model_list(json.dumps({"data": [entry, {"id": "good"}]}).encode()) == {"good": {"id": "good"}}
 
 
-@pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b"{}", b'{"data":3}', b'{"data":' + b"[" * 5000])
+@pytest.mark.parametrize(
+    "body", [b"", b"<html>", b"[]", b"{}", b'{"data":3}', b'{"data":' + b"[" * 5000, b'{"data":[{"id":"\xff"}]}']
+)
 def test_what_is_no_list_is_none(body: bytes):
     """Anything else than a list of OpenAI's shape."""
     assert read_model_list(body) is None

@@ -185,11 +185,11 @@ def test_a_byte_order_mark_is_not_an_event() -> None:
 
 @pytest.mark.parametrize("name", TERMINAL_EVENTS)
 def test_the_last_event_of_the_responses_api_is_terminal(name: str) -> None:
-    """`response.completed`, `.failed` and `.incomplete` end a stream as `[DONE]` does."""
+    """`response.completed`, `.failed` and `.incomplete` end a stream as `[DONE]` does; the second one is an error."""
     event = f'event: {name}\ndata: {{"type":"{name}"}}\n\n'.encode()
     before = b'event: response.created\ndata: {"x":1}\n\n'
     assert scan([before]) == (1, True, False, False)
-    assert scan([before, event]) == scan(bytewise(before + event)) == (2, True, True, False)
+    assert scan([before, event]) == scan(bytewise(before + event)) == (2, True, True, name == "response.failed")
 
 
 @pytest.mark.parametrize(
