@@ -269,6 +269,17 @@ class Gateway:
                     _log.exception("a recorder failed on the record of %s", record.request_id)
         return True
 
+    async def settled(self) -> None:
+        """Wait until all exchanges that are in flight now have ended and are accounted for. A checkpoint.
+
+        Looks at them once a second: who asks has changed what the next ones use, and is in no hurry.
+        """
+        now = list(self._exchanges)
+        while any(one in self._exchanges for one in now):
+            await trio.sleep(1)
+        self.account()
+        await trio.lowlevel.checkpoint()
+
     def bug(self, group: BaseExceptionGroup[Exception], exchange: Exchange | None) -> None:
         """Something raised that must not: log it with its traceback. The connection's other half goes on."""
         trace = "".join(traceback.format_exception(group))

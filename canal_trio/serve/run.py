@@ -84,6 +84,9 @@ class ServedGateway(Protocol):
     def reload(self, settings: Settings) -> None:
         """Use `settings` for the next requests."""
 
+    async def settled(self) -> None:
+        """Wait until all exchanges that are in flight now have ended and are accounted for."""
+
     def make_room(self) -> int:
         """Close some idle client connections; how many."""
 

@@ -213,3 +213,21 @@ async def test_what_ends_after_a_reload_costs_by_the_new_prices() -> None:
         gateway.reload(replace(gateway.settings, prices=prices))
         gateway.end(exchange)
     assert noted.costs == [None, 200_000, None]
+
+
+async def test_who_waits_until_all_have_ended_waits_for_those_of_now(autojump_clock: trio.testing.MockClock) -> None:
+    """Not for one that begins later; and when it goes on, what they left is in the books."""
+    noted = Noted()
+    gateway = gateway_with(noted)
+    one, two = begin(gateway, noted, 1), begin(gateway, noted, 2)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(gateway.settled)
+        await trio.sleep(60)
+        begin(gateway, noted, 3)
+        gateway.end(one)
+        await trio.sleep(60)
+        assert nursery.child_tasks
+        gateway.end(two)
+        await trio.sleep(2)
+        assert not nursery.child_tasks
+    assert [one for one in noted.told if one.startswith("books")] == ["books 1=r1", "books 2=r2"]

@@ -102,6 +102,10 @@ class FakeGateway:
     def limit_by(self, admissions: object) -> None:
         """Everything is admitted here."""
 
+    async def settled(self) -> None:
+        """Nothing is in flight here."""
+        await trio.lowlevel.checkpoint()
+
     def make_room(self) -> int:
         """Nobody is idle here."""
         return 0
