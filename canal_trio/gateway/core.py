@@ -275,7 +275,7 @@ class Gateway:
         Looks at them once a second: who asks has changed what the next ones use, and is in no hurry.
         """
         now = list(self._exchanges)
-        while any(one in self._exchanges for one in now):
+        while any(one in self._exchanges for one in now):  # noqa: ASYNC110  # no exchange pays for telling somebody
             await trio.sleep(1)
         self.account()
         await trio.lowlevel.checkpoint()
