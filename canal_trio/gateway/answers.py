@@ -16,6 +16,7 @@ from canal_trio.wire.heads import write_response_head
 __all__ = ["ClientHeads", "with_fields", "without_fields"]
 
 _LINE = b"\r\nX-Request-Id: %b\r\n"
+_BESIDE = b"\r\nX-Canal-Request-Id: %b\r\n"  # where the upstream has one of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +46,10 @@ class ClientHeads:
         """`head` as bytes for the client that `options` describes. Not a checkpoint."""
         last, way = self._last, options[1:]
         if last is not None and last.way == way and (last.head is head or last.head == head):
-            if last.request_id == options.request_id or b"x-request-id" in head.headers:
-                return last.block  # the upstream's own id is kept, and ours is not in it
-            return last.block.replace(_LINE % last.request_id, _LINE % options.request_id, 1)
+            if last.request_id == options.request_id:
+                return last.block
+            line = _BESIDE if b"x-request-id" in head.headers else _LINE
+            return last.block.replace(line % last.request_id, line % options.request_id, 1)
         block = write_response_head(for_client(head, options))
         self._last = _Last(head, way, options.request_id, block)
         return block

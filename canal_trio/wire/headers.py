@@ -298,7 +298,8 @@ def for_client(head: ResponseHead, options: ForClient) -> ResponseHead:
     """The response as the client shall see it, with the gateway's own framing. Informational heads too.
 
     Content-Length stays in answers to HEAD and in 304 (`body` is what the upstream announced) and is dropped from 1xx
-    and 204 (RFC 9110 8.6). The upstream's own `x-request-id` is kept: it is what its support asks for.
+    and 204 (RFC 9110 8.6). The upstream's own `x-request-id` is kept: it is what its support asks for; ours, by which
+    the log and the ledger go, stands beside it.
     """
     chunked = _is_chunked(head, options)
     dropped = _without_nominated(_DROPPED_FOR_CLIENT[head.informational, chunked], head.headers)
@@ -334,9 +335,8 @@ def _response_framing(head: ResponseHead, options: ForClient, *, chunked: bool) 
 
 
 def _added(head: ResponseHead, options: ForClient, present: set[bytes]) -> Fields:
-    fields: Fields = []
-    if b"x-request-id" not in present:
-        fields.append((b"X-Request-Id", options.request_id))
+    mine = b"X-Canal-Request-Id" if b"x-request-id" in present else b"X-Request-Id"
+    fields: Fields = [(mine, options.request_id)]
     if options.event_stream:
         # A proxy in front of us must flush as well (nginx reads the second one).
         if b"cache-control" not in present:

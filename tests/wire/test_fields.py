@@ -369,6 +369,7 @@ def test_what_a_response_gains() -> None:
     own = [(b"Cache-Control", b"private"), (b"X-Accel-Buffering", b"yes"), (b"Date", b"then"), (b"X-Request-Id", b"up")]
     kept = client(*own, options=stream)
     assert {name.lower(): value for name, value in own}.items() <= kept.items()
+    assert kept[b"x-canal-request-id"] == b"req_1"  # what the log says: else nobody finds what a user reports
 
 
 def test_lines_are_never_joined() -> None:
