@@ -73,6 +73,8 @@ _UPSTREAM: dict[Kind, Answer] = {
 }
 _UPSTREAM_BROKE = Answer(502, "upstream_error", "upstream_disconnected", "The upstream closed the connection.")
 
+_LOG = "The gateway's log says why."
+
 # What is wrong is said whole by the detail, where there is one.
 _SAID_BY_DETAIL = frozenset({Kind.LIMITED, Kind.QUOTA, Kind.UNAUTHENTICATED, Kind.FORBIDDEN, Kind.NOT_FOUND})
 
@@ -88,7 +90,9 @@ def answer_for(failure: Failure) -> Answer:
         # Honest: yes when no generation can have been started, no when a second one might be paid for.
         should_retry = failure.retry in (Retry.UNSENT, Retry.FRESH)
     message = row.message
-    if failure.detail:
+    if failure.side is Side.UPSTREAM and failure.phase is Phase.DIAL:
+        message = f"{row.message} {_LOG}"  # the detail names addresses, which are none of a stranger's business
+    elif failure.detail:
         message = failure.detail if failure.kind in _SAID_BY_DETAIL else f"{row.message} {failure.detail}"
     retry_after = row.retry_after
     if failure.retry_after is not None:

@@ -92,14 +92,15 @@ async def test_with_credentials(scheme: str, guarded_port: int, certificates: Ce
 @SCHEMES
 @pytest.mark.parametrize("credentials", ["", "u%40ser:wrong@"], ids=["none", "wrong"])
 async def test_wrong_credentials(scheme: str, guarded_port: int, certificates: Certificates, credentials: str) -> None:
-    """407 is between the proxy and us: the client gets a 502 that says so, without any credentials in it."""
+    """407 is between the proxy and us: the client gets a 502, and the log says why, without any credentials in it."""
     async with upstream_for(scheme, certificates, chat_stream(3)) as upstream:
         proxy = f"http://{credentials}127.0.0.1:{guarded_port}"
         async with running_gateway(settings_for(behind(upstream.url, proxy, certificates))) as gateway:
             response = await gateway.ask(chat())
             assert (response.status, response.error["code"]) == (502, "upstream_unreachable")
-            assert f"The proxy http://127.0.0.1:{guarded_port}: it answered 407" in response.error["message"]
-            assert "wrong" not in response.body.decode()
+            record = await gateway.records.one()
+            assert f"The proxy http://127.0.0.1:{guarded_port}: it answered 407" in str(record.failure)
+            assert "wrong" not in response.body.decode() + str(record.failure)
             assert response.header("proxy-authenticate") is None
             assert response.header("x-should-retry") == "true"
         assert upstream.requests == []
@@ -114,21 +115,23 @@ async def test_an_upstream_the_proxy_cannot_reach(proxy_port: int, certificates:
     async with running_gateway(settings) as gateway:
         response = await gateway.ask(chat())
         assert (response.status, response.error["code"]) == (502, "upstream_unreachable")
-        assert response.error["message"].count("The proxy http://127.0.0.1") == 1
         record = await gateway.records.one()
         assert record.failure is not None
+        assert record.failure.detail.count("The proxy http://127.0.0.1") == 1
         assert record.failure.phase is Phase.DIAL
 
 
 async def test_a_proxy_that_is_not_there(certificates: Certificates) -> None:
-    """Refused, by the proxy's address."""
+    """Refused, by the proxy's address, which is for the log."""
     async with ScriptedUpstream(reply({})) as upstream:
         gone = upstream.url.partition("//")[2]
     settings = settings_for(behind("https://upstream.test", f"http://{gone}", certificates))
     async with running_gateway(settings) as gateway:
         response = await gateway.ask(chat())
         assert (response.status, response.error["code"]) == (502, "upstream_unreachable")
-        assert f"{gone}: Connection refused." in response.error["message"]
+        assert gone not in response.error["message"]
+        record = await gateway.records.one()
+        assert f"{gone}: Connection refused." in str(record.failure)
 
 
 @real
@@ -274,7 +277,8 @@ async def test_a_socks_proxy_refuses(
         async with running_gateway(settings_for(behind("http://upstream.test", url, certificates))) as gateway:
             response = await gateway.ask(chat())
             assert (response.status, response.error["code"]) == (502, "upstream_unreachable")
-            assert f"The proxy socks5://127.0.0.1:{proxy.port}: {says}." in response.error["message"]
+            record = await gateway.records.one()
+            assert f"The proxy socks5://127.0.0.1:{proxy.port}: {says}." in str(record.failure)
             assert "wrong" not in response.body.decode()
         await eventually(lambda: proxy.open == 0, "the proxy's connection is still open")
 

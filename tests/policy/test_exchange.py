@@ -97,7 +97,13 @@ def test_what_the_detail_says_whole_is_not_said_twice():
 
 def test_the_detail_reaches_the_client():
     """What is known about the failure is part of the message."""
-    assert answer_for(Failure(U, Phase.DIAL, Kind.REFUSED, "Nobody listens.")).message.endswith("Nobody listens.")
+    assert answer_for(Failure(U, Phase.FIRST_BYTE, Kind.CUT, "It hung up.")).message.endswith("It hung up.")
+
+
+def test_a_client_does_not_learn_an_upstreams_address() -> None:
+    """Why no connection could be made names hosts and ports: that is for the log, and the answer says so."""
+    answer = answer_for(Failure(U, Phase.DIAL, Kind.REFUSED, "10.0.0.7:8000: Connection refused."))
+    assert answer.message == "The upstream cannot be reached. The gateway's log says why."
 
 
 def test_a_stale_connection_is_nobodys_fault():
