@@ -1,11 +1,13 @@
 """The tap on what a generation used: token counts out of bytes that pass, however they are split.
 
 Two shapes of answer tell it: a JSON object with `usage` at its top, and an event stream in which some event's JSON has
-`usage` at its top (a usage chunk, a last chunk) or in its `response` (the Responses API). Both are skimmed, not parsed:
-a few bytes of state follow strings and depth, and only the value of such a `usage` is kept, up to 8 KiB. The last one
-that is an object counts. A text that comes in one piece, as most do, is read by msgspec instead, where that says the
-same: it takes a tenth of the time. Invariants: the result does not depend on how the bytes are split; memory is bounded
-however long an event or a body is; what is not JSON is looked at and forgotten.
+`usage` at its top (a usage chunk, a last chunk), in its `response` (the Responses API) or in its `message` (Anthropic's
+Messages, which vLLM and others serve, too). Both are skimmed, not parsed: a few bytes of state follow strings and
+depth, and only the value of such a `usage` is kept, up to 8 KiB. The last one that is an object counts, but one in a
+`message` comes before anything was generated: the prompt is taken from it if the last one does not name it. A text that
+comes in one piece, as most do, is read by msgspec instead, where that says the same: it takes a tenth of the time.
+Invariants: the result does not depend on how the bytes are split; memory is bounded however long an event or a body is;
+what is not JSON is looked at and forgotten.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ _TEXT: Final = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)  # inside of
 _NEAR: Final = re.compile(rb'[^"\[\]{}:,]*')  # outside of strings, where members are looked at
 _DEEP: Final = re.compile(rb'[^"\[\]{}]*')  # the same, where they are not
 _NAME_BYTES: Final = 12  # of a string: enough for the names that are looked for
-_USAGE, _RESPONSE = b'usage"', b'response"'
+_USAGE: Final = b'usage"'
+_MESSAGE: Final = b'message"'
+_AROUND: Final = (b'response"', _MESSAGE)
 _QUOTE, _BACKSLASH, _COLON, _COMMA = b'"\\:,'
 _OPENING, _CLOSING = frozenset(b"{["), frozenset(b"}]")
 
@@ -59,10 +63,11 @@ class _Usual(msgspec.Struct):
 
 
 class _Text(msgspec.Struct):
-    """A whole text, of which only this is looked at: `usage`, and whether there is a `response`."""
+    """A whole text, of which only this is looked at: `usage`, and whether there is anything that may hold another."""
 
     usage: _Usual | msgspec.UnsetType = UNSET
     response: msgspec.Raw | msgspec.UnsetType = UNSET
+    message: msgspec.Raw | msgspec.UnsetType = UNSET
 
 
 _ENDS: Final = (b"}", b"}\n", b"}\r\n", b"}\n\n")  # of a whole text
@@ -79,30 +84,48 @@ def _whole(data: bytes) -> _Usual | msgspec.UnsetType | None:
         text = _decode_text(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    return text.usage if text.response is UNSET else None
+    return text.usage if text.response is UNSET and text.message is UNSET else None
 
 
-def usage_of(raw: object) -> Usage | None:
-    """The counts in a decoded `usage`, by Chat Completions' names or the Responses API's; None if it has none."""
+def usage_of(raw: object, before: Usage | None = None) -> Usage | None:
+    """The counts in a decoded `usage`, by Chat Completions' names or by those of the Responses API and of Messages.
+
+    None if it has none, or one that is no number of tokens: then an estimate is more honest than half of the truth.
+    `before` is what was said at the beginning: the last one of a stream of Messages need not repeat the prompt.
+    """
     if not isinstance(raw, dict):
         return None
-    prompt = _count(raw, "prompt_tokens", "input_tokens")
-    completion = _count(raw, "completion_tokens", "output_tokens")
-    if prompt is None and completion is None:
+    prompt, completion = _count(raw, "prompt_tokens", "input_tokens"), _count(raw, "completion_tokens", "output_tokens")
+    if _NONE in (prompt, completion) or prompt is completion is None:
         return None
-    cached = _count(_part(raw, "prompt_tokens_details", "input_tokens_details"), "cached_tokens")
-    reasoning = _count(_part(raw, "completion_tokens_details", "output_tokens_details"), "reasoning_tokens")
-    return Usage(prompt or 0, completion or 0, cached or 0, reasoning or 0)
+    cached = _detail(_part(raw, "prompt_tokens_details", "input_tokens_details"), "cached_tokens")
+    reasoning = _detail(_part(raw, "completion_tokens_details", "output_tokens_details"), "reasoning_tokens")
+    if prompt is None and before is not None:
+        prompt, cached = before.prompt, before.cached
+    elif prompt is not None and raw.keys().isdisjoint(("prompt_tokens", "input_tokens_details")):
+        # As in Messages, which counts what was cached beside the rest of the prompt.
+        cached = _detail(raw, "cache_read_input_tokens")
+        prompt += cached + _detail(raw, "cache_creation_input_tokens")
+    return Usage(prompt or 0, completion or 0, cached, reasoning)
+
+
+_NONE: Final = -1  # something stands there, and it is no count
 
 
 def _count(raw: dict[str, Any], *names: str) -> int | None:
+    """The first of these that is there and not null; None where none is."""
     for name in names:
         value = raw.get(name)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_TOKENS:
-            return value
+        if value is not None:
+            counts = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_TOKENS
+            return value if counts else _NONE
     return None
+
+
+def _detail(raw: dict[str, Any], name: str) -> int:
+    return max(_count(raw, name) or 0, 0)
 
 
 def _part(raw: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -122,8 +145,9 @@ class BodyUsage:
     """
 
     __slots__ = (
+        "_around",
+        "_before",
         "_depth",
-        "_in_response",
         "_in_string",
         "_kept",
         "_kept_depth",
@@ -135,6 +159,7 @@ class BodyUsage:
 
     def __init__(self) -> None:
         self._usage: Usage | None = None
+        self._before: Usage | None = None  # said at the beginning, when nothing was generated: its prompt counts
         self._waiting: bytes | None = b""  # what may be the whole text; empty: nothing of it has come; None: skimmed
 
     @property
@@ -187,7 +212,7 @@ class BodyUsage:
         self._in_string = False
         self._open_escape = False  # a string's last byte so far is a backslash that escapes what follows
         self._name = b""  # the beginning of the last string
-        self._in_response = False  # the present member at the top is `response`
+        self._around = b""  # the present member at the top, if it is one in which a `usage` may be
         self._kept: bytearray | None = None  # the value of a `usage`, as far as it is here
         self._kept_depth = 0
 
@@ -244,7 +269,7 @@ class BodyUsage:
             self._name = b""
         elif byte in _OPENING:
             if self._depth == 0:  # nothing of a text before this one counts
-                self._name, self._in_response = b"", False
+                self._name, self._around = b"", b""
             self._depth += 1
         elif byte in _CLOSING:
             self._depth -= 1
@@ -255,16 +280,18 @@ class BodyUsage:
     def _member(self) -> None:
         """A colon: the last string was a member's name."""
         if self._depth == 1:
-            self._in_response = self._name == _RESPONSE
-        if self._name == _USAGE and (self._depth == 1 or (self._depth == 2 and self._in_response)):
+            self._around = self._name if self._name in _AROUND else b""
+        if self._name == _USAGE and (self._depth == 1 or (self._depth == 2 and self._around)):
             self._kept, self._kept_depth = bytearray(), self._depth
 
     def _take(self, value: bytes) -> None:
         try:
-            found = usage_of(msgspec.json.decode(value))
+            found = usage_of(msgspec.json.decode(value), self._before)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return
-        if found is not None:
+        if found is not None and self._kept_depth == 2 and self._around == _MESSAGE:
+            self._before = found
+        elif found is not None:
             self._usage = found
 
 

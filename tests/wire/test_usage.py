@@ -75,7 +75,9 @@ JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=6) | st.just("usage"),
     lambda inner: (
         st.lists(inner, max_size=4)
-        | st.dictionaries(st.sampled_from(["usage", "response", 'a"b', "prompt_tokens", "é", "\\"]), inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["usage", "response", "message", 'a"b', "prompt_tokens", "é", "\\"]), inner, max_size=4
+        )
     ),
     max_leaves=20,
 )
@@ -84,16 +86,20 @@ JSON = st.recursive(
 @settings(deadline=None)
 @given(JSON, st.integers(1, 7), st.booleans())
 def test_the_skimmer_agrees_with_a_json_reader(value: object, size: int, spaced: bool):
-    """Whatever the JSON holds, the tap finds the `usage` at the top or in `response`, and nothing else."""
+    """Whatever the JSON holds, the tap finds the `usage` at the top, in `response` or `message`, and nothing else."""
     text = json.dumps(value, indent=1 if spaced else None).encode()
     tap = BodyUsage()
     for at in range(0, len(text), size):
         tap.feed(text[at : at + size])
-    wanted = None
+    wanted = before = None
     if isinstance(value, dict):  # in the order of the text: the last one counts
         for key, member in value.items():
-            inner = member.get("usage") if key == "response" and isinstance(member, dict) else None
-            wanted = usage_of(member if key == "usage" else inner) or wanted
+            around = key in ("response", "message") and isinstance(member, dict)
+            found = usage_of(member if key == "usage" else member.get("usage") if around else None, before)
+            if key == "message":
+                before = found or before
+            else:
+                wanted = found or wanted
     assert tap.usage == wanted
 
 
@@ -108,7 +114,7 @@ def test_a_text_that_nobody_asked_about_counts_when_the_next_one_begins():
 
 TOKENS = [
     *"{}[]:,\"\\ \n",
-    *('"usage"', '"us\\u0061ge"', '"response"', '"x"', "null", "1"),
+    *('"usage"', '"us\\u0061ge"', '"response"', '"message"', '"x"', "null", "1"),
     *('{"prompt_tokens":2}', '{"prompt_tokens":"\\ud800"}', '{"prompt_tokens":2,"completion_tokens":3}'),
     *('"prompt_tokens":6', '"completion_tokens":7.0', '"input_tokens":8'),
     *('"prompt_tokens_details":{"cached_tokens":9}', '"input_tokens_details":{"cached_tokens":10}'),
@@ -212,6 +218,12 @@ def test_a_long_usage_is_kept_to_the_same_byte_in_one_piece():
         ('{"prompt_tokens": 3.0}', Usage(prompt=3)),
         ('{"output_tokens": 4, "output_tokens_details": null}', Usage(completion=4)),
         ('{"prompt_tokens": 1, "prompt_tokens_details": {"cached_tokens": 1}}', Usage(1, 0, 1)),
+        ('{"prompt_tokens": 1, "prompt_tokens_details": {"cached_tokens": -1}}', Usage(1)),
+        ('{"prompt_tokens": 7, "completion_tokens": 3.5}', None),
+        ('{"prompt_tokens": null, "input_tokens": 7, "completion_tokens": null}', Usage(7)),
+        ('{"input_tokens": 5, "output_tokens": 2, "cache_read_input_tokens": 30}', Usage(35, 2, 30)),
+        ('{"prompt_tokens": 35, "output_tokens": 2, "cache_read_input_tokens": 30}', Usage(35, 2)),
+        ('{"input_tokens": 5, "cache_creation_input_tokens": 8, "cache_read_input_tokens": null}', Usage(13)),
     ],
 )
 def test_what_counts_as_usage(text: str, usage: Usage | None):
@@ -229,10 +241,28 @@ def test_one_absurd_count_ended_the_gateway(tap: type[BodyUsage | StreamUsage]):
     whole.feed(data)
     for at in range(len(data)):
         parts.feed(data[at : at + 1])
-    assert whole.usage == parts.usage == Usage(7)
+    assert whole.usage is parts.usage is None
     assert usage_of({"prompt_tokens": 999_999_999}) == Usage(999_999_999)
     dearest = Tariff(Price("m", input=MOST_PRICE, output=MOST_PRICE, request=MOST_PRICE))
     assert dearest.cost(999_999_999, 999_999_999) < 2**62
+
+
+def test_the_prompt_of_a_messages_stream_was_counted_as_none():
+    """Anthropic's Messages tell the prompt at the beginning, within `message`, and the answer at the end: both count,
+    in one piece or in many, and a prompt that the end repeats counts once."""
+    begin = 'event: message_start\ndata: {"type":"message_start","message":{"id":"m","usage":{"input_tokens":25,'
+    begin += '"cache_read_input_tokens":100,"output_tokens":1}}}\n\n'
+    end = 'event: message_delta\ndata: {"type":"message_delta","delta":{},"usage":{%s"output_tokens":15}}\n\n'
+    for more in ("", '"input_tokens":25,"cache_read_input_tokens":100,'):
+        data = (begin + end % more).encode()
+        whole, parts = StreamUsage(), StreamUsage()
+        whole.feed(data)
+        for at in range(len(data)):
+            parts.feed(data[at : at + 1])
+        assert whole.usage == parts.usage == Usage(125, 15, 100)
+    cut = StreamUsage()
+    cut.feed(begin.encode())
+    assert cut.usage is None  # what was generated is not known: an estimate, and it says so
 
 
 def test_a_broken_usage_is_no_usage():
