@@ -7,6 +7,7 @@ nobody expected is one line with the way to see more. Nothing else in the packag
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import math
 import os
@@ -55,10 +56,11 @@ def _guarded(command: Callable[[], object]) -> int:
         _tell("interrupted")
         return 1
     except BrokenPipeError:
-        # Whoever read our output has gone. Python would complain once more when it flushes at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return _silenced()  # whoever read our output has gone
     except Exception as exc:
+        if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:
+            _tell(f"the output cannot be written: {exc.strerror}")
+            return _silenced()
         if (ours := _canal_errors(exc)) is not None:
             _tell("\n".join(ours))
             return 1
@@ -68,6 +70,12 @@ def _guarded(command: Callable[[], object]) -> int:
         _tell(f"this is a bug; set {TRACEBACK_VARIABLE}=1 to see where it comes from")
         return 1
     return code if isinstance(code, int) else 0
+
+
+def _silenced() -> int:
+    """Have Python not complain once more when it flushes our output at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
 
 
 def _canal_errors(exc: Exception) -> list[str] | None:

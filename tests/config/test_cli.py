@@ -163,6 +163,17 @@ def test_a_reader_that_leaves_is_no_traceback(tmp_path: pathlib.Path) -> None:
     assert done.returncode in (0, 1)
 
 
+def test_a_full_disk_was_called_a_bug() -> None:
+    """Output that finds no room is the disk's fault, and said so."""
+    with open("/dev/full", "w") as full:
+        argv = [sys.executable, "-m", "canal_trio", "schema"]
+        done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "canal-trio: the output cannot be written: No space left on device\n",
+    )
+
+
 def test_the_library_does_not_import_the_command_line() -> None:
     """Importing the library, the relay or the serving floor pulls in neither click nor the command line."""
     code = (
