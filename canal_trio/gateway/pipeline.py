@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Pipeline"]
 
-_MODELS = "/v1/models"
+_MODELS = ("/v1/models", "/models")
 _SAFE = (b"GET", b"HEAD", b"OPTIONS")  # what asks for no work and changes nothing
 _MODEL_CHARACTERS = 256  # of a name that no route knows, in the log
 

@@ -156,12 +156,16 @@ def deployment_in(path: str) -> str | None:
 
 
 def wanted_model(path: str) -> str | None:
-    """The model that `/v1/models/{id}` is about, unescaped, `""` for all of them; None for any other path."""
-    if path.rstrip("/") == "/v1/models":
+    """The model that `/v1/models/{id}` is about, unescaped, `""` for all of them; None for any other path.
+
+    Without `/v1` it is the same, for whoever has left that out of the base URL.
+    """
+    path = path.removeprefix("/v1")
+    if path.rstrip("/") == "/models":
         return ""
-    if not path.startswith("/v1/models/"):
+    if not path.startswith("/models/"):
         return None
-    return urllib.parse.unquote(path.removeprefix("/v1/models/"), errors="replace")
+    return urllib.parse.unquote(path.removeprefix("/models/"), errors="replace")
 
 
 @functools.lru_cache(maxsize=256)

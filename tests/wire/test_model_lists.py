@@ -46,7 +46,11 @@ def test_a_list_is_bounded():
         ("/v1/models/gpt-4o", "gpt-4o"),
         ("/v1/models/open%2Fx:y", "open/x:y"),
         ("/v1/models/open/x", "open/x"),
+        ("/models", ""),
+        ("/models/gpt-4o", "gpt-4o"),
         ("/v1/modelsx", None),
+        ("/modelsx", None),
+        ("/v1v1/models", None),
         ("/v1/chat", None),
     ],
 )
