@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Change", "Counting", "Stores", "show_limits", "stores_of_worker"]
 
+PATIENCE = 3.0  # seconds that a reload waits for another Redis: with the usual timeout it has answered, or is away
 _TRIES = 3
 
 _log = logging.getLogger("canal_trio.serve")
@@ -101,16 +102,24 @@ class Stores:
     async def begin(self, services: trio.Nursery, settled: Callable[[], Awaitable[None]]) -> None:
         """Have the store run in `services`. `settled` waits until what is in flight when it is called has ended."""
         self._services, self._settled = services, settled
-        await services.start(self._run, self.limits.store)
+        await self._start(services, self.limits.store)
         self._begun.set()
 
-    async def _run(self, store: Store, *, task_status: trio.TaskStatus[None]) -> None:
-        with trio.CancelScope() as scope:
-            self._scopes[store] = scope
-            try:
-                await store.run(task_status=task_status)
-            finally:
-                del self._scopes[store]
+    async def _start(self, services: trio.Nursery, store: Store) -> None:
+        """Have it run, and wait until it has begun. Cancelled, it still runs."""
+        self._scopes[store] = trio.CancelScope()
+        begun = trio.Event()
+        services.start_soon(self._run, store, begun)
+        await begun.wait()
+
+    async def _run(self, store: Store, begun: trio.Event) -> None:
+        try:
+            with self._scopes[store]:
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(store.run)
+                    begun.set()
+        finally:
+            del self._scopes[store]
 
     async def prepare(self, new: LimitStore) -> Change:
         """Open what `new` names and we do not have. Raises `ConfigError`; then, and cancelled, nothing is left open.
@@ -118,15 +127,20 @@ class Stores:
         await self._begun.wait()
         assert self._services is not None
         old, redis, owner = self._chosen, self._redis, self._owner
+        made: RedisStore | None = None
         spending = None if owner is None else await owner.opened(new.state)
         try:
             if new.redis is None:
                 redis = None
             elif (new.redis, new.prefix) != (old.redis, old.prefix):
                 await in_a_thread(importlib.import_module, "canal_trio.quota.redis")
-                redis = self._redis_of(new)
-                await self._services.start(self._run, redis)
+                redis = made = self._redis_of(new)
+                assert made is not None
+                with trio.move_on_after(PATIENCE):
+                    await self._start(self._services, made)
         except BaseException:
+            if made is not None:
+                self._scopes[made].cancel(reason="not needed after all")
             if owner is not None:
                 owner.drop(spending)
             raise

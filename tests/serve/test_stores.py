@@ -201,6 +201,12 @@ class Reloads:
         assert verdict is not None
         return verdict
 
+    async def left(self) -> None:
+        """Wait until no former store is there any more, and none runs (memory has nothing to run)."""
+        with trio.fail_after(20):
+            while self.stores._former or self.stores._scopes:  # noqa: ASYNC110  # by the time it takes
+                await trio.sleep(0.01)
+
     def metric(self, name: str) -> float:
         """What a scrape finds."""
         found = re.search(rf"^{name} (\S+)$", self.metrics.page().decode(), re.MULTILINE)
@@ -289,8 +295,7 @@ async def test_a_redis_that_was_left_hears_what_ends_later(redis: RedisServer) -
             assert in_flight(redis, ONE, prefix) == 0
         old.keeper.settle(old.counted, Ask(0, 10), Ask(0, 3))
         assert (await here.ask()).why is None
-        assert not here.stores._scopes
-        assert not here.stores._former
+        await here.left()
 
 
 async def test_the_end_of_the_process_tells_a_redis_that_was_left(redis: RedisServer) -> None:
@@ -325,11 +330,8 @@ async def test_a_redis_that_was_left_while_it_was_away(
         here.end.set()
         if back:
             redis.start()
-        with trio.fail_after(20):
-            while here.stores._former:  # noqa: ASYNC110  # by the time it takes
-                await trio.sleep(0.01)
+        await here.left()
         assert here.metric("canal_limit_store_errors") >= errors
-        assert not here.stores._scopes
     if back:
         assert fields(redis, ONE)["sd"] == 7
     found = "limits: the former Redis is back" if back else "the former Redis is still away: what was spent there last"
@@ -348,9 +350,7 @@ async def test_a_redis_that_is_left_and_goes_away_is_not_taken_for_the_present_o
                 await trio.sleep(0.01)
         assert "it does not hear what was spent there last until it is back" in caplog.text
         here.end.set()
-        with trio.fail_after(10):
-            while here.stores._former:  # noqa: ASYNC110  # as above
-                await trio.sleep(0.01)
+        await here.left()
         assert "still away" not in caplog.text, "there was nothing to tell"
 
 
@@ -379,11 +379,27 @@ async def test_a_reload_that_is_cancelled_while_redis_is_tried_leaves_nothing(
             await here.stores.prepare(LimitStore(redis=redis.url, state=str(new), timeout=5.0))
         assert scope.cancelled_caught
         another(new)
-        assert not here.stores._scopes
+        await here.left()
         assert here.stores.limits.store is store
         redis.thaw()
         await here.to(redis=redis.url, state=str(new), timeout=5.0)
         assert not here.stores.limits.store.away
+
+
+async def test_a_redis_that_hangs_holds_up_no_reload(redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it may take to answer: the reload is done after some seconds, and it is away until it does."""
+    monkeypatch.setattr("canal_trio.serve.counting.PATIENCE", 0.2)
+    redis.freeze()
+    async with reloads() as here:
+        with trio.fail_after(10):
+            await here.to(redis=redis.url, timeout=60.0)
+        assert here.stores.limits.store.away
+        assert (await here.ask(SPENDS)).why is None
+        redis.thaw()
+        with trio.fail_after(20):
+            while here.stores.limits.store.away:  # noqa: ASYNC110  # as the other program likes
+                await trio.sleep(0.01)
+        assert in_flight(redis, SPENDS) == 1
 
 
 async def test_a_file_that_is_refused_leaves_redis_alone(redis: RedisServer, tmp_path: pathlib.Path) -> None:
