@@ -38,6 +38,7 @@ __all__ = [
     "refusal",
     "settle",
     "settle_back",
+    "turn",
     "worst",
 ]
 
@@ -140,10 +141,10 @@ def refill(rule: Rule, state: State, moment: Moment) -> None:
             left = state.tokens - passed * rule.token_rate
             state.tokens = left if left > 0 else 0.0
     if moment.day != state.day:
-        _turn(state, moment.day, moment.month)
+        turn(state, moment.day, moment.month)
 
 
-def _turn(state: State, day: int, month: int) -> None:
+def turn(state: State, day: int, month: int) -> None:
     """Another day, and so perhaps month. A clock that was set back a little does not give the money back; one that was
     far ahead does not keep it."""
     if state.day - 1 <= day <= state.day:
@@ -267,7 +268,7 @@ def settle_back(counted: Sequence[tuple[Ruled, State]], ask: Ask, used: Ask, tod
         return False
     for _, state in counted:
         if state.day != today[0]:
-            _turn(state, *today)
+            turn(state, *today)
         left = state.tokens - spare
         state.tokens = left if left > 0 else 0.0
         state.streams -= 1

@@ -82,7 +82,7 @@ def _nothing() -> bool:
 
 @final
 class Limits:
-    """The limits of one process, counted in `store`."""
+    """The limits of one process, counted in `store`. A hook keeps the store that there was when it was made."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -111,6 +111,7 @@ class _Admission:
 
     def __init__(self, limits: Limits, settings: Settings, scopes: Scopes, account: Callable[[], bool]) -> None:
         self._limits = limits
+        self._count = limits.store.admit  # of now: who began before a reload is counted where the others were
         self._account = account
         self._scopes = scopes
         self._prices = Prices(settings.prices)
@@ -126,7 +127,7 @@ class _Admission:
     async def admit(self, asked: Asked) -> Slot | Refused:
         """`hooks.Admission`."""
         terms, expected, ask = self._weigh(asked)
-        scopes, count = terms.scopes, self._limits.store.admit
+        scopes, count = terms.scopes, self._count
         if not scopes:
             return _Slot(terms, expected, ask)
         verdict = await count(scopes, ask)

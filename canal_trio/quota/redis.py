@@ -50,6 +50,8 @@ LIVES = 15.0  # seconds after which a worker that says nothing is taken for dead
 BEAT = 4.0
 BACK_OFF_FIRST, BACK_OFF_LAST = 0.1, 2.0
 CONNECT = 2.0
+LAST = 60.0  # seconds in which one that was replaced may be back, to be told the rest
+_LOOKS = 0.1
 REMEMBERED = 65_536  # scopes of which Redis has to be told; clients may choose the models
 
 _log = logging.getLogger("canal_trio.quota")
@@ -70,11 +72,10 @@ class RedisStore:
 
     def __init__(self, settings: LimitStore, local: MemoryStore) -> None:
         assert settings.redis is not None
-        self._settings = settings
+        self._local = local
         self._url = settings.redis
-        self._timeout = settings.timeout
-        meanwhile: dict[str, Local | Open] = {"local": Local(self, local), "open": Open(self, REMEMBERED)}
-        self._meanwhile = meanwhile.get(settings.fail)  # none: nothing is let in
+        self._name = "Redis"  # for people
+        self.configure(settings)
         self._me = os.urandom(9).hex()
         self._prefix = f"{{{settings.prefix}}}:"  # in braces: one slot of a cluster
         self._workers = f"{self._prefix}workers".encode()
@@ -92,6 +93,17 @@ class RedisStore:
         self._owed: dict[str, tuple[Scope, int]] = {}
         self._reason = "it was not reached yet"
         self.errors = 0
+
+    def configure(self, settings: LimitStore) -> None:
+        """From now on `fail` and `timeout` are these; the URL and the prefix are the same. Not a checkpoint."""
+        self._timeout = settings.timeout
+        self._fail = settings.fail
+        meanwhile: dict[str, Local | Open] = {"local": Local(self, self._local), "open": Open(self, REMEMBERED)}
+        self._meanwhile = meanwhile.get(settings.fail)  # none: nothing is let in
+
+    def replaced(self) -> None:
+        """Another store is asked from now on: `finish` is due once everything of this one has ended."""
+        self._name, self._fail = "the former Redis", "replaced"
 
     @property
     def away(self) -> bool:
@@ -182,8 +194,16 @@ class RedisStore:
     async def flush(self) -> None:
         """Wait until Redis knows what was settled; not for longer than it may take to answer."""
         with trio.move_on_after(2 * self._timeout):
-            if self._pending:
+            while self._pending:  # an answer may lead to another question: its exchange has gone
                 await self._pending[-1].event.wait()
+
+    async def finish(self) -> None:
+        """Nothing is in flight here any more: wait until Redis knows all of it. If it is away, not for ever."""
+        with trio.move_on_after(LAST):
+            while self._pending or self._told or self._owed or self._stale:  # noqa: ASYNC110  # seldom, and no hurry
+                await trio.sleep(_LOOKS)
+            return
+        _log.error("limits: %s is still away: what was spent there last it is not told", self._name)
 
     # -- commands ------------------------------------------------------------------------------------------------------
 
@@ -255,7 +275,7 @@ class RedisStore:
                 async with trio.open_nursery() as nursery:
                     await nursery.start(self._keep)
                     if told:
-                        _log.info("limits: Redis is back")
+                        _log.info("limits: %s is back", self._name)
                     back_off, told = BACK_OFF_FIRST, False
                     if not began:
                         began = True
@@ -268,9 +288,8 @@ class RedisStore:
                 self._give_up()
             if not told:
                 told = True
-                _log.error(
-                    "limits: Redis is away (%s): %s until it is back", self._reason, _MEANWHILE[self._settings.fail]
-                )
+                meanwhile = _MEANWHILE[self._fail]
+                _log.error("limits: %s is away (%s): %s until it is back", self._name, self._reason, meanwhile)
             if not began:
                 began = True
                 task_status.started()
@@ -347,4 +366,5 @@ _MEANWHILE = {
     "open": "everything is let in",
     "closed": "nothing is let in",
     "local": "this machine counts by itself",
+    "replaced": "it does not hear what was spent there last",
 }

@@ -21,7 +21,7 @@ from dataclasses import replace
 from math import inf
 from typing import final
 
-from canal_trio.policy.ratelimit import Ask, Moment, Refusal, State, begin, refill, settle
+from canal_trio.policy.ratelimit import Ask, Moment, Refusal, State, begin, refill, settle, turn
 from canal_trio.policy.scopes import Scope
 
 __all__ = ["Spent", "Table", "table_bytes"]
@@ -174,14 +174,26 @@ class Table:
         return found
 
     def restore(self, spent: dict[str, Spent], moment: Moment) -> None:
-        """Begin with what `spent` said once. For a table that is new."""
-        with self._lock:
-            for text, (day, spent_day, month, spent_month) in spent.items():
+        """Have it count at least what `spent` said once, of this month: where it has counted more, that stays.
+
+        The lock is had for each record by itself, so that nobody waits for long: where it is not to be had, those
+        before are done. To do it again changes nothing.
+        """
+        for text, (day, spent_day, month, spent_month) in spent.items():
+            if month != moment.month:
+                continue
+            said = State(day=day, spent_day=spent_day, month=month, spent_month=spent_month)
+            turn(said, moment.day, moment.month)
+            with self._lock:
                 digest = bytes.fromhex(text)
                 place = self._free(digest, moment)
-                if place is not None and month == moment.month:
-                    state = State(0.0, 0.0, moment.now, day=day, spent_day=spent_day)
-                    state.month, state.spent_month = month, spent_month
+                if place is None:
+                    continue
+                state = self._read(place)
+                turn(state, moment.day, moment.month)
+                state.spent_day = min(max(state.spent_day, said.spent_day), _MOST)
+                state.spent_month = min(max(state.spent_month, said.spent_month), _MOST)
+                if self.shared:  # else it is the one that is known
                     self._store(place, digest, state)
 
     # -- records -------------------------------------------------------------------------------------------------------

@@ -30,7 +30,6 @@ _NEEDS_RESTART = {
     "workers": "workers",
     "log": "log",
     "ledger": "[ledger]",
-    "limit_store": "[limits]",
 }
 
 _SWITCH = 0.0005  # seconds

@@ -29,12 +29,11 @@ from canal_trio.observe.ledger import Ledger
 from canal_trio.observe.lines import LineWriter
 from canal_trio.observe.log import logging_to
 from canal_trio.observe.metrics import Metrics, Statistics
-from canal_trio.quota.admission import Limits
 from canal_trio.relay.streams import TcpStream
 from canal_trio.relay.waiting import wait_in_poller
 from canal_trio.serve.authority import subject_of
 from canal_trio.serve.books import open_ledger, show_ledger
-from canal_trio.serve.counting import Counting, show_limits
+from canal_trio.serve.counting import Counting, Stores, show_limits
 from canal_trio.serve.crowd import Crowd, Partings, refusal
 from canal_trio.serve.greeting import greet
 from canal_trio.serve.limits import Capacity, capacity_of, freeze_garbage, raise_descriptor_limit, with_ceiling
@@ -165,7 +164,7 @@ async def serve(
     handed = handed or Handed()
     certificates = None if settings.tls is None else Certificates(settings.tls)
     counting = Counting(settings)
-    limits = counting.limits(settings)
+    stores = counting.stores(settings)
     writer = LineWriter(log_fd, capacity=settings.bounds.log_lines)
     try:
         with logging_to(writer, settings.log), trio.open_signal_receiver(*SIGNALS) as signals:
@@ -179,7 +178,7 @@ async def serve(
                 _close(listening)
                 raise
             capacity = capacity_of(settings, descriptors)
-            server = Server(settings, make_gateway, capacity, writer, certificates, limits, ledger)
+            server = Server(settings, make_gateway, capacity, writer, certificates, stores, ledger)
             stopping = server.stop.is_set
             reloader = Reloader(settings, config_loader, server.apply, server.count_reload, stopping, handed.notifier)
 
@@ -250,7 +249,7 @@ class Server:
         capacity: Capacity,
         writer: LineWriter,
         certificates: Certificates | None,
-        limits: Limits,
+        stores: Stores,
         ledger: Ledger | None = None,
     ) -> None:
         self.settings = settings = with_ceiling(settings)
@@ -262,9 +261,9 @@ class Server:
             self.gateway.keep_books(ledger)
             show_ledger(metrics, ledger)
         metrics.watch(self.gateway)
-        self._limits = limits
-        self.gateway.limit_by(limits.admission)
-        show_limits(metrics, limits)
+        self._stores = stores
+        self.gateway.limit_by(stores.limits.admission)
+        show_limits(metrics, stores)
         self.slots = Slots(capacity.connections)
         self.listener_slots: list[Slots] = []  # of each listener
         shed = metrics.shed.labels
@@ -304,7 +303,7 @@ class Server:
         async with trio.open_nursery() as services:
             services.start_soon(wait_in_poller)
             services.start_soon(orders, services)
-            await services.start(self._limits.store.run)
+            await self._stores.begin(services, self.gateway.settled)
             await services.start(self.gateway.run)
             services.start_soon(self.partings.run)
             if self.ledger is not None:
@@ -328,7 +327,7 @@ class Server:
                         door.close()
             if self.ledger is not None:
                 await self.ledger.finish()
-            await self._limits.store.flush()
+            await self._stores.flush()
             services.cancel_scope.cancel(reason="served")
         if self.stopped.cancelled_caught:
             _log.warning("stopped: %s", "told twice" if self.forced else "some streams did not end in time")
@@ -401,10 +400,11 @@ class Server:
         self.metrics.reloads.labels(result).inc()
 
     async def apply(self, new: Settings) -> None:
-        """Swap settings and certificates, touching no stream. Raises `ConfigError`, with nothing changed."""
+        """Swap settings and what they name, touching no stream. Raises `ConfigError`, with nothing changed."""
         new = with_ceiling(new)
         certificates = None if new.tls is None else await in_a_thread(Certificates, new.tls)  # other files, perhaps
         await in_a_thread(self.gateway.prepare, new)
+        self._stores.swap(await self._stores.prepare(new.limit_store))  # the last that can fail; before the hooks
         self.gateway.reload(new)
         if self.terminator is not None and certificates is not None:
             self.terminator.certificates = certificates
@@ -417,3 +417,4 @@ class Server:
         for sock in self.sockets:
             if sock.fileno() >= 0:
                 set_options(sock, new.bounds, new.deadlines)
+        await self._stores.swapped()

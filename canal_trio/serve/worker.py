@@ -33,7 +33,7 @@ from canal_trio.serve.control import (
     Start,
     Stop,
 )
-from canal_trio.serve.counting import limits_of_worker
+from canal_trio.serve.counting import stores_of_worker
 from canal_trio.serve.limits import capacity_of, freeze_garbage, raise_descriptor_limit
 from canal_trio.serve.listen import open_listeners
 from canal_trio.serve.merge import snapshot
@@ -77,9 +77,9 @@ async def _work(control: socket.socket, descriptors: int) -> int:
             except CanalError as exc:
                 await channel.send(Failed(str(exc)))
                 return 1
-            limits = limits_of_worker(settings, start.memory, start.number - 1, start.workers)
+            stores = stores_of_worker(settings, start.memory, start.number - 1, start.workers)
             capacity = capacity_of(settings, descriptors)
-            server = Server(settings, real_gateway, capacity, writer, certificates, limits, ledger)
+            server = Server(settings, real_gateway, capacity, writer, certificates, stores, ledger)
             try:
                 return await _Worker(channel, server).run(listening, signals)
             finally:

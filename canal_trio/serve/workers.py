@@ -267,7 +267,11 @@ class _Supervisor:
                 nursery.start_soon(partial(worker.say, message, within=ORDER))
 
     async def _apply(self, new: Settings) -> None:
-        """Have every worker use `new`, whoever starts from now on included; what one of them refuses is told."""
+        """Have every worker use `new`, whoever starts from now on included; what one of them refuses is told.
+
+        What is ours comes first, and is refused by raising `ConfigError`, with nothing changed.
+        """
+        await self._counting.change(new.limit_store.state)
         self._settings = new
         count = len(self._workers)
         refusals: dict[int, str] = {}

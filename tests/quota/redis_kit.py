@@ -53,6 +53,6 @@ def fields(server: RedisServer, one: Scope, prefix: str = "canal") -> dict[str, 
     return {key.decode(): float(value) for key, value in zip(words[::2], words[1::2], strict=True)}
 
 
-def in_flight(server: RedisServer, one: Scope) -> int:
+def in_flight(server: RedisServer, one: Scope, prefix: str = "canal") -> int:
     """Exchanges in flight in a scope, all workers together."""
-    return int(sum(value for key, value in fields(server, one).items() if key.startswith("s:")))
+    return int(sum(value for key, value in fields(server, one, prefix).items() if key.startswith("s:")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
 import pytest
@@ -135,6 +136,41 @@ def test_what_was_spent_can_be_kept_and_is_there_again():
     (later, _) = tables()
     later.restore(kept, NOW._replace(month=24_001))
     assert later.spent(NOW._replace(month=24_001)) == {}
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_was_kept_elsewhere_is_taken_where_it_is_more(alone: bool) -> None:
+    """A table in use goes on with the larger number of each day and month; what is in flight, and levels, are its own;
+    what the other has of yesterday, of tomorrow or of another month is no reason to forget anything."""
+    table = tables(1 if alone else 2)[0]
+    if alone:
+        table.own()
+    names = ("more", "less", "yesterday", "tomorrow", "far", "over", "new")
+    scopes = {name: scope(name, Limit(requests=60, spend_day=1)) for name in names}
+    for name in names[:-1]:
+        assert table.admit([scopes[name]], Ask(0, 20), NOW)[1] is None
+        assert table.admit([scopes[name]], Ask(0, 3), NOW)[1] is None
+        table.settle(of(scopes[name]), Ask(0, 20), Ask(0, 40), NOW)
+    other = {name: hashlib.blake2b(name.encode(), digest_size=16).hexdigest() for name in names}
+    day, month = NOW.day, NOW.month
+    found = {
+        "more": (day, 50, month, 60), "less": (day, 30, month, 39), "yesterday": (day - 1, 50, month, 60),
+        "tomorrow": (day + 1, 50, month, 60), "far": (day + 5, 50, month, 60), "over": (day, 50, month - 1, 60),
+        "new": (day, 50, month, 60),
+    }  # fmt: skip
+    for _ in range(2):  # again changes nothing
+        table.restore({other[name]: spent for name, spent in found.items()}, NOW)
+    states = {name: table.admit([scopes[name]], NONE, NOW)[0][0][1] for name in names}
+    assert {name: (state.spent_day, state.spent_month) for name, state in states.items()} == {
+        "more": (50, 60), "less": (40, 40), "yesterday": (40, 60), "tomorrow": (50, 60), "far": (40, 60),
+        "over": (40, 40), "new": (50, 60),
+    }  # fmt: skip
+    assert {(state.streams, state.reserved, state.requests) for state in list(states.values())[:-1]} == {(2, 3, 3.0)}
+    full = tables(1)[0]
+    for number in range(WAYS):
+        assert full.admit([scope(f"s{number}", Limit(streams=1))], NONE, NOW)[1] is None
+    full.restore({other["new"]: found["new"]}, NOW)
+    assert full.spent(NOW) == {}
 
 
 def test_money_beyond_64_bits_is_as_much_as_they_hold():

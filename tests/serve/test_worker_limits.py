@@ -22,7 +22,7 @@ from canal_trio.policy.scopes import Scope
 from canal_trio.quota.memory import Busy, MemoryStore, SharedMemory, memory_for
 from canal_trio.quota.spending import Spending
 from canal_trio.quota.table import WAYS
-from canal_trio.serve.counting import Counting, limits_of_worker
+from canal_trio.serve.counting import Counting, stores_of_worker
 from canal_trio.settings import Key, Limit, LimitStore, Settings
 from canal_trio.testing.scripts import Script, chat_stream
 from canal_trio.testing.upstreams import ScriptedUpstream
@@ -211,14 +211,14 @@ async def test_workers_share_what_the_owner_made() -> None:
     """Each maps the owner's memory by its descriptor; the owner buries; without a descriptor a worker has its own."""
     settings = Settings(limits=(Limit(streams=1),))
     owner = Counting(settings, 2)
-    first, second = (limits_of_worker(settings, os.dup(owner.memory.fd), column, 2).store for column in (0, 1))
+    first, second = (stores_of_worker(settings, os.dup(owner.memory.fd), column, 2).limits.store for column in (0, 1))
     verdicts = [await store.admit((ONE,), Ask()) for store in (first, second)]
     assert [verdict.why is None for verdict in verdicts if verdict] == [True, False]
     owner.bury(0)
     again = await second.admit((ONE,), Ask())
     assert again is not None
     assert again.why is None
-    alone = await limits_of_worker(settings, None, 0, 1).store.admit((ONE,), Ask())
+    alone = await stores_of_worker(settings, None, 0, 1).limits.store.admit((ONE,), Ask())
     assert alone is not None
     assert alone.why is None
     await second.flush()
