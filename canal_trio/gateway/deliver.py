@@ -167,7 +167,7 @@ class Delivery:
         if exchange.accounted and not bodyless:
             held_bytes = self._settings.bounds.usage_event_bytes
             exchange.account = account_for(facts, exchange.asked_usage, held_bytes)
-        self.close = close or (not modern and known is None and not bodyless)
+        self.close = close or self._writer.closing or (not modern and known is None and not bodyless)
         self._body = BodyWriter(self._writer, exchange, chunked=chunked, length=known, on_terminal=self._terminal)
         exchange.phase = Phase.FIRST_EVENT
         self.begun = self.bound = True
