@@ -83,7 +83,7 @@ def within(number: float, least: float, most: float, unit: str) -> float:
     if math.isinf(number) and not math.isinf(most):
         raise ValueError("expected a finite number, got inf")
     if not least <= number <= most:
-        upper = "" if math.isinf(most) else f" and at most {most:.15g}"
+        upper = "" if math.isinf(most) else f" and at most {most:.16g}"
         raise ValueError(f"expected at least {least:.15g}{upper}{unit}, got {number:.15g}")
     return number
 

@@ -265,8 +265,11 @@ class _Layers:
             if parsed is None:
                 continue
             name = parsed.authority.decode("ascii")
-            if name in upstreams:
+            if name in upstreams and upstreams[name].base_url == url:
                 self.complain_said("upstream", f"{shown(name)} is given twice")
+            elif name in upstreams:
+                hint = "two upstreams of one host need names of their own, in a configuration file"
+                self.complain_said("upstream", f"{shown(name)} would be the name of both; {hint}")
             upstreams[name] = Upstream(name, url)
         if not values.listed(self.said["upstream"][1]):
             self.complain_said("upstream", f"expected a list of URLs, got {shown(self.said['upstream'][1])}")

@@ -332,7 +332,7 @@ class Attempts:
         if another is not None:
             self._kept = await keep_from_flow(port.flow, head, upstream.name) or self._kept
             return another
-        if await delivery.no_longer_early() and not (head.status == 200 and response_facts(head).event_stream):
+        if await delivery.no_longer_early() and not (head.status == 200 and response_facts(head).legible_stream):
             refused = await keep_from_flow(port.flow, head, upstream.name)
             delivery.refusal = None if refused is None else refused.early()
             return Failure(Side.UPSTREAM, Phase.FIRST_BYTE, Kind.NO_STREAM, f"It answered {head.status}.")
@@ -382,7 +382,7 @@ class Attempts:
             head.status == 200
             and len(self._tried) < self._most
             and self._exchange.replayable
-            and response_facts(head).event_stream
+            and response_facts(head).legible_stream
         )
 
     def _not_relayed(self, error: bool, cut: object) -> Failure | None:

@@ -117,7 +117,8 @@ class ClientConnection:
             await trio.aclose_forcefully(self._stream)
 
     def drain(self) -> None:
-        """Take no new request."""
+        """Take no new request. An answer that has not begun says that the connection ends with it."""
+        self._writer.closing = True
         if self._reader is not None:
             self._reader.stop_if_idle()
 
@@ -331,7 +332,7 @@ class ClientConnection:
             await delivery.broken_off(failure)
             self._break(exchange)
             return False
-        keep = keep and exchange.received and exchange.head is not None
+        keep = keep and exchange.received and exchange.head is not None and not self._writer.closing
         status, response = error_response(
             failure, request_id=exchange.id, head=exchange.head, close=not keep, more=exchange.fields
         )

@@ -34,7 +34,6 @@ from canal_trio.upstream.interface import AnswerBody, Outlet
 from canal_trio.wire.error_bodies import error_event, event_of_error
 from canal_trio.wire.facts import ResponseFacts, response_facts
 from canal_trio.wire.headers import ForClient
-from canal_trio.wire.sse import EventScanner
 
 __all__ = ["Delivery"]
 
@@ -164,11 +163,11 @@ class Delivery:
         chunked = modern and not bodyless and (streamed or known is None)
         if streamed and not bodyless:
             known = None
-            exchange.scanner = EventScanner()
+            exchange.scanner = facts.scanner()
         if exchange.accounted and not bodyless:
             held_bytes = self._settings.bounds.usage_event_bytes
             exchange.account = account_for(facts, exchange.asked_usage, held_bytes)
-        self.close = close or (not modern and known is None and not bodyless)
+        self.close = close or self._writer.closing or (not modern and known is None and not bodyless)
         self._body = BodyWriter(self._writer, exchange, chunked=chunked, length=known, on_terminal=self._terminal)
         exchange.phase = Phase.FIRST_EVENT
         self.begun = self.bound = True

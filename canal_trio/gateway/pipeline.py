@@ -125,13 +125,20 @@ class Pipeline:
             settled=self._settle,
         )
         early = self._delivery.early = self._early(plan)
-        if early is None:
-            return await attempts.run(plan)
-        await in_task()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(early.run)
-            failure = await attempts.run(plan)
-            await early.stop()
+        try:
+            if early is None:
+                failure = await attempts.run(plan)
+            else:
+                await in_task()
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(early.run)
+                    failure = await attempts.run(plan)
+                    await early.stop()
+        except BaseException:  # the client has left, a deadline has passed: which model it was stands in the record
+            self._settle()
+            raise
+        if failure is not None:
+            self._settle()
         return failure
 
     def _early(self, plan: Plan) -> EarlyHead | None:

@@ -12,7 +12,8 @@ __all__ = ["record_of"]
 
 def record_of(exchange: Exchange, prices: Prices | None = None) -> ExchangeRecord:
     """The record of an exchange that is over, with its cost by `prices`. Called once for each."""
-    if exchange.failure is None and exchange.scanner is not None and not exchange.scanner.terminal:
+    scanner = exchange.scanner
+    if exchange.failure is None and scanner is not None and not scanner.terminal and scanner.legible:
         exchange.flags |= {"no_terminal_event"}
     usage, source = _used(exchange)
     upstream_model = (exchange.upstream_model or exchange.model) if exchange.upstream is not None else None

@@ -39,6 +39,7 @@ class ClientWriter:
         "_stall",
         "_stream",
         "_swallow",
+        "closing",
         "trouble",
         "unsent",
     )
@@ -48,6 +49,7 @@ class ClientWriter:
         self._stall = stall
         self._direct = stream if can_hand_over(stream) else None
         self.trouble: Kind | None = None
+        self.closing = False  # the connection ends with the answer that is next: its head says so
         self._swallow: Callable[[bytes], int] | None = None  # what takes everything, once the client is to get no more
         self._patience: trio.CancelScope | None = None  # of a write that waits
         self.unsent: list[Buffer] = []  # begun and not finished: nothing may be written after it but itself

@@ -1,10 +1,11 @@
 """Lines on a descriptor, written by one background thread, so that a blocked stderr never blocks the loop.
 
 Invariants: `write()` never blocks and never raises; at most `capacity` lines wait; a line that finds no room is
-dropped and counted, and the count is written as a line of its own as soon as there is room again. A line is rendered
-in the thread, so the loop pays for a queue's put only, and the thread gathers for a moment before it looks: woken for
-each line, it would take the interpreter's lock from the loop as often (measured: 15 % of a small exchange). Where lines
-are many it gathers for longer.
+dropped and counted, as is one that the descriptor does not take, and the count is written as a line of its own as soon
+as there is room again. Half a line that a full disk took is ended before the next one begins. A line is rendered in
+the thread, so the loop pays for a queue's put only, and the thread gathers for a moment before it looks: woken for each
+line, it would take the interpreter's lock from the loop as often (measured: 15 % of a small exchange). Where lines are
+many it gathers for longer.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TypeAlias, final
 
-__all__ = ["Line", "LineWriter"]
+__all__ = ["WHY_DROPPED", "Line", "LineWriter"]
 
 Line: TypeAlias = bytes | Callable[[], bytes]
 """A whole line with its newline, or what renders it. Rendering runs in the writer's thread."""
@@ -27,6 +28,7 @@ BATCH_BYTES = 64 * 1024  # joined into one system call at most, so that a burst 
 GATHER = 0.02  # seconds
 GATHER_BUSY = 0.1  # seconds, behind a batch of `MANY` lines or more
 MANY = 50
+WHY_DROPPED = "the log is read too slowly, or could not be written"
 
 
 @final
@@ -47,20 +49,27 @@ class LineWriter:
     ) -> None:
         self._fd = fd
         self._most = select.PIPE_BUF if shared else math.inf
-        self._note = note or (lambda count: f"{count} log lines were dropped: the log is read too slowly\n".encode())
+        self._note = note or (lambda count: f"{count} log lines were dropped: {WHY_DROPPED}\n".encode())
         self._queue: queue.SimpleQueue[Line | None] = queue.SimpleQueue()  # bounded by `write`; put costs nothing
         self._capacity = capacity
+        self._refused = 0  # lines that found no room; the loop's thread counts them
+        self._lost = 0  # lines that the descriptor did not take; the writing thread counts those
         self._told = 0  # drops already told of
-        self.dropped = 0
+        self._torn = False  # what was written last does not end a line
         self._closed = False
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="canal_trio log", daemon=True)
         self._thread.start()
 
+    @property
+    def dropped(self) -> int:
+        """Lines lost so far."""
+        return self._refused + self._lost
+
     def write(self, line: Line) -> bool:
         """Queue one line; False if it was dropped. From the loop's thread only; not a checkpoint."""
         if self._closed or self._queue.qsize() >= self._capacity:
-            self.dropped += 1
+            self._refused += 1
             return False
         self._queue.put(line)
         return True
@@ -101,12 +110,11 @@ class LineWriter:
                     item = self._queue.get_nowait()
                 except queue.Empty:
                     break
-            dropped = self.dropped - self._told
-            if dropped:
-                self._told += dropped
-                batch.append(self._note(dropped))
             for data in _joined(batch, self._most):
-                self._write(data)
+                self._lost += self._write(data)
+            dropped = self.dropped
+            if dropped > self._told and not self._write(self._note(dropped - self._told)):
+                self._told = dropped
             pause = 0.0 if size >= BATCH_BYTES else GATHER_BUSY if len(batch) >= MANY else GATHER
 
     def _render(self, line: Line) -> bytes:
@@ -115,18 +123,23 @@ class LineWriter:
         except Exception as exc:  # one bad record must not end the log
             return f"a log line could not be rendered: {type(exc).__name__}\n".encode()
 
-    def _write(self, data: bytes) -> None:
-        view = memoryview(data)
+    def _write(self, data: bytes) -> int:
+        """Write whole lines. Answers how many of them were lost, the one that was cut included."""
+        view = memoryview(b"\n" + data if self._torn else data)  # half a line must not begin the next one
         while view:
             try:
                 view = view[os.write(self._fd, view) :]
             except BlockingIOError:  # somebody made the shared descriptor non-blocking
                 with contextlib.suppress(OSError):
                     select.select([], [self._fd], [], 1.0)
-            except OSError:  # the reader has gone: the lines are lost, and counted
-                self.dropped += data.count(b"\n")
-                self._told = self.dropped
-                return
+            except OSError:  # the reader has gone, the disk is full
+                rest = bytes(view)
+                written = len(data) - len(rest)
+                if written >= 0:
+                    self._torn = written > 0 and not data.startswith(b"\n", written - 1)
+                return rest.count(b"\n") - (len(rest) > len(data))
+        self._torn = False
+        return 0
 
 
 def _joined(lines: list[bytes], most: float) -> Iterator[bytes]:

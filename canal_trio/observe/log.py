@@ -11,15 +11,15 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import final
 
 import msgspec
 
-from canal_trio.observe.lines import LineWriter
+from canal_trio.observe.lines import WHY_DROPPED, LineWriter
 
-__all__ = ["TRACEBACK_VARIABLE", "describe", "leaves", "logging_to", "printable", "timestamp"]
+__all__ = ["TRACEBACK_VARIABLE", "describe", "dropped_note", "leaves", "logging_to", "printable", "timestamp"]
 
 TRACEBACK_VARIABLE = "CANAL_TRACEBACK"
 LOGGER = "canal_trio"
@@ -84,15 +84,28 @@ class _Handler(logging.Handler):
             message = f"{message}: {describe(record.exc_info[1])}"
             if self._tracebacks:
                 trace = "".join(traceback.format_exception(record.exc_info[1]))
-        when, level = timestamp(record.created), record.levelname.lower()
-        if self._json:
-            fields = {"time": when, "kind": "log", "level": level, "logger": record.name, "message": message}
-            if trace:
-                fields["traceback"] = trace
-            text = {key: value.encode(errors="backslashreplace").decode() for key, value in fields.items()}
-            self._writer.write(msgspec.json.encode(text) + b"\n")
-        else:
-            self._writer.write(f"{when} {level}: {message}\n{trace}".encode(errors="backslashreplace"))
+        level = record.levelname.lower()
+        self._writer.write(_line(self._json, record.created, level, record.name, message, trace))
+
+
+def _line(as_json: bool, unix_time: float, level: str, logger: str, message: str, trace: str = "") -> bytes:
+    when = timestamp(unix_time)
+    if not as_json:
+        return f"{when} {level}: {message}\n{trace}".encode(errors="backslashreplace")
+    fields = {"time": when, "kind": "log", "level": level, "logger": logger, "message": message}
+    if trace:
+        fields["traceback"] = trace
+    text = {key: value.encode(errors="backslashreplace").decode() for key, value in fields.items()}
+    return msgspec.json.encode(text) + b"\n"
+
+
+def dropped_note(style: str) -> Callable[[int], bytes]:
+    """What a `LineWriter` says of lines that it lost, as one more message in `style`: `text` or `json`."""
+
+    def note(count: int) -> bytes:
+        return _line(style == "json", time.time(), "warning", LOGGER, f"{count} log lines were dropped: {WHY_DROPPED}")
+
+    return note
 
 
 @contextmanager

@@ -38,7 +38,7 @@ _CLIENT: dict[Kind, Answer] = {
     Kind.TARGET_TOO_LONG: Answer(414, _INVALID, "uri_too_long", "The request target is too long."),
     Kind.BODY_TOO_LARGE: Answer(413, _INVALID, "body_too_large", "The request body is too large."),
     Kind.UNSUPPORTED_CODING: Answer(501, _INVALID, "unsupported_transfer_coding", "This coding is not supported."),
-    Kind.UNSUPPORTED_VERSION: Answer(505, _INVALID, "unsupported_http_version", "Speak HTTP/1.1 or HTTP/1.0."),
+    Kind.UNSUPPORTED_VERSION: Answer(505, _INVALID, "unsupported_http_version", "The HTTP version is not supported."),
     Kind.METHOD_NOT_ALLOWED: Answer(405, _INVALID, "method_not_allowed", "The method is not allowed."),
     Kind.EXPECTATION: Answer(417, _INVALID, "expectation_failed", "Only the expectation 100-continue is understood."),
     Kind.UNAUTHENTICATED: Answer(401, _INVALID, "invalid_api_key", "Incorrect API key provided.", should_retry=False),

@@ -27,7 +27,7 @@ from canal_trio.observe.accesslog import AccessLog
 from canal_trio.observe.admin import Admin
 from canal_trio.observe.ledger import Ledger
 from canal_trio.observe.lines import LineWriter
-from canal_trio.observe.log import logging_to
+from canal_trio.observe.log import dropped_note, logging_to
 from canal_trio.observe.metrics import Metrics, Statistics
 from canal_trio.relay.streams import TcpStream
 from canal_trio.relay.waiting import wait_in_poller
@@ -165,7 +165,7 @@ async def serve(
     certificates = None if settings.tls is None else Certificates(settings.tls)
     counting = Counting(settings)
     stores = counting.stores(settings)
-    writer = LineWriter(log_fd, capacity=settings.bounds.log_lines)
+    writer = LineWriter(log_fd, capacity=settings.bounds.log_lines, note=dropped_note(settings.log))
     try:
         with logging_to(writer, settings.log), trio.open_signal_receiver(*SIGNALS) as signals:
             with hinting(LISTEN_HINT):
@@ -272,7 +272,7 @@ class Server:
         metrics.gauge("canal_connection_slots", "Client connections there may be.", lambda: self.slots.total)
         metrics.gauge("canal_tasks", "Tasks that live: the gateway's own, and those of its connections.",
                       lambda: trio.lowlevel.current_statistics().tasks_living)  # fmt: skip
-        metrics.gauge("canal_log_lines_dropped", "Log lines lost because the log is read too slowly.",
+        metrics.gauge("canal_log_lines_dropped", "Log lines lost: read too slowly, or not written.",
                       lambda: writer.dropped)  # fmt: skip
         self.terminator: Terminator | None = None
         if certificates is not None:

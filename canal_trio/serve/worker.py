@@ -18,7 +18,7 @@ import trio
 
 from canal_trio.errors import CanalError, ConfigError
 from canal_trio.observe.lines import LineWriter
-from canal_trio.observe.log import describe, logging_to
+from canal_trio.observe.log import describe, dropped_note, logging_to
 from canal_trio.serve.books import open_ledger
 from canal_trio.serve.control import (
     Accepting,
@@ -61,7 +61,7 @@ async def _work(control: socket.socket, descriptors: int) -> int:
     if not isinstance(start, Start):
         return 1  # the supervisor is gone already
     settings = start.settings
-    writer = LineWriter(2, capacity=settings.bounds.log_lines, shared=True)
+    writer = LineWriter(2, capacity=settings.bounds.log_lines, note=dropped_note(settings.log), shared=True)
     try:
         with logging_to(writer, settings.log) as logger, trio.open_signal_receiver(signal.SIGTERM) as signals:
             for handler in logger.handlers:

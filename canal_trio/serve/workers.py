@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollecto
 from canal_trio.errors import CanalError
 from canal_trio.observe.admin import Admin
 from canal_trio.observe.lines import LineWriter
-from canal_trio.observe.log import logging_to
+from canal_trio.observe.log import dropped_note, logging_to
 from canal_trio.serve.control import Drain, Message, Reload, Reloaded, Start, Stop
 from canal_trio.serve.counting import Counting
 from canal_trio.serve.greeting import greet
@@ -64,7 +64,7 @@ async def _supervise(
     settings: Settings, config_loader: Callable[[], Settings] | None, handed: Handed | None = None
 ) -> int:
     handed = handed or Handed()
-    writer = LineWriter(2, capacity=settings.bounds.log_lines, shared=True)
+    writer = LineWriter(2, capacity=settings.bounds.log_lines, note=dropped_note(settings.log), shared=True)
     sockets: list[socket.socket] = []
     try:
         with logging_to(writer, settings.log), trio.open_signal_receiver(*SIGNALS) as signals:

@@ -15,6 +15,7 @@ from canal_trio.messages import RequestHead, ResponseHead
 from canal_trio.wire.bodies import content_length, request_framing
 from canal_trio.wire.form_fields import is_form
 from canal_trio.wire.headers import is_event_stream, is_json, keep_alive, upgrade_of, wants_continue
+from canal_trio.wire.sse import BlindScanner, EventScanner
 from canal_trio.wire.targets import deployment_in, origin_form, plain_path
 from canal_trio.wire.usage import BodyUsage, StreamUsage
 
@@ -51,6 +52,8 @@ class ResponseFacts:
     """Of an upstream's response."""
 
     event_stream: bool
+    legible_stream: bool  # it is one, and not compressed
+    scanner: type[EventScanner]  # what looks at one as it passes
     known: int | None  # the body's length, where it was announced in a way that can be passed on
     bodyless: bool  # by its status
     keep_alive: bool  # the upstream keeps the connection open
@@ -115,6 +118,8 @@ def response_facts(head: ResponseHead) -> ResponseFacts:
     tap = StreamUsage if event_stream else BodyUsage if is_json(headers) else None
     facts = ResponseFacts(
         event_stream=event_stream,
+        legible_stream=event_stream and not coded,
+        scanner=BlindScanner if coded else EventScanner,
         known=length if isinstance(length, int) and b"transfer-encoding" not in headers else None,
         bodyless=head.status in (204, 304),
         keep_alive=keep_alive(head.version, headers),

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Final, final
+from typing import ClassVar, Final, final
 
-__all__ = ["Event", "EventParser", "EventScanner"]
+__all__ = ["BlindScanner", "Event", "EventParser", "EventScanner"]
 
 _BOM: Final = b"\xef\xbb\xbf"
 _LINE_END: Final = re.compile(rb"\r\n?|\n")
@@ -101,9 +101,10 @@ _ERROR: Final = re.compile(_ERROR_TEXT)
 _KEPT: Final = 96  # bytes kept of the present line: more than any line that is looked into needs
 
 
-@final
 class EventScanner:
     """The tap on a relayed event stream. Memory is a few bytes however long a line is."""
+
+    legible: ClassVar[bool] = True  # what passes can be read
 
     __slots__ = (
         "_after_cr",
@@ -230,3 +231,18 @@ class EventScanner:
                 self.error = True
         elif name == b"error" and colon:
             self.error = True  # llama.cpp before 2025 sent the object in a field of this name
+
+
+@final
+class BlindScanner(EventScanner):
+    """In its place where an event stream is compressed: nothing is counted, and it never stands between two events."""
+
+    __slots__ = ()
+    legible = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at_boundary = False
+
+    def feed_part(self, data: bytes, start: int, stop: int) -> None:
+        """Nothing can be read."""

@@ -292,6 +292,12 @@ def test_complaints(write: Write, text: str, complaint: str) -> None:
             {"CANAL_UPSTREAM": "http://a:1,http://a:1"},
             "CANAL_UPSTREAM: 'a:1' is given twice",
         ),
+        (
+            {"upstream": ("http://a:1/x", "http://a:1/y")},
+            {},
+            "--upstream: 'a:1' would be the name of both; "
+            "two upstreams of one host need names of their own, in a configuration file",
+        ),
         ({}, {"CANAL_UPSTREAM": ","}, "CANAL_UPSTREAM: expected a list of URLs, got ','"),
     ],
 )

@@ -184,9 +184,11 @@ ROWS = {
 
 
 async def judge(row: Row, gateway: RunningGateway, response: Response) -> ExchangeRecord:
-    """Status, shape, hints and record."""
+    """Status, shape, hints and record; nothing is said twice."""
     assert response.status == row.status
     error = response.error
+    sentences = str(error["message"]).split(". ")
+    assert len({sentence.rstrip(".") for sentence in sentences}) == len(sentences)
     assert (error["type"], error["code"], error["param"]) == (row.type, row.code, row.param)
     assert (response.header("retry-after") is not None) == row.retry_after
     assert response.header("retry-after") is None or int(response.header("retry-after") or "") >= 1

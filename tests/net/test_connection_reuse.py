@@ -14,7 +14,7 @@ from canal_trio.errors import Kind, Side
 from canal_trio.gateway import connection as connection_module
 from canal_trio.hooks import Outcome
 from canal_trio.settings import Bounds, Deadlines, Key
-from canal_trio.testing.scripts import Script, Send, Stall, WaitFor, chat_stream, cut_after, reply, stream
+from canal_trio.testing.scripts import Close, Script, Send, Stall, WaitFor, chat_stream, cut_after, reply, stream
 from canal_trio.testing.upstreams import ScriptedUpstream
 
 EVENT = b"data: 1\n\n"
@@ -98,6 +98,28 @@ async def test_drain_waits_for_what_is_in_flight() -> None:
         assert head.complete
         assert await busy.rest() == b""
         assert (await gateway.records.one()).outcome is Outcome.COMPLETED
+
+
+@pytest.mark.parametrize("ending", ["answer", "stream", "cut", "deadline"])
+async def test_a_drain_closed_connections_that_were_said_to_stay(ending: str) -> None:
+    """An answer that begins while draining says that its connection ends: whose next request met the end, failed."""
+    go = trio.Event()
+    then = {
+        "answer": reply({"ok": True}).steps,
+        "stream": stream([EVENT]).steps,
+        "cut": (Close(),),
+        "deadline": (Stall(),),
+    }
+    async with scene(Script((WaitFor(go), *then[ending]))) as (upstream, gateway):
+        client = await gateway.connect()
+        await client.send(chat())
+        await upstream.until(lambda: bool(upstream.requests) and upstream.requests[0].complete)
+        gateway.gateway.drain(trio.current_time() + (0.05 if ending == "deadline" else 30))
+        go.set()
+        response = await client.response()
+        assert response.status == {"cut": 502, "deadline": 503}.get(ending, 200)
+        assert response.header("connection") == "close"
+        assert await client.rest() == b""
 
 
 async def test_drain_deadline_before_the_head() -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.hooks import ExchangeRecord, Outcome, Usage, UsageSource
 from canal_trio.observe.accesslog import AccessLog, json_line, text_line
-from canal_trio.observe.lines import BATCH_BYTES, GATHER, GATHER_BUSY, MANY, LineWriter
+from canal_trio.observe.lines import BATCH_BYTES, GATHER, GATHER_BUSY, MANY, WHY_DROPPED, LineWriter
 from canal_trio.observe.log import TRACEBACK_VARIABLE, describe, logging_to, printable, timestamp
 
 RECORD = ExchangeRecord(
@@ -127,7 +127,7 @@ def test_a_blocked_descriptor_costs_lines_and_not_time() -> None:
     results = [writer.write(b"here\n") for _ in range(200)]
     assert results.count(True) <= 16 + 1 + 16  # the queue, and the batch that the thread took out of it
     assert writer.dropped == results.count(False) > 0
-    told = f"{writer.dropped} log lines were dropped: the log is read too slowly"
+    told = f"{writer.dropped} log lines were dropped: {WHY_DROPPED}"
     threading.Timer(0.05, lambda: writer.write(b"later\n")).start()
     lines = _read_lines(read, "dropped")
     assert told in lines

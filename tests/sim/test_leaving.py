@@ -259,3 +259,23 @@ async def test_end_of_a_client_whose_upstream_cannot_be_half_closed(autojump_clo
         assert await client.rest() == b""
         assert b"".join(seen) == b"last words"
         assert (await here.records.one()).outcome is Outcome.CLIENT_GONE
+
+
+@pytest.mark.parametrize("phase", ["first-byte", "plain", "first-event"])
+async def test_the_model_was_missing_where_nobody_had_answered(autojump_clock: Any, handover: bool, phase: str) -> None:
+    """Whose model it was stands in the record of an exchange that its client left, answered or not."""
+    raw, play, _ = PHASES[phase]
+    async with world(play, handover=handover) as here:
+        client = here.connect()
+        await client.send(raw)
+        await trio.sleep(1)
+        assert (await leave(here, client, "close")).model == "m"
+
+
+async def test_the_model_was_missing_where_the_upstream_failed(autojump_clock: Any, handover: bool) -> None:
+    """Whose model it was stands in the record of an exchange that ended with a 504 of ours."""
+    async with world(silent, handover=handover) as here:
+        client = here.connect()
+        await client.send(chat())
+        assert (await client.final_head()).status == 504
+        assert (await here.records.one()).model == "m"

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire_driving import CUTS, by_name, bytewise, cut, load_cases
 
-from canal_trio.wire.sse import Event, EventParser, EventScanner
+from canal_trio.wire.sse import BlindScanner, Event, EventParser, EventScanner
 
 CASES = load_cases("sse_cases.json")
 TERMINAL_EVENTS = ["response.completed", "response.failed", "response.incomplete"]
@@ -233,3 +233,14 @@ def test_a_long_line_is_not_kept() -> None:
 def test_a_reconnection_time_of_any_length_is_no_trouble() -> None:
     """Thousands of digits are not turned into a number."""
     assert parse([b"retry: " + b"9" * 5_000 + b"\ndata: a\n\n"]) == ([Event("message", "a", "")], "", None)
+
+
+def test_a_blind_scanner_counts_nothing() -> None:
+    """What cannot be read has no events, no end and no place between two events."""
+    scanner = BlindScanner()
+    assert not scanner.at_boundary
+    for piece in (b"data: 1\n\n", b"\n\n", b"data: [DONE]\n\n"):
+        scanner.feed(piece)
+        assert (scanner.events, scanner.terminal, scanner.error, scanner.at_boundary) == (0, False, False, False)
+    assert EventScanner.legible
+    assert not scanner.legible
