@@ -19,7 +19,7 @@ import msgspec
 
 from canal_trio.observe.lines import LineWriter
 
-__all__ = ["TRACEBACK_VARIABLE", "describe", "leaves", "logging_to", "printable", "timestamp"]
+__all__ = ["TRACEBACK_VARIABLE", "describe", "leaves", "logging_to", "printable", "restyle", "timestamp"]
 
 TRACEBACK_VARIABLE = "CANAL_TRACEBACK"
 LOGGER = "canal_trio"
@@ -73,7 +73,7 @@ class _Handler(logging.Handler):
     def __init__(self, writer: LineWriter, style: str) -> None:
         super().__init__()
         self._writer = writer
-        self._json = style == "json"
+        self.json = style == "json"
         self._tracebacks = bool(os.environ.get(TRACEBACK_VARIABLE))
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -85,7 +85,7 @@ class _Handler(logging.Handler):
             if self._tracebacks:
                 trace = "".join(traceback.format_exception(record.exc_info[1]))
         when, level = timestamp(record.created), record.levelname.lower()
-        if self._json:
+        if self.json:
             fields = {"time": when, "kind": "log", "level": level, "logger": record.name, "message": message}
             if trace:
                 fields["traceback"] = trace
@@ -110,3 +110,10 @@ def logging_to(writer: LineWriter, style: str) -> Iterator[logging.Logger]:
         logger.removeHandler(handler)
         logger.setLevel(before[0])
         logger.propagate = before[1]
+
+
+def restyle(style: str) -> None:
+    """From now on what `logging_to` sends in this process is `text` or `json`. Not a checkpoint."""
+    for handler in logging.getLogger(LOGGER).handlers:
+        if isinstance(handler, _Handler):
+            handler.json = style == "json"

@@ -22,14 +22,11 @@ from canal_trio.settings import Settings
 
 __all__ = ["Reloader", "in_a_thread"]
 
-# What a running process cannot change: it needs new sockets, another process or another log. Called as in the
-# file.
+# What a running process cannot change: it needs new sockets or another process. Called as in the file.
 _NEEDS_RESTART = {
     "listen": "listen",
     "admin": "admin",
     "workers": "workers",
-    "log": "log",
-    "ledger": "[ledger]",
     "limit_store": "[limits]",
 }
 

@@ -22,7 +22,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollecto
 from canal_trio.errors import CanalError
 from canal_trio.observe.admin import Admin
 from canal_trio.observe.lines import LineWriter
-from canal_trio.observe.log import logging_to
+from canal_trio.observe.log import logging_to, restyle
+from canal_trio.serve.books import try_books
 from canal_trio.serve.control import Drain, Message, Reload, Reloaded, Start, Stop
 from canal_trio.serve.counting import Counting
 from canal_trio.serve.greeting import greet
@@ -267,7 +268,9 @@ class _Supervisor:
                 nursery.start_soon(partial(worker.say, message, within=ORDER))
 
     async def _apply(self, new: Settings) -> None:
-        """Have every worker use `new`, whoever starts from now on included; what one of them refuses is told."""
+        """Have every worker use `new`, whoever starts from now on included; what one of them refuses is told.
+        Raises `ConfigError`, with nothing changed, for what none of them could use."""
+        await try_books(self._settings, new)
         self._settings = new
         count = len(self._workers)
         refusals: dict[int, str] = {}
@@ -282,5 +285,6 @@ class _Supervisor:
         async with trio.open_nursery() as nursery:
             for worker in self._workers:
                 nursery.start_soon(one, worker)
+        restyle(new.log)
         for number, refusal in sorted(refusals.items()):
             _log.error("worker %d keeps its old configuration: %s", number, refusal)
