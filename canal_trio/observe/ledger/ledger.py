@@ -178,7 +178,7 @@ class Ledger:
         backlog = self._journal.backlog
         self._filler.finish()
         if backlog:
-            _log.warning("%d bytes of the ledger's journal wait for the next start", backlog)
+            _log.warning("%d bytes wait for the next start, in the ledger's journal %s", backlog, self._journal.folder)
 
     def statistics(self) -> LedgerStatistics:
         """A snapshot of its counters."""
