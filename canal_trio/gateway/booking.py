@@ -22,7 +22,7 @@ _log = logging.getLogger("canal_trio.gateway")
 
 @final
 class Booking:
-    """Has exchanges noted in `books`."""
+    """Has exchanges noted in `books`, which are told of their ends, whatever others are kept by then."""
 
     def __init__(self, books: Bookkeeper) -> None:
         self.books = books
@@ -43,8 +43,9 @@ class Booking:
         if not self._waiting:
             return
         waiting, self._waiting = self._waiting, []
+        books = self.books
         try:
-            entries = self.books.admitted([_admitted(exchange, upstream) for exchange, upstream in waiting])
+            entries = books.admitted([_admitted(exchange, upstream) for exchange, upstream in waiting])
             if len(entries) != len(waiting):
                 raise ValueError(f"{len(entries)} answers of the books for {len(waiting)} exchanges")
         except Exception:
@@ -55,7 +56,7 @@ class Booking:
             if isinstance(entry, Failure):
                 refused.append((exchange, entry))
             else:
-                exchange.entry = entry
+                exchange.entry, exchange.books = entry, books
         for exchange, why in refused:
             exchange.fail(why)
 

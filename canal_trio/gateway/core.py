@@ -27,7 +27,7 @@ from canal_trio.gateway.drain import Drains
 from canal_trio.gateway.exchange import Exchange, ExchangeView
 from canal_trio.gateway.places import Places
 from canal_trio.gateway.record import record_of
-from canal_trio.hooks import Admission, Admissions, Bookkeeper, Recorder
+from canal_trio.hooks import Admission, Admissions, Bookkeeper, ExchangeRecord, Recorder
 from canal_trio.policy.listing import Listing
 from canal_trio.policy.prices import Prices
 from canal_trio.policy.routing import Router
@@ -104,7 +104,8 @@ class Gateway:
         dialer: Dialer | None = None,
     ) -> None:
         self._recorders = tuple(recorders)
-        self._booking: Booking | None = None
+        self._booking: Booking | None = None  # of the next exchanges
+        self._bookings: tuple[Booking, ...] = ()  # and those of some that are in flight
         self._admissions: Admissions = _admit_all
         self._drains = Drains()
         self._dialer = dialer
@@ -197,10 +198,17 @@ class Gateway:
             if pool not in current:
                 pool.close()
 
-    def keep_books(self, books: Bookkeeper) -> None:
-        """Have each exchange noted in `books` before anything of it goes upstream. Before anything is handled."""
-        self._booking = Booking(books)
+    def keep_books(self, books: Bookkeeper | None) -> None:
+        """Have each exchange that begins from now on noted in `books` (None: nowhere) before anything of it goes
+        upstream. Those in flight keep the books they began with: `drop_books`. Not a checkpoint."""
+        self._booking = None if books is None else Booking(books)
+        if self._booking is not None:
+            self._bookings = (self._booking, *self._bookings)
         self.generation = replace(self.generation, booking=self._booking)
+
+    def drop_books(self, books: Bookkeeper) -> None:
+        """Forget `books` that are not kept any more, behind `settled`: nothing in flight is noted in them."""
+        self._bookings = tuple(one for one in self._bookings if one.books is not books)
 
     def limit_by(self, admissions: Admissions) -> None:
         """Have exchanges admitted by the hook that `admissions` gives for a configuration (None: it limits nothing).
@@ -241,26 +249,31 @@ class Gateway:
         """
         if not self._ended:
             return False
-        booking = self._booking
-        if booking is not None:
+        for booking in self._bookings:
             booking.settle()  # first, for it may be one of those that have ended
         ended, self._ended = self._ended, []
+        books = None if self._booking is None else self._booking.books
         prices, records, noted = self.generation.prices, [], []
+        elsewhere: list[tuple[Bookkeeper, tuple[int, ExchangeRecord]]] = []
         for exchange in ended:
             try:
                 record = record_of(exchange, prices)
                 records.append(record)
                 if exchange.entry is not None:
-                    noted.append((exchange.entry, record))
+                    if exchange.books is books:
+                        noted.append((exchange.entry, record))
+                    else:
+                        elsewhere.append((exchange.books, (exchange.entry, record)))
                 if exchange.slot is not None:
                     exchange.slot.release(record)
             except Exception:
                 _log.exception("the accounting failed on the record of %s", exchange.id)
-        if noted and booking is not None:
-            try:
-                booking.books.ended(noted)
-            except Exception:
-                _log.exception("the books failed on the records of %d exchanges", len(noted))
+        if noted and books is not None:
+            _tell(books, noted)
+        if elsewhere:  # the books were changed while these ran
+            for booking in self._bookings:
+                if theirs := [ending for old, ending in elsewhere if old is booking.books]:
+                    _tell(booking.books, theirs)
         for recorder in self._recorders:
             for record in records:
                 try:
@@ -339,6 +352,13 @@ class Gateway:
         for exchange in list(self._exchanges):
             exchange.fail(Failure(Side.GATEWAY, exchange.phase, Kind.DRAINING, "The time to finish is over."))
         return math.inf
+
+
+def _tell(books: Bookkeeper, endings: list[tuple[int, ExchangeRecord]]) -> None:
+    try:
+        books.ended(endings)
+    except Exception:
+        _log.exception("the books failed on the records of %d exchanges", len(endings))
 
 
 def _admit_all(_: Settings, _account: Callable[[], bool]) -> Admission | None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, final
 import trio
 
 from canal_trio.errors import Failure, Kind, Phase, Side
-from canal_trio.hooks import Outcome, Principal, Tried
+from canal_trio.hooks import Bookkeeper, Outcome, Principal, Tried
 from canal_trio.messages import Headers
 from canal_trio.policy.exchange import outcome_of
 from canal_trio.wire.facts import request_facts
@@ -68,6 +68,7 @@ class Exchange:
         "asked_usage",
         "attempts",
         "body",
+        "books",
         "cancel_latency",
         "certificate",
         "client",
@@ -118,6 +119,7 @@ class Exchange:
         "upstream_model",
         "waits",
     )
+    books: Bookkeeper  # where it was noted, as soon as it has an `entry`
 
     def __init__(
         self,
@@ -159,7 +161,7 @@ class Exchange:
         self.tunnel = False
         # what it uses, where accounting is on
         self.accounted = False
-        self.entry: int | None = None  # its number in the books
+        self.entry: int | None = None  # its number in `books`
         self.asked_usage = False  # the gateway asked for the usage chunk, not the client
         self.account: Account | None = None
         # what was decided

@@ -186,6 +186,10 @@ class AccessLog:
 
     def __init__(self, writer: LineWriter, style: str = "text") -> None:
         self._writer = writer
+        self.restyle(style)
+
+    def restyle(self, style: str) -> None:
+        """The next lines are `text` or `json`."""
         self._render = json_line if style == "json" else text_line
 
     def finished(self, record: ExchangeRecord) -> None:

@@ -35,8 +35,8 @@ WHY_DROPPED = "the log is read too slowly, or could not be written"
 class LineWriter:
     """Writes lines to `fd` (2: stderr) from a thread of its own. The descriptor stays open and is not ours.
 
-    `note` renders the line that tells how many lines were dropped. `shared`: other processes write to `fd` as well, so
-    that no write is larger than what a pipe takes as one (unless a single line is).
+    `shared`: other processes write to `fd` as well, so that no write is larger than what a pipe takes as one (unless a
+    single line is). `note` renders the line that tells how many lines were dropped; it may be set to another.
     """
 
     def __init__(
@@ -44,12 +44,11 @@ class LineWriter:
         fd: int = 2,
         *,
         capacity: int = 4096,
-        note: Callable[[int], bytes] | None = None,
         shared: bool = False,
     ) -> None:
         self._fd = fd
         self._most = select.PIPE_BUF if shared else math.inf
-        self._note = note or (lambda count: f"{count} log lines were dropped: {WHY_DROPPED}\n".encode())
+        self.note: Callable[[int], bytes] = _note
         self._queue: queue.SimpleQueue[Line | None] = queue.SimpleQueue()  # bounded by `write`; put costs nothing
         self._capacity = capacity
         self._refused = 0  # lines that found no room; the loop's thread counts them
@@ -113,7 +112,7 @@ class LineWriter:
             for data in _joined(batch, self._most):
                 self._lost += self._write(data)
             dropped = self.dropped
-            if dropped > self._told and not self._write(self._note(dropped - self._told)):
+            if dropped > self._told and not self._write(self.note(dropped - self._told)):
                 self._told = dropped
             pause = 0.0 if size >= BATCH_BYTES else GATHER_BUSY if len(batch) >= MANY else GATHER
 
@@ -140,6 +139,10 @@ class LineWriter:
                 return rest.count(b"\n") - (len(rest) > len(data))
         self._torn = False
         return 0
+
+
+def _note(count: int) -> bytes:
+    return f"{count} log lines were dropped: {WHY_DROPPED}\n".encode()
 
 
 def _joined(lines: list[bytes], most: float) -> Iterator[bytes]:

@@ -11,7 +11,7 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import final
 
@@ -19,7 +19,7 @@ import msgspec
 
 from canal_trio.observe.lines import WHY_DROPPED, LineWriter
 
-__all__ = ["TRACEBACK_VARIABLE", "describe", "dropped_note", "leaves", "logging_to", "printable", "timestamp"]
+__all__ = ["TRACEBACK_VARIABLE", "describe", "leaves", "logging_to", "printable", "restyle", "timestamp"]
 
 TRACEBACK_VARIABLE = "CANAL_TRACEBACK"
 LOGGER = "canal_trio"
@@ -70,11 +70,20 @@ def leaves(exc: BaseException) -> Iterator[BaseException]:
 class _Handler(logging.Handler):
     """Renders a record into one line (or more, when tracebacks were asked for) and queues it."""
 
-    def __init__(self, writer: LineWriter, style: str) -> None:
+    def __init__(self, writer: LineWriter) -> None:
         super().__init__()
         self._writer = writer
-        self._json = style == "json"
+        self._json = False
         self._tracebacks = bool(os.environ.get(TRACEBACK_VARIABLE))
+
+    def restyle(self, style: str) -> None:
+        """From now on it is `text` or `json`, what the writer says of lines that it lost included."""
+        self._json = style == "json"
+        self._writer.note = self._lost
+
+    def _lost(self, count: int) -> bytes:
+        text = f"{count} log lines were dropped: {WHY_DROPPED}"
+        return _line(self._json, time.time(), "warning", LOGGER, text)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Queue `record`. Never blocks."""
@@ -99,20 +108,12 @@ def _line(as_json: bool, unix_time: float, level: str, logger: str, message: str
     return msgspec.json.encode(text) + b"\n"
 
 
-def dropped_note(style: str) -> Callable[[int], bytes]:
-    """What a `LineWriter` says of lines that it lost, as one more message in `style`: `text` or `json`."""
-
-    def note(count: int) -> bytes:
-        return _line(style == "json", time.time(), "warning", LOGGER, f"{count} log lines were dropped: {WHY_DROPPED}")
-
-    return note
-
-
 @contextmanager
 def logging_to(writer: LineWriter, style: str) -> Iterator[logging.Logger]:
     """Send the `canal_trio` logger to `writer` while the block runs; `style` is `text` or `json`."""
     logger = logging.getLogger(LOGGER)
-    handler = _Handler(writer, style)
+    handler = _Handler(writer)
+    handler.restyle(style)
     before = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -123,3 +124,10 @@ def logging_to(writer: LineWriter, style: str) -> Iterator[logging.Logger]:
         logger.removeHandler(handler)
         logger.setLevel(before[0])
         logger.propagate = before[1]
+
+
+def restyle(style: str) -> None:
+    """From now on what `logging_to` sends in this process is `text` or `json`. Not a checkpoint."""
+    for handler in logging.getLogger(LOGGER).handlers:
+        if isinstance(handler, _Handler):
+            handler.restyle(style)

@@ -22,15 +22,8 @@ from canal_trio.settings import Settings
 
 __all__ = ["Reloader", "in_a_thread"]
 
-# What a running process cannot change: it needs new sockets, another process or another log. Called as in the
-# file.
-_NEEDS_RESTART = {
-    "listen": "listen",
-    "admin": "admin",
-    "workers": "workers",
-    "log": "log",
-    "ledger": "[ledger]",
-}
+# What a running process cannot change: it needs new sockets or another process.
+_NEEDS_RESTART = ("listen", "admin", "workers")
 
 _SWITCH = 0.0005  # seconds
 
@@ -120,7 +113,7 @@ class Reloader:
         fixed = {name: getattr(old, name) for name in _NEEDS_RESTART}
         if (new.tls is None) is not (old.tls is None):
             fixed["tls"] = old.tls
-        changed = [_NEEDS_RESTART.get(name, name) for name in fixed if fixed[name] != getattr(new, name)]
+        changed = [name for name in fixed if fixed[name] != getattr(new, name)]
         new = dataclasses.replace(new, **fixed)
         await self._apply(new)
         self.settings = new

@@ -22,17 +22,16 @@ from typing import Any, Protocol, final
 
 import trio
 
-from canal_trio.hooks import Admissions, Bookkeeper, Recorder
+from canal_trio.hooks import Admissions, Recorder
 from canal_trio.observe.accesslog import AccessLog
 from canal_trio.observe.admin import Admin
-from canal_trio.observe.ledger import Ledger
 from canal_trio.observe.lines import LineWriter
-from canal_trio.observe.log import dropped_note, logging_to
+from canal_trio.observe.log import logging_to, restyle
 from canal_trio.observe.metrics import Metrics, Statistics
 from canal_trio.relay.streams import TcpStream
 from canal_trio.relay.waiting import wait_in_poller
 from canal_trio.serve.authority import subject_of
-from canal_trio.serve.books import open_ledger, show_ledger
+from canal_trio.serve.books import Booked, Books
 from canal_trio.serve.counting import Counting, Stores, show_limits
 from canal_trio.serve.crowd import Crowd, Partings, refusal
 from canal_trio.serve.greeting import greet
@@ -66,7 +65,7 @@ GRACE = 3.0  # seconds after the drain deadline and the lingering close, in whic
 _log = logging.getLogger("canal_trio.serve")
 
 
-class ServedGateway(Protocol):
+class ServedGateway(Booked, Protocol):
     """What serving needs of a gateway. `canal_trio.gateway.Gateway` is the one."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -82,9 +81,6 @@ class ServedGateway(Protocol):
 
     def reload(self, settings: Settings) -> None:
         """Use `settings` for the next requests."""
-
-    async def settled(self) -> None:
-        """Wait until all exchanges that are in flight now have ended and are accounted for."""
 
     def make_room(self) -> int:
         """Close some idle client connections; how many."""
@@ -107,9 +103,6 @@ class ServedGateway(Protocol):
 
     def limit_by(self, admissions: Admissions) -> None:
         """Have each exchange admitted by the hook that this gives for a configuration."""
-
-    def keep_books(self, books: Bookkeeper) -> None:
-        """Note each exchange in `books` before anything of it goes upstream."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -165,20 +158,20 @@ async def serve(
     certificates = None if settings.tls is None else Certificates(settings.tls)
     counting = Counting(settings)
     stores = counting.stores(settings)
-    writer = LineWriter(log_fd, capacity=settings.bounds.log_lines, note=dropped_note(settings.log))
+    writer = LineWriter(log_fd, capacity=settings.bounds.log_lines)
     try:
         with logging_to(writer, settings.log), trio.open_signal_receiver(*SIGNALS) as signals:
             with hinting(LISTEN_HINT):
                 listening = handed.listening or await open_listeners(settings.listen)
             try:
-                ledger = open_ledger(settings)
+                books = Books(settings)
                 with hinting(ADMIN_HINT):
                     admin = handed.admin or await open_listeners([settings.admin] if settings.admin else [])
             except BaseException:
                 _close(listening)
                 raise
             capacity = capacity_of(settings, descriptors)
-            server = Server(settings, make_gateway, capacity, writer, certificates, stores, ledger)
+            server = Server(settings, make_gateway, capacity, writer, certificates, stores, books)
             stopping = server.stop.is_set
             reloader = Reloader(settings, config_loader, server.apply, server.count_reload, stopping, handed.notifier)
 
@@ -203,6 +196,7 @@ async def serve(
             try:
                 return await server.run(listening, admin, orders, started)
             finally:
+                books.close()
                 _close(listening + admin)
     finally:
         counting.close()
@@ -250,16 +244,15 @@ class Server:
         writer: LineWriter,
         certificates: Certificates | None,
         stores: Stores,
-        ledger: Ledger | None = None,
+        books: Books,
     ) -> None:
         self.settings = settings = with_ceiling(settings)
         self.capacity = capacity
         self.metrics = metrics = Metrics()
-        self.gateway = make_gateway(settings, [metrics, AccessLog(writer, settings.log)])
-        self.ledger = ledger
-        if ledger is not None:
-            self.gateway.keep_books(ledger)
-            show_ledger(metrics, ledger)
+        self.access_log = AccessLog(writer, settings.log)
+        self.gateway = make_gateway(settings, [metrics, self.access_log])
+        self.books = books
+        books.kept_by(self.gateway, metrics)
         metrics.watch(self.gateway)
         self._stores = stores
         self.gateway.limit_by(stores.limits.admission)
@@ -302,12 +295,11 @@ class Server:
         self.sockets = listening
         async with trio.open_nursery() as services:
             services.start_soon(wait_in_poller)
+            await services.start(self.books.run)
             services.start_soon(orders, services)
             await self._stores.begin(services, self.gateway.settled)
             await services.start(self.gateway.run)
             services.start_soon(self.partings.run)
-            if self.ledger is not None:
-                await services.start(self.ledger.run)
             page = Admin(self.gateway, self.metrics)
             admin_slots = Slots(self.settings.bounds.admin_connections)
             for sock in admin:
@@ -325,8 +317,7 @@ class Server:
                         open_doors.cancel_scope.cancel(reason="draining")
                     for door in doors:
                         door.close()
-            if self.ledger is not None:
-                await self.ledger.finish()
+            await self.books.finish()
             await self._stores.flush()
             services.cancel_scope.cancel(reason="served")
         if self.stopped.cancelled_caught:
@@ -404,8 +395,12 @@ class Server:
         new = with_ceiling(new)
         certificates = None if new.tls is None else await in_a_thread(Certificates, new.tls)  # other files, perhaps
         await in_a_thread(self.gateway.prepare, new)
-        self._stores.swap(await self._stores.prepare(new.limit_store))  # the last that can fail; before the hooks
-        self.gateway.reload(new)
+        with await self.books.prepare(new) as books:
+            self._stores.swap(await self._stores.prepare(new.limit_store))  # the last that can fail; before the hooks
+            self.gateway.reload(new)
+            books.swap()
+        self.access_log.restyle(new.log)
+        restyle(new.log)
         if self.terminator is not None and certificates is not None:
             self.terminator.certificates = certificates
             self.terminator.handshakes.resize(new.bounds.tls_handshakes)

@@ -18,8 +18,8 @@ import trio
 
 from canal_trio.errors import CanalError, ConfigError
 from canal_trio.observe.lines import LineWriter
-from canal_trio.observe.log import describe, dropped_note, logging_to
-from canal_trio.serve.books import open_ledger
+from canal_trio.observe.log import describe, logging_to
+from canal_trio.serve.books import Books
 from canal_trio.serve.control import (
     Accepting,
     Ask,
@@ -61,7 +61,7 @@ async def _work(control: socket.socket, descriptors: int) -> int:
     if not isinstance(start, Start):
         return 1  # the supervisor is gone already
     settings = start.settings
-    writer = LineWriter(2, capacity=settings.bounds.log_lines, note=dropped_note(settings.log), shared=True)
+    writer = LineWriter(2, capacity=settings.bounds.log_lines, shared=True)
     try:
         with logging_to(writer, settings.log) as logger, trio.open_signal_receiver(signal.SIGTERM) as signals:
             for handler in logger.handlers:
@@ -69,7 +69,7 @@ async def _work(control: socket.socket, descriptors: int) -> int:
             listening: list[socket.socket] = []
             try:
                 certificates = None if settings.tls is None else Certificates(settings.tls)
-                ledger = open_ledger(settings, start.number)
+                books = Books(settings, start.number)
                 if start.sockets:
                     listening = [socket.socket(fileno=fd) for fd in start.sockets]
                 else:
@@ -79,10 +79,11 @@ async def _work(control: socket.socket, descriptors: int) -> int:
                 return 1
             stores = stores_of_worker(settings, start.memory, start.number - 1, start.workers)
             capacity = capacity_of(settings, descriptors)
-            server = Server(settings, real_gateway, capacity, writer, certificates, stores, ledger)
+            server = Server(settings, real_gateway, capacity, writer, certificates, stores, books)
             try:
                 return await _Worker(channel, server).run(listening, signals)
             finally:
+                books.close()
                 for sock in listening:
                     sock.close()  # closed already, unless this was cancelled
     finally:

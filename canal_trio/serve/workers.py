@@ -22,7 +22,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollecto
 from canal_trio.errors import CanalError
 from canal_trio.observe.admin import Admin
 from canal_trio.observe.lines import LineWriter
-from canal_trio.observe.log import dropped_note, logging_to
+from canal_trio.observe.log import logging_to, restyle
+from canal_trio.serve.books import try_books
 from canal_trio.serve.control import Drain, Message, Reload, Reloaded, Start, Stop
 from canal_trio.serve.counting import Counting
 from canal_trio.serve.greeting import greet
@@ -64,7 +65,7 @@ async def _supervise(
     settings: Settings, config_loader: Callable[[], Settings] | None, handed: Handed | None = None
 ) -> int:
     handed = handed or Handed()
-    writer = LineWriter(2, capacity=settings.bounds.log_lines, note=dropped_note(settings.log), shared=True)
+    writer = LineWriter(2, capacity=settings.bounds.log_lines, shared=True)
     sockets: list[socket.socket] = []
     try:
         with logging_to(writer, settings.log), trio.open_signal_receiver(*SIGNALS) as signals:
@@ -269,8 +270,9 @@ class _Supervisor:
     async def _apply(self, new: Settings) -> None:
         """Have every worker use `new`, whoever starts from now on included; what one of them refuses is told.
 
-        What is ours comes first, and is refused by raising `ConfigError`, with nothing changed.
+        What is ours comes first. Raises `ConfigError`, with nothing changed, for what none of them could use.
         """
+        await try_books(self._settings, new)
         await self._counting.change(new.limit_store.state)
         self._settings = new
         count = len(self._workers)
@@ -286,5 +288,6 @@ class _Supervisor:
         async with trio.open_nursery() as nursery:
             for worker in self._workers:
                 nursery.start_soon(one, worker)
+        restyle(new.log)
         for number, refusal in sorted(refusals.items()):
             _log.error("worker %d keeps its old configuration: %s", number, refusal)

@@ -27,6 +27,7 @@ from canal_trio.gateway.deliver import Delivery
 from canal_trio.gateway.exchange import Exchange
 from canal_trio.gateway.record import record_of
 from canal_trio.gateway.writer import BodyWriter
+from canal_trio.hooks import Bookkeeper
 from canal_trio.messages import End
 from canal_trio.policy import exchange as exchange_policy
 from canal_trio.policy.exchange import Step
@@ -366,6 +367,18 @@ def drain_cuts_at_once() -> Replaced:
     drain = Gateway.drain
 
     yield Gateway, "drain", lambda self, _deadline: drain(self, trio.current_time())
+
+
+@_mutant(15)
+def old_books_are_forgotten() -> Replaced:
+    """Who keeps other books forgets that some in flight are noted in the old ones."""
+    keep = Gateway.keep_books
+
+    def forgets(self: Gateway, books: Bookkeeper | None) -> None:
+        self._bookings = ()
+        keep(self, books)
+
+    yield Gateway, "keep_books", forgets
 
 
 @_mutant(0)

@@ -13,12 +13,12 @@ __all__ = ["SimBooks"]
 
 @final
 class SimBooks:
-    """Remembers who was noted. `complaints` gets what is wrong."""
+    """Remembers who was noted. `complaints` gets what is wrong. `before`: the books that these are kept instead of."""
 
-    def __init__(self, complaints: list[str]) -> None:
+    def __init__(self, complaints: list[str], before: SimBooks | None = None) -> None:
         self._complaints = complaints
         self._ids: list[str] = []  # by number
-        self._noted: set[str] = set()
+        self._noted: set[str] = set() if before is None else before._noted  # in any of them
         self.open: dict[int, str] = {}
 
     def admitted(self, exchanges: Sequence[Admitted]) -> Sequence[int | Failure]:

@@ -159,7 +159,7 @@ class _World:
         self._network.complaints = seen.complaints
         self._network.first_sent = self._first_sent
         self._gateway = Gateway(settings_of(plan), recorders=[self], dialer=self._dial)
-        self._books = SimBooks(seen.complaints)
+        self._books = self._retired = SimBooks(seen.complaints)
         self._gateway.keep_books(self._books)
         self._dials: dict[tuple[int, int], int] = {}
         self._serving: set[int] = set()
@@ -241,6 +241,13 @@ class _World:
             deadlines = replace(self._plan.deadlines, upstream_idle=reload.upstream_idle)
             self._gateway.reload(settings_of(self._plan, bounds, deadlines))
             self._pools |= set(self._gateway.generation.pools.values())
+            old, self._books = self._books, SimBooks(self._seen.complaints, self._books)
+            self._gateway.keep_books(self._books)
+            self._retired = old
+            await self._gateway.settled()
+            if old.open:
+                self._seen.complaints.append(f"settled, and not ended in the old books: {old.open}")
+            self._gateway.drop_books(old)
 
     async def _empty(self, when: str) -> None:
         """Every connection that the gateway serves must end now that its client has."""
@@ -298,8 +305,9 @@ class _World:
             say(f"left in the gateway: {statistics}")
         if self._gateway.places.used or statistics.waiting or statistics.flow_bytes:
             say(f"places or bytes are left: {self._gateway.places.used} used, {statistics}")
-        if self._books.open:
-            say(f"not ended in the books: {self._books.open}")
+        for books in dict.fromkeys((self._retired, self._books)):
+            if books.open:
+                say(f"not ended in the books: {books.open}")
         idle = 0
         for pool in self._pools:
             counts = pool.statistics()

@@ -87,7 +87,7 @@ def gateway_with(noted: Noted) -> Gateway:
 def begin(gateway: Gateway, noted: Noted, number: int) -> Exchange:
     """An exchange that has a slot, and a place in the books."""
     exchange = Exchange(RequestHead(b"GET", b"/"), client="192.0.2.1", started=trio.current_time())
-    exchange.id, exchange.slot, exchange.entry = f"r{number}", noted, number
+    exchange.id, exchange.slot, exchange.entry, exchange.books = f"r{number}", noted, number, noted
     gateway.begin(exchange)
     return exchange
 

@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from canal_trio.observe.lines import LineWriter
-from canal_trio.observe.log import dropped_note
+from canal_trio.observe.log import logging_to
 
 
 class FullDisk:
@@ -49,14 +49,15 @@ def test_a_full_disk_glued_two_lines_together_and_what_it_cost_was_never_told(
     disk = FullDisk()
     monkeypatch.setattr(os, "write", disk)
     disk.room = room
-    writer = LineWriter(write, note=dropped_note("json"))
-    writer.write(b"one\ntwo\n")
-    for _ in ("the lines", "how many were lost"):
-        assert disk.refused.acquire(timeout=10)
-    assert writer.dropped == lost
-    disk.room = 1 << 20
-    writer.write(b"three\n")
-    assert writer.close(10)
+    writer = LineWriter(write)
+    with logging_to(writer, "json"):
+        writer.write(b"one\ntwo\n")
+        for _ in ("the lines", "how many were lost"):
+            assert disk.refused.acquire(timeout=10)
+        assert writer.dropped == lost
+        disk.room = 1 << 20
+        writer.write(b"three\n")
+        assert writer.close(10)
     os.close(write)
     with open(read, "rb") as file:
         said = file.read()

@@ -18,7 +18,7 @@ from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.hooks import ExchangeRecord, Outcome, Usage, UsageSource
 from canal_trio.observe.accesslog import AccessLog, json_line, text_line
 from canal_trio.observe.lines import BATCH_BYTES, GATHER, GATHER_BUSY, MANY, WHY_DROPPED, LineWriter
-from canal_trio.observe.log import TRACEBACK_VARIABLE, describe, logging_to, printable, timestamp
+from canal_trio.observe.log import TRACEBACK_VARIABLE, describe, logging_to, printable, restyle, timestamp
 
 RECORD = ExchangeRecord(
     request_id="req_1",
@@ -272,6 +272,23 @@ def test_messages_as_json() -> None:
     assert fields["level"] == "warning"
     assert fields["kind"] == "log"
     assert fields["message"] == "odd: \\udc80\n\x00"
+
+
+def test_another_style_from_now_on() -> None:
+    """What was said before is as it was, what comes later in the new style; for messages and for exchanges."""
+    read, write = _pipe()
+    writer = LineWriter(write)
+    access = AccessLog(writer)
+    with logging_to(writer, "text") as logger:
+        for style in ("text", "json", "text"):
+            access.restyle(style)
+            restyle(style)
+            logger.info("hello")
+            access.finished(RECORD)
+    assert writer.close(10)
+    os.close(write)
+    with open(read, "rb") as file:
+        assert [line.startswith(b"{") for line in file] == [False, False, True, True, False, False]
 
 
 def test_the_logger_is_left_as_it_was() -> None:

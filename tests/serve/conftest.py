@@ -1,8 +1,9 @@
-"""The real Redis of the tests of limits is used here, too."""
+"""What serves has the ledger and the limits in it: these tests read rows, and count in a real Redis."""
 
 from __future__ import annotations
 
-import pathlib
 import sys
+from pathlib import Path
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "quota"))
+for kit in ("observe", "quota"):
+    sys.path.insert(0, str(Path(__file__).parent.parent / kit))

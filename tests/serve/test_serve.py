@@ -188,7 +188,7 @@ async def test_reload() -> None:
         signal.raise_signal(signal.SIGHUP)
         log = await server.logged("needs a restart")
         assert "reloaded the configuration" in log
-        assert "a change of listen, log needs a restart; the old value stays" in log
+        assert "a change of listen needs a restart; the old value stays" in log
         [used] = server.gateway.reloads
         assert used.upstreams == new.upstreams
         assert used.listen == (("127.0.0.1", 0),)

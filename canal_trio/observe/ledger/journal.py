@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Sequence
 from typing import Final, final
 
@@ -57,7 +58,12 @@ class Journal:
         self._late = bytearray()  # lines of endings that the disk did not take
         self._torn = False  # the last write was cut in the middle of a line
         self._fd = self._lock = -1
-        self._begin(1)
+        try:
+            self._begin(1)
+        except JournalError:
+            self.close()
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
 
     def _begin(self, number: int) -> None:
         """Make the folder, lock it, and begin the segment `number`."""

@@ -66,6 +66,7 @@ class Ledger:
         self._refused = self._store_errors = 0
         self._one_thread = trio.CapacityLimiter(1)
         self._away = False  # the store is, as far as was said
+        self._closed = False
 
     @property
     def run_name(self) -> rows.Run:
@@ -166,13 +167,18 @@ class Ledger:
             with trio.move_on_after(within):
                 await self._finished.wait()
         finally:
-            self._close()
+            self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Let go of the files and the store, without waiting for either; what is left is taken at the next start. It
+        blocks for a moment. Idempotent; not a checkpoint."""
+        if self._closed:
+            return
+        self._closed = True
         backlog = self._journal.backlog
         self._filler.finish()
         if backlog:
-            _log.warning("%d bytes of the ledger's journal wait for the next start", backlog)
+            _log.warning("%d bytes wait for the next start, in the ledger's journal %s", backlog, self._journal.folder)
 
     def statistics(self) -> LedgerStatistics:
         """A snapshot of its counters."""
