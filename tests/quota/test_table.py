@@ -86,7 +86,9 @@ def test_several_workers_count_as_one(workers: int, steps: list[tuple[int, float
             for one, state in zip(scopes, states, strict=True):
                 assert begin([(one, state)], ask, now) is None
         else:
-            assert why[1] == max(filter(None, reasons), key=lambda reason: reason.wait)
+            longest = max(reason.wait for reason in reasons if reason is not None)
+            assert why[1].wait == pytest.approx(longest, abs=1e-6)  # the short way drains levels in other steps
+            assert why[1] in [replace(reason, wait=why[1].wait) for reason in reasons if reason is not None]
         alike([state for _, state in counted], now_states)
 
 
