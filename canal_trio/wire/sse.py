@@ -1,8 +1,9 @@
 """Event streams: a full parser for tests and tools, and a scanner for the hot path.
 
 Both follow the WHATWG rules (HTML, "Server-sent events"): a line ends with LF, CR or CRLF, one byte order mark may come
-first, an empty line dispatches the event if it has data. The scanner never alters, keeps or copies what passes: it
-counts, and knows whether the stream stands between two events. Both are invariant under how the bytes are split.
+first, an empty line dispatches the event if it has data. The scanner never alters or holds back what passes: it
+counts, and knows whether the stream stands between two events; only of an event that came in parts some 2 KiB may be
+held. Both are invariant under how the bytes are split.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from typing import ClassVar, Final, final
+
+from canal_trio.wire.event_text import LAST, EventText, may_tell
 
 __all__ = ["BlindScanner", "Event", "EventParser", "EventScanner"]
 
@@ -89,20 +92,19 @@ class EventParser:
 
 # The usual piece is one LF event of one `data:` line with a JSON object, perhaps with an `event:` line before it, and
 # with nothing in it that the scanner reports. Next come several such events, with any data. Anything else is looked at
-# line by line.
-_LAST: Final = frozenset({b"response.completed", b"response.failed", b"response.incomplete"})
+# line by line, and the data of events that may tell something, or are not here whole, by `EventText`.
 _NOTABLE: Final = rb"error\n|response\.(?:completed|failed|incomplete)\n"
-_ERROR_TEXT: Final = rb'[ \t]*\{[ \t]*"error"[ \t]*:[ \t]*[{"]'
-_NAMED: Final = rb"(?:event: (?!%b)[^\r\n]*\n)?" % _NOTABLE
-_USUAL: Final = re.compile(rb'%bdata: \{"(?!error)[^\r\n]*\n\n' % _NAMED).fullmatch
-_PLAIN: Final = re.compile(rb"(?:%bdata: (?!\[DONE\]|%b)[^\n]*\n\n)+" % (_NAMED, _ERROR_TEXT)).match
+_NAMED: Final = rb"(?:event: (?!%b).*\n)?" % _NOTABLE
+_TYPE: Final = rb'type":"response\.(?!(?:completed|failed|incomplete)")'  # the first one decides
+_USUAL: Final = re.compile(rb'%bdata: \{"(%b)?.*\n\n' % (_NAMED, _TYPE)).fullmatch  # unless there is a CR in it
+_PLAIN: Final = re.compile(rb"(?:%bdata: (?!\[DONE\]).*\n\n)+" % _NAMED).match
 _DONE: Final = b"data: [DONE]\n\n"
-_ERROR: Final = re.compile(_ERROR_TEXT)
+_BLANK: Final = (b"\n\n", b"\r\n\r\n")  # behind the last line of an event
 _KEPT: Final = 96  # bytes kept of the present line: more than any line that is looked into needs
 
 
 class EventScanner:
-    """The tap on a relayed event stream. Memory is a few bytes however long a line is."""
+    """The tap on a relayed event stream. Memory is two KiB at the most, however long an event or a line is."""
 
     legible: ClassVar[bool] = True  # what passes can be read
 
@@ -114,6 +116,7 @@ class EventScanner:
         "_kept",
         "_length",
         "_plain",
+        "_text",
         "at_boundary",
         "error",
         "events",
@@ -132,6 +135,7 @@ class EventScanner:
         self._length = 0  # of the present line
         self._in_block = False
         self._has_data = False
+        self._text: EventText | None = None  # made when there is something to be looked at
 
     def feed(self, piece: bytes) -> None:
         """Take note of `piece`, which has passed."""
@@ -139,7 +143,13 @@ class EventScanner:
 
     def feed_part(self, data: bytes, start: int, stop: int) -> None:
         """Take note of `data[start:stop]`, which has passed."""
-        if self._plain and _USUAL(data, start, stop):
+        if (
+            self._plain
+            and (usual := _USUAL(data, start, stop))
+            and data.find(b"\r", start, stop) < 0
+            and (data.find(b'"error"', start, stop) < 0 or not may_tell(data, start, stop))
+            and (usual.lastindex or data.find(b'"response.', start, stop) < 0 or not may_tell(data, start, stop))
+        ):
             self.events += 1
         else:
             self._look(data[start:stop])
@@ -152,7 +162,10 @@ class EventScanner:
         while at < size:
             if self._plain and lf_only and (match := _PLAIN(piece, at)):
                 end = match.end()
-                self.events += piece.count(b"\n\n", at, end)
+                if may_tell(piece, at, end):
+                    self._events(piece, at, end)
+                else:
+                    self.events += piece.count(b"\n\n", at, end)
             elif self._plain and piece.startswith(_DONE, at):
                 end = at + len(_DONE)
                 self.events += 1
@@ -165,6 +178,16 @@ class EventScanner:
                 self._plain = self._between() and not self._after_cr
             at = end
         self.at_boundary = self._between()
+
+    def _events(self, piece: bytes, at: int, end: int) -> None:
+        """Whole events of `_PLAIN`, one by one."""
+        while at < end:
+            stop = piece.index(b"\n\n", at) + 2
+            if may_tell(piece, at, stop):
+                self._lines(piece, at, stop)
+            else:
+                self.events += 1
+            at = stop
 
     def _between(self) -> bool:
         return not (self._in_block or self._length or self._bom)
@@ -203,28 +226,42 @@ class EventScanner:
             room = _KEPT - len(self._kept)
             if room > 0:
                 self._kept += piece[start : min(end, start + room)]
+            before = self._length
             self._length += end - start
+            if self._kept.startswith(b"data:"):
+                if self._text is None:
+                    self._text = EventText()
+                data = piece[max(start, start + 5 - before) : end]
+                if not before and not self._has_data and piece.startswith(_BLANK, end):
+                    self._text.whole(data)
+                else:
+                    self._text.feed(data)
 
     def _end_line(self) -> None:
         line, length = self._kept, self._length
         self._kept, self._length = b"", 0
+        text = self._text
         if not length:
             self.events += self._has_data
             self._in_block = self._has_data = False
+            if text is not None:
+                text.reset()
         elif not line.startswith(b":"):
             self._in_block = True
             name, colon, value = line.partition(b":")
             self._field(name, bool(colon), value.removeprefix(b" "), whole=length == len(line))
+            if text is not None and name == b"data":
+                text.end_line()
+                self.error = self.error or text.error
+                self.terminal = self.terminal or text.terminal
 
     def _field(self, name: bytes, colon: bool, value: bytes, *, whole: bool) -> None:
         if name == b"data":
             self._has_data = True
             if whole and value.rstrip(b" \t") == b"[DONE]":
                 self.terminal = True
-            elif _ERROR.match(value):
-                self.error = True
         elif name == b"event":
-            if whole and value in _LAST:
+            if whole and value in LAST:
                 self.terminal = True
                 self.error = self.error or value == b"response.failed"
             elif whole and value == b"error":

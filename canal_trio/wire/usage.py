@@ -19,21 +19,16 @@ import msgspec
 from msgspec import UNSET
 
 from canal_trio.hooks import Usage
+from canal_trio.wire.skim import Skimmer
 
 __all__ = ["BodyUsage", "StreamUsage", "usage_of"]
 
 USAGE_BYTES: Final = 8192  # of one `usage` value; a real one has some hundred
 _MOST_TOKENS: Final = 10**9  # a larger count is no count: no model comes near, and at any price 64 bits hold it
 
-_TEXT: Final = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)  # inside of a string, up to its end
-_NEAR: Final = re.compile(rb'[^"\[\]{}:,]*')  # outside of strings, where members are looked at
-_DEEP: Final = re.compile(rb'[^"\[\]{}]*')  # the same, where they are not
-_NAME_BYTES: Final = 12  # of a string: enough for the names that are looked for
 _USAGE: Final = b'usage"'
 _MESSAGE: Final = b'message"'
 _AROUND: Final = (b'response"', _MESSAGE)
-_QUOTE, _BACKSLASH, _COLON, _COMMA = b'"\\:,'
-_OPENING, _CLOSING = frozenset(b"{["), frozenset(b"}]")
 
 _LINE_END: Final = re.compile(rb"\r\n?|\n")
 # Nearly every event: whole, and without a `usage` that is anything but null.
@@ -137,25 +132,16 @@ def _part(raw: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 @final
-class BodyUsage:
+class BodyUsage(Skimmer):
     """The tap on a JSON text.
 
     A piece that may be the whole text is only decoded when that is asked for, or more follows: mostly in the accounting
     behind an exchange, which is for many of them at once.
     """
 
-    __slots__ = (
-        "_around",
-        "_before",
-        "_depth",
-        "_in_string",
-        "_kept",
-        "_kept_depth",
-        "_name",
-        "_open_escape",
-        "_usage",
-        "_waiting",
-    )
+    __slots__ = ("_around", "_before", "_usage", "_waiting")
+
+    _most = USAGE_BYTES
 
     def __init__(self) -> None:
         self._usage: Usage | None = None
@@ -206,85 +192,23 @@ class BodyUsage:
             )
             self._usage = tuple.__new__(Usage, fields)  # as `Usage`, in half the time
 
-    def _begin(self) -> None:
-        self._waiting = None  # and the rest of the state is there
-        self._depth = 0
-        self._in_string = False
-        self._open_escape = False  # a string's last byte so far is a backslash that escapes what follows
-        self._name = b""  # the beginning of the last string
-        self._around = b""  # the present member at the top, if it is one in which a `usage` may be
-        self._kept: bytearray | None = None  # the value of a `usage`, as far as it is here
-        self._kept_depth = 0
-
     def _skim(self, data: bytes) -> None:
         if self._waiting is not None:
-            self._begin()
-        at, size = 0, len(data)
-        while at < size:
-            end = self._string(data, at) if self._in_string else self._outside(data, at)
-            kept = self._kept
-            if kept is not None:
-                kept += data[at:end]
-                if len(kept) > USAGE_BYTES:
-                    self._kept = None
-            if end < size and not self._in_string:
-                end = self._token(data, end)
-            at = end
+            self._waiting = None  # and the rest of the state is there
+            self.begin()
+        self.skim(data)
 
-    def _string(self, data: bytes, at: int) -> int:
-        """Through a string, up to its closing quote and beyond it, or to the end of what is here."""
-        start = at
-        if self._open_escape:
-            self._open_escape = False
-            at += 1
-        match = _TEXT.match(data, at)
-        assert match is not None  # it may be empty
-        end = match.end()
-        if end < len(data):
-            if data[end] == _QUOTE:
-                self._in_string = False
-            else:
-                self._open_escape = True  # a backslash, and the last byte that is here
-            end += 1
-        room = _NAME_BYTES - len(self._name)
-        if room > 0:
-            self._name += data[start : min(end, start + room)]
-        return end
+    def _opens(self) -> None:
+        self._around = b""  # the present member at the top, if it is one in which a `usage` may be
 
-    def _outside(self, data: bytes, at: int) -> int:
-        match = (_NEAR if self._depth <= 2 else _DEEP).match(data, at)
-        assert match is not None  # it may be empty
-        return match.end()
-
-    def _token(self, data: bytes, at: int) -> int:
-        """The one byte that the run of others stopped at; the place behind it."""
-        byte = data[at]
-        if self._kept is not None and self._depth == self._kept_depth and (byte == _COMMA or byte in _CLOSING):
-            self._take(bytes(self._kept))
-            self._kept = None
-        if self._kept is not None:
-            self._kept.append(byte)
-        if byte == _QUOTE:
-            self._in_string = True
-            self._name = b""
-        elif byte in _OPENING:
-            if self._depth == 0:  # nothing of a text before this one counts
-                self._name, self._around = b"", b""
-            self._depth += 1
-        elif byte in _CLOSING:
-            self._depth -= 1
-        elif byte == _COLON:
-            self._member()
-        return at + 1
-
-    def _member(self) -> None:
-        """A colon: the last string was a member's name."""
+    def _wanted(self) -> bool:
         if self._depth == 1:
             self._around = self._name if self._name in _AROUND else b""
-        if self._name == _USAGE and (self._depth == 1 or (self._depth == 2 and self._around)):
-            self._kept, self._kept_depth = bytearray(), self._depth
+        return self._name == _USAGE and (self._depth == 1 or (self._depth == 2 and bool(self._around)))
 
-    def _take(self, value: bytes) -> None:
+    def _take(self, value: bytes, whole: bool) -> None:
+        if not whole:
+            return
         try:
             found = usage_of(msgspec.json.decode(value), self._before)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

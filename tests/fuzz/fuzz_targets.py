@@ -83,7 +83,9 @@ def event_streams(data: bytes) -> None:
     values = [(name, value.removeprefix(b" ")) for name, _, value in said]
     last = {b"response.completed", b"response.failed", b"response.incomplete"}
     done = any(name == b"data" and value.rstrip(b" \t") == b"[DONE]" for name, value in values)
-    assert terminal == (done or any(name == b"event" and value in last for name, value in values)), raw
+    plainly = done or any(name == b"event" and value in last for name, value in values)
+    assert terminal >= plainly, raw
+    assert plainly or not terminal or any(b'"%b"' % name in raw for name in last), raw  # the `type` in an event's data
 
 
 # -- frames of HTTP/2 --------------------------------------------------------------------------------------------------

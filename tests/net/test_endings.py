@@ -248,12 +248,28 @@ async def test_error_event_of_the_responses_api_is_flat() -> None:
 
 
 FAILED = b'event: response.failed\ndata: {"type":"response.failed","response":{"error":{"code":"x"}}}\n\n'
+OPENROUTER = (
+    b'data: {"id":"gen-1","object":"chat.completion.chunk","created":1,"model":"m","provider":"p","error":{"code":502,'
+    b'"message":"Provider disconnected"},"choices":[{"index":0,"delta":{"content":""},"finish_reason":"error"}]}\n\n'
+)
+TWO_LINES = b'data: {"id":"gen-1","error":\ndata: {"code":502}}\n\n'
+
+
+def chunk(event: bytes) -> Send:
+    """One chunk with this event."""
+    return Send(b"%x\r\n%b\r\n" % (len(event), event), event)
 
 
 @pytest.mark.parametrize(
     "error",
-    [error_event("out of memory"), Send(b"%x\r\n%b\r\n" % (len(FAILED), FAILED), FAILED)],
-    ids=["error", "response-failed"],
+    [
+        error_event("out of memory"),
+        chunk(FAILED),
+        chunk(FAILED.partition(b"\n")[2]),
+        chunk(OPENROUTER),
+        chunk(TWO_LINES),
+    ],
+    ids=["error", "response-failed", "response-failed-without-a-name", "among-others", "two-lines"],
 )
 async def test_error_in_band_is_relayed_and_recorded(error: Send) -> None:
     """The upstream's own error event passes verbatim, the record says `upstream_error`, nothing is appended."""

@@ -17,6 +17,7 @@ from simkit import OK, SSE, Conversation, Play, World, world
 from canal_trio.settings import Upstream
 
 __all__ = [
+    "ERROR_AMONG_OTHERS",
     "ERROR_EVENT",
     "EVENT",
     "answers",
@@ -34,6 +35,10 @@ __all__ = [
 ]
 
 EVENT = b'data: {"choices":[]}\n\n'
+ERROR_AMONG_OTHERS = (  # as OpenRouter sends it
+    b'data: {"id":"gen-1","object":"chat.completion.chunk","created":1,"model":"m","provider":"p","error":{"code":502,'
+    b'"message":"Provider disconnected"},"choices":[{"index":0,"delta":{"content":""},"finish_reason":"error"}]}\n\n'
+)
 ERROR_EVENT = b'data: {"error":{"message":"no memory","type":"server_error","param":null,"code":null}}\n\n'
 DONE = b"data: [DONE]\n\n"
 

@@ -11,6 +11,7 @@ import pytest
 import trio
 import trio.testing
 from several import (
+    ERROR_AMONG_OTHERS,
     EVENT,
     answers,
     asked,
@@ -54,6 +55,7 @@ FAILING: dict[str, Play] = {
     "silent": silent,
     "cut": streams(EVENT, cut=True),
     "in-band": streams(EVENT, b'data: {"error":{"message":"x"}}\n\n'),
+    "in-band-among-others": streams(EVENT, ERROR_AMONG_OTHERS),
 }
 
 

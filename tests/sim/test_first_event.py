@@ -8,7 +8,7 @@ import pytest
 import trio
 import trio.testing
 from kit import request
-from several import ERROR_EVENT, EVENT, error_first, hello, named, ok, several, streams, talk
+from several import ERROR_AMONG_OTHERS, ERROR_EVENT, EVENT, error_first, hello, named, ok, several, streams, talk
 from simkit import SSE, Conversation, Play, failed, only_record, since
 
 from canal_trio.errors import Kind, Phase, Side
@@ -27,6 +27,14 @@ async def test_error_in_the_first_event_was_relayed_as_the_answer(autojump_clock
         record = await only_record(here)
         assert record.tried == (Tried("u0", "200"),)
         assert (record.upstream, record.outcome, record.events) == ("u1", Outcome.COMPLETED, 2)
+
+
+async def test_an_error_that_is_not_the_first_member_was_no_error(autojump_clock: Any, handover: bool) -> None:
+    """OpenRouter's error stands in a chunk, behind its id and model: another upstream is asked all the same."""
+    plays = {"u0": streams(ERROR_AMONG_OTHERS), "u1": streams(EVENT)}
+    async with several(plays, handover=handover, balance=HOLD) as here:
+        assert (await talk(here)).body == EVENT + b"data: [DONE]\n\n"
+        assert (await only_record(here)).tried == (Tried("u0", "200"),)
 
 
 async def test_without_being_told_the_error_is_relayed(autojump_clock: Any, handover: bool) -> None:

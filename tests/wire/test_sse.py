@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -12,6 +13,10 @@ from wire_driving import CUTS, by_name, bytewise, cut, load_cases
 from canal_trio.wire.sse import BlindScanner, Event, EventParser, EventScanner
 
 CASES = load_cases("sse_cases.json")
+OPENROUTER = (
+    b'data: {"id":"gen-1","object":"chat.completion.chunk","created":1,"model":"m","provider":"p","error":{"code":502,'
+    b'"message":"Provider disconnected"},"choices":[{"index":0,"delta":{"content":""},"finish_reason":"error"}]}\n\n'
+)
 TERMINAL_EVENTS = ["response.completed", "response.failed", "response.incomplete"]
 
 
@@ -81,6 +86,19 @@ LINES = st.sampled_from(
         b'data: {"error":null}',
         b'data: { "error" : "x"}',
         b'data: {"errors":1}',
+        b'data: {"id":"1","error":{"code":502},"choices":[]}',
+        b'data: {"id":"1","error":',
+        b'data: {"a":[{',
+        b'data:"error": {"a":1}}',
+        b'data: "x" } ] }',
+        b'data: "type":"error"',
+        b'data: {"a":{"error":{"code":1}},"b":"{\\"error\\":{\\"a\\":1}}"}',
+        b'data: {"id":"1","error":{},"x":{"error":"x"}}',
+        b'data: {"id":"1","error":null:{"a":1}}',
+        b'data: {"type":"response.failed","response":{"error":null}}',
+        b'data: {"sequence_number":1,"type":"response.completed"}',
+        b'data: {"type":"response.created","type":"response.completed"}',
+        b'data: {"type":"x","error":"' + b"z" * 2_100 + b'"}',
         b"data",
         b"data:",
         b": comment",
@@ -114,10 +132,18 @@ USUAL_STREAMS = st.lists(
             b'event: error\ndata: {"type":"error"}\n\n',
             b'data: {"error":{"message":"x"}}\n\n',
             b'data: {"error_code":1}\n\n',
+            b'data: {"id":1,"error":{"code":502},"choices":[]}\n\n',
+            b'data: {"id":1,"error":null,"item":{"error":{"code":1}}}\n\n',
+            b'data: {"id":1,"error":null:{"code":1},"x":"%b"}\n\n' % (b"z" * 2_100),
+            b'data: {"type":"response.failed","response":{}}\n\n',
+            b'data: {"response":{},"type":"response.completed"}\n\n',
+            b'data: {"type":"response.created","type":"response.completed"}\n\n',
+            b'data: {"type":"error","message":"x"}\n\n',
             b"data: [DONE]\n\n",
             b": ping\n",
             b": ping\n\n",
             b'data: {"a":1}\rdata: b\n\n',
+            b'data: {"a":1}\r\rdata: {"b":2}\n\n',
             b"\n",
             b"data: x\n\r\n",
         ]
@@ -208,13 +234,121 @@ def test_the_last_event_of_the_responses_api_is_terminal(name: str) -> None:
         (b"error: {}\n\n", False, True),
         (b"event: errors\ndata: x\n\n", False, False),
         (b": data: [DONE]\n\n", False, False),
+        (OPENROUTER, False, True),
+        (b'data: {"id":1,"error":"x"}\n\n', False, True),
+        (b'data: {"id":1, "error" : {"code":1}}\r\n\r\n', False, True),
+        (b'data: {"id":1,\ndata: "error":\ndata: {"code":1}}\n\n', False, True),
+        (b'data: {"id":1,"error":{"message":"never closed, but it says en', False, False),
+        (b'data: {"id":1,"error":{"message":"never closed, but it says enough\n\n', False, True),
+        (b'data: {"pad":"%b","error":{"code":1}}\n\n' % (b"x" * 5_000), False, True),
+        (b'data: %b{"error":{"code":1}}\n\n' % (b" " * 5_000), False, True),
+        (b'data: {"type":"%b","error":"x"}\n\n' % (b"x" * 100), False, True),
+        (b'data: {"id":1,"error":null}\n\n', False, False),
+        (b'data: {"id":1,"error":false}\n\n', False, False),
+        (b'data: {"id":1,"error":""}\n\n', False, False),
+        (b'data: {"id":1,"error":{ }}\n\n', False, False),
+        (b'data: {"id":1,\ndata: "error":\ndata: {\ndata: }}\n\n', False, False),
+        (b'data: {"id":1,"error":3}\n\n', False, False),
+        (b'data: {"id":1,"error":[{"code":1}]}\n\n', False, False),
+        (b'data: {"type":"response.output_item.done","item":{"type":"mcp_call","error":{"x":1}}}\n\n', False, False),
+        (b'data: {"id":1,"arguments":"{\\"error\\":{\\"a\\":1}}"}\n\n', False, False),
+        (b'data: {"id":1,"text":"x\\\\","x":[{"error":"x"}]}\n\n', False, False),
+        (b'data: [{"error":{"a":1}}]\n\n', False, False),
+        (b'data: {"id":1,"error\ndata:":{"code":1}}\n\n', False, False),
+        (b'data: {"type":"response.created","type":"response.failed"}\n\n', False, False),
+        (b'data: He said {"error": {"a":1}}\n\n', False, False),
+        (b'data: He said "error": {"a":1}}\n\n', False, False),
+        (b'data: {"type":"response.completed","response":{"error":null}}\n\n', True, False),
+        (b'data: {"type":"response.completed","error":{"code":1}}\n\n', True, True),
+        (b'data: {"type":"response.completed","x":1,}\n\n', True, False),
+        (b'data: {"sequence_number":9,"type":"response.incomplete"}\n\n', True, False),
+        (b'data: {"type":"response.failed","response":{"error":{"code":"x"}}}\n\n', True, True),
+        (b'data: {"type":"error","message":"x","param":null}\n\n', False, True),
+        (b'data: {"type":"response.failed.not"}\n\n', False, False),
+        (b'data: {"id":1,"delta":{"type":"response.failed"}}\n\n', False, False),
+        (b'data: {"id":1,"level":"error"}\n\n', False, False),
     ],
 )
 def test_notable_lines(stream: bytes, terminal: bool, error: bool) -> None:
     """Endings and in-band errors are seen, and nothing else is taken for one."""
     first = b'data: {"id":1}\n\n'
-    for reads in ([stream], [first, stream], bytewise(first + stream)):
+    for reads in ([stream], [first, stream], [first + stream], bytewise(first + stream)):
         assert scan(reads)[2:] == (terminal, error)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.sampled_from([3, "", "error", "response.failed", 'a"error":{"b":1}', "\\"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["error", "type", "id", 'a"error', "\\"]), inner, max_size=4)
+    ),
+    max_leaves=15,
+)
+
+
+@given(
+    value=VALUES,
+    spaced=st.sampled_from([None, 0, 1]),
+    end=st.sampled_from([b"\n", b"\r\n", b"\r"]),
+    padding=st.sampled_from([0, 3_000]),
+    positions=CUTS,
+)
+@settings(deadline=None)
+def test_an_error_is_where_a_json_reader_finds_one(
+    value: object, spaced: int | None, end: bytes, padding: int, positions: list[int]
+) -> None:
+    """A member at the top of an object, whatever else there is, on one line or on many, and however it is cut."""
+    if padding and isinstance(value, dict):
+        value = {"padding": "x" * padding, **value}
+    lines = json.dumps(value, indent=spaced).encode().split(b"\n")
+    event = b"".join(b"data: " + line + end for line in lines) + end
+    error, type_ = (value.get("error"), value.get("type")) if isinstance(value, dict) else (None, None)
+    said = isinstance(error, dict | str) and len(error) > 0
+    right = (1, True, type_ == "response.failed", said or type_ in ("error", "response.failed"))
+    assert scan([event]) == scan(bytewise(event)) == scan(cut(event, positions)) == right
+
+
+TOKENS = [
+    *"{}[]:,\"\\ \n\r",
+    *('"error"', '"type"', '"x"', "null", "1", '""', "{}", "\ndata:", "\n\ndata:", "\r\ndata: "),
+    *('"error":', '"error" : {"code":1}', '"error":"x"', '"error":null', '"\\"error":{"code":1}'),
+    *('"type":"error"', '"type" :"response.failed"', '"type":"response.completed",', '"id":{"error":"x"'),
+    "x" * 2_100,
+]
+
+
+@given(
+    start=st.sampled_from([b'data: {"id":1,', b'data: {"', b'event: x\ndata: {"type":"response.x",', b"data:"]),
+    tokens=st.lists(st.sampled_from(TOKENS), max_size=14),
+    positions=CUTS,
+)
+@settings(deadline=None, max_examples=300)
+def test_data_that_is_no_json_is_scanned_alike_at_any_split(
+    start: bytes, tokens: list[str], positions: list[int]
+) -> None:
+    """Whole events, behind one another and cut: the short way says of anything what looking at each byte says."""
+    event = start + "".join(tokens).encode() + b"\n\n"
+    first = b'data: {"id":1}\n\n'
+    seen = scan(bytewise(first + event))
+    assert scan([first, event]) == scan([first + event]) == scan(cut(first + event, positions)) == seen
+
+
+def test_an_event_that_does_not_end_is_not_held() -> None:
+    """An event of many lines costs the scanner two KiB at the most."""
+    scanner = EventScanner()
+    most = 0
+    for _ in range(2_000):
+        scanner.feed(b'data: {"id":"xxxx",\n')
+        assert scanner._text is not None
+        most = max(most, len(scanner._text._held or b""))
+    assert 1_000 < most <= 2_048
+    scanner.feed(b"\n")
+    assert (scanner.events, scanner.error) == (1, False)
+
+
+def test_two_events_with_carriage_returns_are_two() -> None:
+    """What looks like one event of one line, to who minds line feeds only, is counted as a client counts it."""
+    assert scan([b'data: {"id":1}\n\n', b'data: {"a":1}\r\rdata: {"b":2}\n\n'])[0] == 3
 
 
 def test_a_long_line_is_not_kept() -> None:
@@ -225,6 +359,8 @@ def test_a_long_line_is_not_kept() -> None:
     for _ in range(80):
         scanner.feed(piece)
     assert len(scanner._kept) < 128
+    assert scanner._text is not None
+    assert scanner._text._held is None
     assert not scanner.at_boundary
     scanner.feed(b"\n\n")
     assert (scanner.events, scanner.at_boundary) == (1, True)
