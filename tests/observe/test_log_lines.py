@@ -275,16 +275,20 @@ def test_messages_as_json() -> None:
 
 
 def test_another_style_from_now_on() -> None:
-    """What was said before is as it was, what comes later in the new style; for messages and for exchanges."""
+    """What was said before is as it was, what comes later in the new style; for messages, for exchanges, and for what
+    is said of lines that were lost."""
     read, write = _pipe()
     writer = LineWriter(write)
     access = AccessLog(writer)
+    lost = []
     with logging_to(writer, "text") as logger:
         for style in ("text", "json", "text"):
             access.restyle(style)
             restyle(style)
             logger.info("hello")
             access.finished(RECORD)
+            lost.append(writer.note(3).startswith(b"{"))
+    assert lost == [False, True, False]
     assert writer.close(10)
     os.close(write)
     with open(read, "rb") as file:
