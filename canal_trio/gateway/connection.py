@@ -310,7 +310,7 @@ class ClientConnection:
                 exchange.note(Failure(Side.GATEWAY, exchange.phase, Kind.INTERNAL))
                 self._gateway.bug(ExceptionGroup("in the pipeline", [exc]), exchange)
             if scope.cancelled_caught and exchange.failure is None and not exchange.left:
-                exchange.note(Failure(Side.GATEWAY, exchange.phase, Kind.TIMEOUT))
+                exchange.note(Failure(Side.GATEWAY, exchange.phase, Kind.TIMEOUT, "Its own deadline has passed."))
             return await self._conclude(exchange, delivery, keep=keep and not delivery.close)
         finally:
             delivery.forget()

@@ -32,6 +32,7 @@ _DISPOSITION: Final = re.compile(
     rb"([ \t]*;[ \t]*filename=(?:\"(?:[^\"\\\x00-\x1f]|\\.)*\"|[^\s\";]+))?([ \t]*;[ \t]*filename\*=[^\s\";]+)?",
     re.IGNORECASE,
 )
+_NAMES: Final = re.compile(rb"\bname[ \t]*=", re.IGNORECASE)  # in quotes, too: some look for one without minding them
 _TEXT: Final = re.compile(rb"text/plain(?:[ \t]*;[ \t]*charset=\"?(?:(utf-?8)|us-ascii|iso-8859-1)\"?)?", re.IGNORECASE)
 _UNENCODED: Final = frozenset({b"binary", b"8bit", b"7bit"})
 
@@ -136,8 +137,9 @@ def _part(head: bytes, start: int, end: int) -> _Part | str:
         fields[name] = match[2].strip(b" \t")  # not by the pattern: it would try each end of a run of blanks
     if fields.get(b"content-transfer-encoding", b"binary").lower() not in _UNENCODED:
         return "A part of the form has a Content-Transfer-Encoding."
-    match = _DISPOSITION.fullmatch(fields.get(b"content-disposition", b""))
-    if match is None:
+    disposition = fields.get(b"content-disposition", b"")
+    match = _DISPOSITION.fullmatch(disposition)
+    if match is None or len(_NAMES.findall(disposition)) != 1:
         return "A part of the form has no plain Content-Disposition."
     name = match[1] if match[1] is not None else match[2]
     file = match[3] is not None or match[4] is not None

@@ -239,6 +239,8 @@ async def test_exchange_in_mid_stream(autojump_clock: Any, handover: bool, last:
         record = await only_record(here)
         assert record.status == 200
         failed(record, Side.GATEWAY, Phase.STREAM, Kind.TIMEOUT)
+        assert record.failure is not None
+        assert record.failure.detail.endswith("."), "a sentence, as of any failure"
         assert here.conversations[0].left == pytest.approx(start + 42, abs=EXACT)
 
 

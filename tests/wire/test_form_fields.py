@@ -98,6 +98,8 @@ def refusals() -> dict[str, tuple[bytes, bytes]]:
         "a large head": (TYPE, form((MODEL + b"\r\nX: " + b"x" * 9000, b"a"))),
         "two dispositions": (TYPE, form((MODEL + b"\r\n" + MODEL, b"a"))),
         "two names": (TYPE, form((MODEL + b'; name="x"', b"a"))),
+        "a name inside of a name": (TYPE, form((MODEL.replace(b"model", b"x; name=model"), b"a"))),
+        "a name inside of a file's": (TYPE, form((FILE.replace(b'filename="', b'filename="; Name = model; '), b"a"))),
         "an extended name": (TYPE, form((b"Content-Disposition: form-data; name*=UTF-8''model", b"a"))),
         "an escape in the name": (TYPE, form((rb'Content-Disposition: form-data; name="mod\el"', b"a"))),
         "an attachment": (TYPE, form((b'Content-Disposition: attachment; name="model"', b"a"))),
