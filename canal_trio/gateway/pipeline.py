@@ -228,7 +228,8 @@ class Pipeline:
             named = self._facts.names_model
             needed = plan is None and router.needs_model(exchange.principal, named=named)
             if needed or (named and self._is_useful(of_route=plan is not None)):
-                failure = await self._read(body, strict=named and plan is None)
+                decides = needed or self._settings.ledger is not None  # by what it says it is routed, or billed
+                failure = await self._read(body, strict=named and plan is None and decides)
                 if failure is not None:
                     return failure
         exchange.phase = Phase.ROUTE

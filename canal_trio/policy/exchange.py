@@ -73,6 +73,8 @@ _UPSTREAM: dict[Kind, Answer] = {
 }
 _UPSTREAM_BROKE = Answer(502, "upstream_error", "upstream_disconnected", "The upstream closed the connection.")
 
+_AT_UPSTREAM = frozenset({Phase.SEND, Phase.FIRST_BYTE, Phase.FIRST_EVENT, Phase.STREAM, Phase.DELIVER})
+
 _LOG = "The gateway's log says why."
 
 # What is wrong is said whole by the detail, where there is one.
@@ -89,6 +91,8 @@ def answer_for(failure: Failure) -> Answer:
     if failure.side is Side.UPSTREAM:
         # Honest: yes when no generation can have been started, no when a second one might be paid for.
         should_retry = failure.retry in (Retry.UNSENT, Retry.FRESH)
+    elif failure.kind is Kind.DRAINING and failure.phase in _AT_UPSTREAM:
+        should_retry = False  # as above
     message = row.message
     if failure.side is Side.UPSTREAM and failure.phase is Phase.DIAL:
         message = f"{row.message} {_LOG}"  # the detail names addresses, which are none of a stranger's business

@@ -88,6 +88,12 @@ def test_should_retry_is_honest_about_a_second_generation(retry: Retry, expected
     assert answer_for(Failure(U, Phase.DIAL, Kind.REFUSED, retry=retry)).should_retry is expected
 
 
+def test_a_drain_that_cuts_a_generation_does_not_ask_for_a_second_one():
+    """The SDK is told to retry only where the upstream did not have the request yet."""
+    told = {phase: answer_for(Failure(G, phase, Kind.DRAINING)).should_retry for phase in Phase}
+    assert [phase for phase, retries in told.items() if not retries] == list(Phase)[list(Phase).index(Phase.SEND) :]
+
+
 def test_what_the_detail_says_whole_is_not_said_twice():
     """About keys and models the detail is the message; without one there is a general sentence."""
     failure = Failure(C, Phase.ROUTE, Kind.NOT_FOUND, "The model 'x' does not exist.")

@@ -11,7 +11,7 @@ from kit import request
 from simkit import SSE, URL, Conversation, only_record, world
 
 from canal_trio.hooks import Outcome, Usage, UsageSource
-from canal_trio.settings import Upstream
+from canal_trio.settings import Ledger, Upstream
 from canal_trio.testing.simstream import SimLink
 
 EVENT = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}],"usage":null}\n\n'
@@ -252,3 +252,20 @@ async def test_utf_8_character_cut_between_chunks(autojump_clock: Any, handover:
         await client.send(chat())
         assert (await client.response()).body == event + CHUNK + DONE
         assert (await here.records.one()).usage == Usage(7, 3)
+
+
+@pytest.mark.parametrize("body", [b'[{"model":"m"}]', b'{"model":["m"]}', b"{"])
+async def test_counting_tokens_refused_bodies_that_it_cannot_read(
+    autojump_clock: Any, handover: bool, body: bytes
+) -> None:
+    """Who only wants to know how many tokens were used loses no request for it; what a ledger is to bill is judged."""
+
+    async def play(peer: Conversation) -> None:
+        await peer.say(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+    settings: list[dict[str, Any]] = [{"count_tokens": True}, {"ledger": Ledger(file="ledger.db")}]
+    for more, status in zip(settings, (200, 400), strict=True):
+        async with world(play, handover=handover, **more) as here:
+            client = here.connect()
+            await client.send(request("POST", "/v1/chat/completions", body, "Content-Type: application/json"))
+            assert (await client.response()).status == status
