@@ -27,6 +27,10 @@ class Account(Protocol):
     def usage(self) -> Usage | None:
         """What the upstream said that it used, once it did."""
 
+    def passes(self, data: bytes, start: int, stop: int) -> bool:
+        """May `data[start:stop]`, a piece that has come, go on as it is, with nothing in it to be noted? If not, `feed`
+        has to see it. Not a checkpoint."""
+
     def feed(self, piece: bytes) -> bytes:
         """A piece has come: what of it, and of what was held, may go on now. Perhaps nothing. Not a checkpoint."""
 
@@ -47,6 +51,9 @@ class _Edited:
     @property
     def usage(self) -> Usage | None:
         return self._tap.usage
+
+    def passes(self, data: bytes, start: int, stop: int) -> bool:
+        return self._edit.idle and self._tap.passes(data, start, stop)
 
     def feed(self, piece: bytes) -> bytes:
         return self._edit.feed(self._tap.feed(piece))
@@ -89,10 +96,11 @@ def sink_behind(account: Account, sink: Sink) -> Sink:
 class OutletBehind:
     """An outlet with an account in front of it. What the account does not touch goes on as it came."""
 
-    __slots__ = ("_feed", "_outlet", "chunked")
+    __slots__ = ("_feed", "_outlet", "_passes", "chunked")
 
     def __init__(self, account: Account, outlet: Outlet) -> None:
         self._feed = account.feed
+        self._passes = account.passes
         self._outlet = outlet
         self.chunked = outlet.chunked
 
@@ -103,6 +111,8 @@ class OutletBehind:
 
     def whole(self, framed: bytes, start: int, stop: int, now: float) -> Callable[[], bool]:
         """The same of a whole chunk's payload: with its frame, if it is all of it."""
+        if self._passes(framed, start, stop):
+            return self._outlet.whole(framed, start, stop, now)
         payload = framed[start:stop]
         passed = self._feed(payload)
         if passed is payload:

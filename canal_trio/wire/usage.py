@@ -21,7 +21,7 @@ from msgspec import UNSET
 from canal_trio.hooks import Usage
 from canal_trio.wire.skim import Skimmer
 
-__all__ = ["BodyUsage", "StreamUsage", "usage_of"]
+__all__ = ["BodyUsage", "StreamUsage", "telling", "usage_of"]
 
 USAGE_BYTES: Final = 8192  # of one `usage` value; a real one has some hundred
 _MOST_TOKENS: Final = 10**9  # a larger count is no count: no model comes near, and at any price 64 bits hold it
@@ -31,8 +31,7 @@ _MESSAGE: Final = b'message"'
 _AROUND: Final = (b'response"', _MESSAGE)
 
 _LINE_END: Final = re.compile(rb"\r\n?|\n")
-# Nearly every event: whole, and without a `usage` that is anything but null.
-_TELLING: Final = re.compile(rb'"usage"(?![ \t]*:[ \t]*null)').search
+_NULLS: Final = (b'"usage":null', b'"usage": null')  # as nearly everybody writes it
 
 
 _Tokens = Annotated[int, msgspec.Meta(ge=0, lt=_MOST_TOKENS)]
@@ -80,6 +79,16 @@ def _whole(data: bytes) -> _Usual | msgspec.UnsetType | None:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     return text.usage if text.response is UNSET and text.message is UNSET else None
+
+
+def telling(data: bytes, start: int, stop: int) -> bool:
+    """May whole events in `data[start:stop]` say what was used: is there a `usage`, and not just `null`?"""
+    at = data.find(b'"usage"', start, stop)
+    while at >= 0:
+        if not data.startswith(_NULLS, at):
+            return True
+        at = data.find(b'"usage"', at + 1, stop)
+    return False
 
 
 def usage_of(raw: object, before: Usage | None = None) -> Usage | None:
@@ -171,6 +180,10 @@ class BodyUsage(Skimmer):
             self._skim(data)
         return data
 
+    def passes(self, data: bytes, start: int, stop: int) -> bool:
+        """Nothing does unseen."""
+        return False
+
     def flush(self) -> bytes:
         """What is held back: nothing."""
         return b""
@@ -223,12 +236,12 @@ class BodyUsage(Skimmer):
 class StreamUsage:
     """The tap on an event stream. `usage` is None until one was seen."""
 
-    __slots__ = ("_after_cr", "_body", "_fresh", "_idle", "_name", "_payload")
+    __slots__ = ("_after_cr", "_body", "_fresh", "_name", "_payload", "idle")
 
     def __init__(self) -> None:
         self._body: BodyUsage | None = None  # made when there is something to be looked at
         self._after_cr = False
-        self._idle = True  # between two events, with nothing pending
+        self.idle = True  # between two events, with nothing pending
         self._fresh = True  # at the beginning of a line
         self._name = b""  # the beginning of the line
         self._payload = False  # the line is a `data:` line, and past its name
@@ -238,9 +251,13 @@ class StreamUsage:
         """The counts of the last `usage` that was an object."""
         return None if self._body is None else self._body.usage
 
+    def passes(self, data: bytes, start: int, stop: int) -> bool:
+        """Is `data[start:stop]` whole events without anything that has to be noted?"""
+        return self.idle and data.endswith(b"\n\n", start, stop) and not telling(data, start, stop)
+
     def feed(self, piece: bytes) -> bytes:
         """Take note of `piece`, which passes: it is given back."""
-        if self._idle and piece.endswith(b"\n\n") and not (b'"usage"' in piece and _TELLING(piece)):
+        if self.passes(piece, 0, len(piece)):
             return piece
         if self._body is None:
             self._body = BodyUsage()
@@ -262,13 +279,13 @@ class StreamUsage:
             at = match.end()
         self._part(piece, at, len(piece), body)
         if piece.endswith(b"\r"):
-            self._after_cr, self._idle = True, False
+            self._after_cr, self.idle = True, False
 
     def _part(self, piece: bytes, start: int, end: int, body: BodyUsage) -> None:
         """Bytes of the present line."""
         if start == end:
             return
-        self._fresh = self._idle = False
+        self._fresh = self.idle = False
         missing = 5 - len(self._name)
         if missing > 0:
             self._name += piece[start : min(end, start + missing)]
@@ -280,7 +297,7 @@ class StreamUsage:
     def _end_line(self, body: BodyUsage) -> None:
         if self._fresh:
             body.reset()
-            self._idle = True
+            self.idle = True
         elif self._payload:
             body.feed(b"\n")  # where the data of two lines meet
         self._fresh, self._name, self._payload = True, b"", False

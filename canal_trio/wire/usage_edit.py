@@ -13,13 +13,14 @@ from typing import Any, Final, final
 
 import msgspec
 
+from canal_trio.wire.usage import telling
+
 __all__ = ["UsageEdit"]
 
 _END: Final = rb"(?:\r\n|\n|\r(?=[^\n]))"  # of a line; a CR that is the last byte may be half of one
 _BLANK: Final = re.compile(_END * 2)
 _LINE_END: Final = re.compile(rb"\r\n?|\n")
 _CHOICE: Final = re.compile(rb'"choices"[ \t]*:[ \t]*\[[ \t]*\{')
-_TELLING: Final = re.compile(rb'"usage"(?![ \t]*:[ \t]*null)').search
 
 
 class _Chunk(msgspec.Struct):
@@ -31,34 +32,33 @@ class _Chunk(msgspec.Struct):
 
 @final
 class UsageEdit:
-    """Edits one stream. `removed`: the chunk was found and taken out; `held`: what waits for the rest of its event."""
+    """Edits one stream. `removed`: the chunk was found and taken out; `held`: what waits for the rest of its event;
+    `idle`: between two events, so that whole ones pass that are not `telling`."""
 
-    __slots__ = ("_done", "_most", "_passed", "held", "removed")
+    __slots__ = ("_done", "_most", "_passed", "held", "idle", "removed")
 
     def __init__(self, most: int = 16 * 1024) -> None:
         self._most = most
         self._done = False
         self._passed: bytes | None = None  # in an event that was released: the last bytes of it, for its end may be cut
         self.held = b""
+        self.idle = True
         self.removed = False
 
     def feed(self, piece: bytes) -> bytes:
         """What may go out now, perhaps nothing."""
         if self._done:
             return piece
-        if (
-            not self.held
-            and self._passed is None
-            and piece.endswith(b"\n\n")
-            and not (b'"usage"' in piece and _TELLING(piece))
-        ):
+        if self.idle and piece.endswith(b"\n\n") and not telling(piece, 0, len(piece)):
             return piece
-        return self._look(piece)
+        out = self._look(piece)
+        self.idle = self._done or (not self.held and self._passed is None)
+        return out
 
     def flush(self) -> bytes:
         """What is held, at the end of the stream."""
         held, self.held = self.held, b""
-        self._done = True
+        self._done = self.idle = True
         return held
 
     def _look(self, piece: bytes) -> bytes:

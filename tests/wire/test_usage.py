@@ -252,6 +252,17 @@ def test_one_absurd_count_ended_the_gateway(tap: type[BodyUsage | StreamUsage]):
     assert dearest.cost(999_999_999, 999_999_999) < 2**62
 
 
+def test_nothing_of_a_body_passes_unseen():
+    """Of a JSON body each piece is fed; of a stream, between two events, what says nothing of its usage need not be."""
+    event = b'data: {"usage":null}\n\n'
+    assert not BodyUsage().passes(event, 0, len(event))
+    tap = StreamUsage()
+    assert tap.passes(event, 0, len(event))
+    assert not tap.passes(event, 0, len(event) - 1)
+    tap.feed(event[:9])
+    assert not tap.passes(event, 0, len(event))
+
+
 def test_the_prompt_of_a_messages_stream_was_counted_as_none():
     """Anthropic's Messages tell the prompt at the beginning, within `message`, and the answer at the end: both count,
     in one piece or in many, and a prompt that the end repeats counts once."""
