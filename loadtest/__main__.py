@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Collection
@@ -256,7 +257,8 @@ for _command in COMMANDS:
 
 
 def main() -> None:
-    """Run, and leave with the exit code."""
+    """Run, and leave with the exit code. SIGTERM is an interruption, too: what was started is ended."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = cli.main(prog_name="python -m loadtest", standalone_mode=False)
     except click.ClickException as exc:

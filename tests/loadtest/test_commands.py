@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 from loadtest import bodies, compare, report
 from loadtest.behaviour import Behaviour
 from loadtest.peers import PEERS, Gateway, Missing, Peer, running
-from loadtest.processes import ROOT, NotStarted, cpu_seconds, resident, started, upstream_process
+from loadtest.processes import ROOT, NotStarted, cpu_seconds, descendants, resident, started, upstream_process
 from loadtest.promises.check import PARTS, check, shown
 from loadtest.promises.endings import endings
 from loadtest.promises.exact import exact_bytes
@@ -34,6 +35,20 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     """`python -m loadtest` as a user runs it."""
     argv = [sys.executable, "-m", "loadtest", *arguments]
     return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_load_test_that_was_terminated_left_its_programs_running():
+    """SIGTERM ends the upstream and the gateway that it has started, as Ctrl-C does."""
+    argv = [sys.executable, "-m", "loadtest", "run", "small", "--peer", "canal", "--seconds", "60"]
+    program = subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 30
+    while len(family := descendants(program.pid)) < 3 and time.monotonic() < end:
+        time.sleep(0.05)  # a real process
+    assert len(family) >= 3
+    program.terminate()
+    assert program.communicate(timeout=30)[1].splitlines()[-1] == "loadtest: interrupted"
+    assert program.returncode == 1
+    assert not [pid for pid in family if Path(f"/proc/{pid}").exists()]
 
 
 @contextmanager
