@@ -17,7 +17,6 @@ import mmap
 import struct
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from math import inf
 from typing import final
 
@@ -145,7 +144,7 @@ class Table:
                     digest = bytes(self._memory[place : place + 16])
                     state.spent_day += max(0, reserved)
                     state.spent_month += max(0, reserved)
-                    self._store(place, digest, state)
+                    self._pack(_HEAD, place, digest, state)
                     _CELL.pack_into(self._memory, place + offset, 0, 0)
                     self._changed()
 
@@ -194,7 +193,7 @@ class Table:
                 state.spent_day = min(max(state.spent_day, said.spent_day), _MOST)
                 state.spent_month = min(max(state.spent_month, said.spent_month), _MOST)
                 if self.shared:  # else it is the one that is known
-                    self._store(place, digest, state)
+                    self._pack(_HEAD, place, digest, state)
 
     # -- records -------------------------------------------------------------------------------------------------------
 
@@ -248,7 +247,7 @@ class Table:
             if known is not None:
                 known.at = inf
             self._memory[place + _HEAD.size : place + size] = bytes(size - _HEAD.size)
-            self._store(place, digest, State(at=moment.now, day=moment.day, month=moment.month))
+            self._pack(_HEAD, place, digest, State(at=moment.now, day=moment.day, month=moment.month))
         return place
 
     def _read(self, place: int) -> State:
@@ -277,43 +276,19 @@ class Table:
             return
         digest = self._places[name][1]
         if not self._single:
-            self._store(place, digest, state)
+            self._pack(_HEAD, place, digest, state)
             self._add(place, streams, reserved)
             return
-        try:
-            _WHOLE.pack_into(
-                self._memory,
-                place,
-                digest,
-                state.requests,
-                state.tokens,
-                state.at,
-                state.day,
-                state.spent_day,
-                state.month,
-                state.spent_month,
-                state.streams,
-                state.reserved,
-            )
-        except struct.error:
-            self._write(place, name, _bounded(state), streams, reserved)
+        self._pack(_WHOLE, place, digest, state, state.streams, state.reserved)
 
-    def _store(self, place: int, digest: bytes, state: State) -> None:
+    def _pack(self, form: struct.Struct, place: int, digest: bytes, state: State, *cell: int) -> None:
+        """Write the record, with no more money in it than it can say."""
+        levels = state.requests, state.tokens, state.at
+        numbers = state.day, state.spent_day, state.month, state.spent_month, *cell
         try:
-            _HEAD.pack_into(
-                self._memory,
-                place,
-                digest,
-                state.requests,
-                state.tokens,
-                state.at,
-                state.day,
-                state.spent_day,
-                state.month,
-                state.spent_month,
-            )
+            form.pack_into(self._memory, place, digest, *levels, *numbers)
         except struct.error:
-            self._store(place, digest, _bounded(state))
+            form.pack_into(self._memory, place, digest, *levels, *(min(number, _MOST) for number in numbers))
 
     def _add(self, place: int, streams: int, reserved: int) -> None:
         at = place + self._mine
@@ -325,9 +300,3 @@ class Table:
             self.spends = True
             return
         _CHANGES.pack_into(self._memory, 0, (self.changes + 1) % 2**64)
-
-
-def _bounded(state: State) -> State:
-    """The same, with no more money than a record can say."""
-    day, month, reserved = (min(money, _MOST) for money in (state.spent_day, state.spent_month, state.reserved))
-    return replace(state, spent_day=day, spent_month=month, reserved=reserved)

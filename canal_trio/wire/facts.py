@@ -52,13 +52,17 @@ class ResponseFacts:
     """Of an upstream's response."""
 
     event_stream: bool
-    legible_stream: bool  # it is one, and not compressed
     scanner: type[EventScanner]  # what looks at one as it passes
     known: int | None  # the body's length, where it was announced in a way that can be passed on
     bodyless: bool  # by its status
     keep_alive: bool  # the upstream keeps the connection open
     tap: type[BodyUsage | StreamUsage] | None  # what reads in its body what was used, if that can be read
     tells_limits: bool  # it has fields of the kind that tell a client its rate limits
+
+    @property
+    def legible_stream(self) -> bool:
+        """It is an event stream, and not compressed."""
+        return self.event_stream and self.scanner.legible
 
 
 def request_facts(head: RequestHead) -> RequestFacts:
@@ -118,7 +122,6 @@ def response_facts(head: ResponseHead) -> ResponseFacts:
     tap = StreamUsage if event_stream else BodyUsage if is_json(headers) else None
     facts = ResponseFacts(
         event_stream=event_stream,
-        legible_stream=event_stream and not coded,
         scanner=BlindScanner if coded else EventScanner,
         known=length if isinstance(length, int) and b"transfer-encoding" not in headers else None,
         bodyless=head.status in (204, 304),

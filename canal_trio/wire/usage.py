@@ -21,7 +21,7 @@ from msgspec import UNSET
 from canal_trio.hooks import Usage
 from canal_trio.wire.skim import Skimmer
 
-__all__ = ["BodyUsage", "StreamUsage", "telling", "usage_of"]
+__all__ = ["BodyUsage", "StreamUsage", "says_nothing", "usage_of"]
 
 USAGE_BYTES: Final = 8192  # of one `usage` value; a real one has some hundred
 _MOST_TOKENS: Final = 10**9  # a larger count is no count: no model comes near, and at any price 64 bits hold it
@@ -81,14 +81,17 @@ def _whole(data: bytes) -> _Usual | msgspec.UnsetType | None:
     return text.usage if text.response is UNSET and text.message is UNSET else None
 
 
-def telling(data: bytes, start: int, stop: int) -> bool:
-    """May whole events in `data[start:stop]` say what was used: is there a `usage`, and not just `null`?"""
+def says_nothing(data: bytes, start: int, stop: int) -> bool:
+    """Does `data[start:stop]`, from between two events on, hold whole events that do not tell what was used: without a
+    `usage`, or with `null` only? Of a few odd spellings of that it says no."""
+    if not data.endswith(b"\n\n", start, stop):
+        return False
     at = data.find(b'"usage"', start, stop)
     while at >= 0:
         if not data.startswith(_NULLS, at):
-            return True
+            return False
         at = data.find(b'"usage"', at + 1, stop)
-    return False
+    return True
 
 
 def usage_of(raw: object, before: Usage | None = None) -> Usage | None:
@@ -253,7 +256,7 @@ class StreamUsage:
 
     def passes(self, data: bytes, start: int, stop: int) -> bool:
         """Is `data[start:stop]` whole events without anything that has to be noted?"""
-        return self.idle and data.endswith(b"\n\n", start, stop) and not telling(data, start, stop)
+        return self.idle and says_nothing(data, start, stop)
 
     def feed(self, piece: bytes) -> bytes:
         """Take note of `piece`, which passes: it is given back."""

@@ -13,7 +13,7 @@ from typing import Any, Final, final
 
 import msgspec
 
-from canal_trio.wire.usage import telling
+from canal_trio.wire.usage import says_nothing
 
 __all__ = ["UsageEdit"]
 
@@ -33,7 +33,7 @@ class _Chunk(msgspec.Struct):
 @final
 class UsageEdit:
     """Edits one stream. `removed`: the chunk was found and taken out; `held`: what waits for the rest of its event;
-    `idle`: between two events, so that whole ones pass that are not `telling`."""
+    `idle`: between two events, so that whole ones pass of which `says_nothing` is true."""
 
     __slots__ = ("_done", "_most", "_passed", "held", "idle", "removed")
 
@@ -49,7 +49,7 @@ class UsageEdit:
         """What may go out now, perhaps nothing."""
         if self._done:
             return piece
-        if self.idle and piece.endswith(b"\n\n") and not telling(piece, 0, len(piece)):
+        if self.idle and says_nothing(piece, 0, len(piece)):
             return piece
         out = self._look(piece)
         self.idle = self._done or (not self.held and self._passed is None)

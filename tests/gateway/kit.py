@@ -6,9 +6,10 @@ product's parser shares its mistakes.
 
 from __future__ import annotations
 
+import contextvars
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,6 +18,7 @@ from rawclient import Client, Ended, Response, ask, chat, request
 
 from canal_trio.gateway import Gateway
 from canal_trio.hooks import ExchangeRecord
+from canal_trio.relay.course import Course, Held, hold_back
 from canal_trio.relay.streams import TcpStream
 from canal_trio.settings import Bounds, Deadlines, Settings, Upstream
 from canal_trio.testing.upstreams import Answer, ScriptedUpstream
@@ -222,3 +224,15 @@ def chunked(*pieces: bytes, end: bool = True) -> bytes:
 def data_of(events: bytes) -> Sequence[str]:
     """The payloads of the `data:` lines."""
     return [line[5:].strip().decode() for line in events.splitlines() if line.startswith(b"data:")]
+
+
+def waiting_to_send(steps: Coroutine[Any, Any, None]) -> tuple[Held, Course[None]]:
+    """A course that has begun `steps`, and waits with its send for the end of the poller's round; who is held there."""
+    held = Held()
+    hold_back(held)
+    course = Course(steps, lambda: None, contextvars.copy_context())
+    try:
+        assert not course.begin()
+    finally:
+        hold_back(None)
+    return held, course

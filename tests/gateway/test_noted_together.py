@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 import logging
 import socket
 from collections.abc import AsyncIterator, Sequence
@@ -11,6 +10,7 @@ from typing import final
 
 import pytest
 import trio
+from kit import waiting_to_send
 
 from canal_trio.errors import Failure, Kind, Phase, Side
 from canal_trio.gateway.booking import Booking
@@ -19,7 +19,7 @@ from canal_trio.gateway.exchange import Exchange
 from canal_trio.hooks import Admitted, ExchangeRecord, Outcome
 from canal_trio.messages import RequestHead
 from canal_trio.relay import TcpStream
-from canal_trio.relay.course import Course, Held, hold_back, later
+from canal_trio.relay.course import later
 from canal_trio.settings import Settings, Upstream
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -155,13 +155,7 @@ async def test_who_does_not_wait_to_send_is_noted_at_once() -> None:
         await later()
         assert one.entry == 0
 
-    held = Held()
-    hold_back(held)
-    course = Course(waits(), lambda: None, contextvars.copy_context())
-    try:
-        assert not course.begin()
-    finally:
-        hold_back(None)
+    held, course = waiting_to_send(waits())
     assert one.entry is None
     booking.note(two, "u")
     assert (one.entry, two.entry) == (0, 1)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextvars
 import logging
 from collections.abc import Sequence
 from typing import Any, final
 
 import pytest
 import trio
-from kit import chat
+from kit import chat, waiting_to_send
 from simkit import OK, Conversation, World, world
 
 from canal_trio.errors import Failure
 from canal_trio.gateway.exchange import Exchange
 from canal_trio.hooks import Admitted, ExchangeRecord
 from canal_trio.messages import RequestHead
-from canal_trio.relay.course import Course, Held, hold_back, later
+from canal_trio.relay.course import later
 from canal_trio.settings import Model, Target
 
 
@@ -149,13 +148,7 @@ async def test_one_that_ends_before_it_was_noted_in_books_that_are_kept_no_more(
             booking.note(exchange, "u0")
             await later()
 
-        held = Held()
-        hold_back(held)
-        course = Course(waits(), lambda: None, contextvars.copy_context())
-        try:
-            assert not course.begin()
-        finally:
-            hold_back(None)
+        held, course = waiting_to_send(waits())
         gateway.keep_books(new)
         gateway.end(exchange)
         held.go_on()
